@@ -67,6 +67,7 @@ class Reason(StrEnum):
     REVERT_FAILED = "revert_failed"
     CANCELLED = "cancelled"
     SUPERSEDED = "superseded"
+    STALE_VERSION = "stale_version"
 
 
 class EdgedError(Exception):

@@ -1,0 +1,338 @@
+"""THE contract for plugin authors: records, Protocols, hook specifications.
+
+A plugin is a Python package with an entry point in the group ``edged.plugins`` whose module holds pluggy hook
+implementations. Hooks are plain functions: they are called once, at start, do no I/O, and return frozen records whose
+fields are async callables. Everything that can wait or fail happens later, behind the Protocols below.
+
+Rules for whoever implements a session
+
+* Raise ``Transient`` for what may work later (port gone, no answer), ``Permanent`` for what cannot (the device says no).
+  Any other exception is a fault of the plugin: the session is closed, the fault is kept with its reason, nothing else stops.
+* Let ``asyncio.CancelledError`` through, always, and leave the wire in a state in which the next session can connect.
+* ``stage`` is idempotent and goes on from what the *device* has. Nothing but bytes that came from ``image.read`` may be
+  sent as image bytes: that call is what guarantees that they were verified against signed metadata.
+* ``activate`` never makes an image permanent where the device can revert.
+
+What is *not* here: retries (the engine's), reconnecting (the supervisor's), time-outs around a whole call (the engine's).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol, TypeAlias, runtime_checkable
+
+import pluggy
+
+from edged_firmware.image import Image, Segment
+
+__all__ = [
+    "API_VERSION",
+    "Desired",
+    "Device",
+    "Env",
+    "Health",
+    "HealthCheck",
+    "HookSpecs",
+    "Identity",
+    "Image",
+    "JsonValue",
+    "Link",
+    "LinkSpec",
+    "MapperSpec",
+    "Phase",
+    "Progress",
+    "Reported",
+    "Segment",
+    "Session",
+    "SessionTraits",
+    "Slot",
+    "Slots",
+    "SupportsDesired",
+    "SupportsFirmware",
+    "SupportsHealth",
+    "SupportsReadBack",
+    "SupportsTrial",
+    "hookimpl",
+    "hookspec",
+]
+
+API_VERSION = 1
+"""Raised by one when a change breaks plugins; a plugin made for another version is left out, with its reason."""
+
+PROJECT = "edged"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A thing that this node keeps up to date, as the configuration describes it.
+
+    ``address`` is ``scheme:rest`` and names the link (``serial:/dev/ttyUSB0``, ``can:can0``). ``hardware_ids`` are what
+    the device may answer in :attr:`Identity.hardware_id`. ``flash_base`` and ``flash_size_bytes`` bound what may be
+    written. ``config`` is what the mapper's ``parse_config`` made of the device's own table.
+    """
+
+    id: str
+    model: str
+    mapper: str
+    address: str
+    hardware_ids: tuple[str, ...] = ()
+    flash_base: int = 0
+    flash_size_bytes: int | None = None
+    config: object = None
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who answered. ``hardware_id`` is the protocol's own id of the hardware (AVR signature ``avr:1e950f``, SMP board…)."""
+
+    hardware_id: str
+    serial_number: str | None = None
+    detail: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place for an image on the device, as the device describes it *now*.
+
+    ``runs`` is what the release's signed ``identifies_as`` is compared with; None means that the device cannot tell.
+    ``pending`` is "will be booted on trial at the next reset".
+    """
+
+    name: str
+    active: bool
+    runs: str | None = None
+    confirmed: bool = True
+    pending: bool = False
+    bootable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """All slots of one firmware component. One slot: the device cannot fall back by itself."""
+
+    slots: tuple[Slot, ...]
+
+    @property
+    def active(self) -> Slot | None:
+        return next((slot for slot in self.slots if slot.active), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTraits:
+    """What the engine must know of a session; reported honestly, since safety rules hang on it.
+
+    ``ceiling_bytes_per_s``: what the link can carry at most (115200 8N1: 11520). ``identify_disturbs``: identifying
+    resets or stops the running application, so it happens only inside a job or when an operator asks.
+    ``concurrent``: ``reports()`` may go on while the session is leased.
+    """
+
+    ceiling_bytes_per_s: float
+    slot_count: int = 1
+    concurrent: bool = False
+    identify_disturbs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reported:
+    """One property value that the device reported. ``value`` is JSON; ``unit`` is a UCUM code where it has one."""
+
+    name: str
+    value: JsonValue
+    unit: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """One property value that the device should have; ``version`` rises by one with each change."""
+
+    name: str
+    value: JsonValue
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class HealthCheck:
+    """How to tell that an activated image is good.
+
+    ``kind`` is ``line`` (the application prints a line) or ``property`` (it answers ``query``). ``pattern`` is a regular
+    expression that the text must contain; ``{identifies_as}`` in it has been replaced by the release's signed value.
+    """
+
+    kind: str
+    pattern: str
+    query: str = ""
+    timeout_s: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What the check saw: ``evidence`` is the text that matched, or the last text seen."""
+
+    healthy: bool
+    evidence: str
+
+
+class Phase(StrEnum):
+    """What a progress report counts."""
+
+    COMPARE = "compare"
+    WRITE = "write"
+    VERIFY = "verify"
+    READ_OUT = "read_out"
+
+
+class Progress(Protocol):
+    """Told by a mapper while it works. Never blocks; call it as often as is natural for the protocol (each page)."""
+
+    def __call__(self, phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        """``done_bytes`` of ``total_bytes`` of the phase are done; ``WRITE`` counts bytes that the device acknowledged."""
+        ...
+
+
+class Session(Protocol):
+    """One open connection of a mapper to one device."""
+
+    @property
+    def traits(self) -> SessionTraits: ...
+
+    async def identify(self) -> Identity:
+        """Ask the device who it is; called before any write.
+
+        Raises ``Transient`` (no answer) or ``Permanent`` (another kind of device answered).
+        """
+        ...
+
+    def reports(self) -> AsyncIterator[Reported]:
+        """Property values as they come. Ends, or raises ``Transient``, when the device is gone."""
+        ...
+
+
+@runtime_checkable
+class SupportsDesired(Protocol):
+    """The device takes property values."""
+
+    async def apply(self, desired: Desired) -> Reported:
+        """Set one property and return what the device says now. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class SupportsFirmware(Protocol):
+    """The device takes firmware."""
+
+    async def slots(self) -> Slots:
+        """What the device says NOW."""
+        ...
+
+    async def stage(self, image: Image, progress: Progress) -> None:
+        """Send ``image`` and verify it on the device as far as the protocol can.
+
+        Idempotent; goes on from what the device has. Raises ``Permanent(VERIFY_FAILED)`` where what the device holds
+        afterwards is not the image.
+        """
+        ...
+
+    async def activate(self) -> None:
+        """Boot what was staged; on trial where the device can revert."""
+        ...
+
+
+@runtime_checkable
+class SupportsTrial(Protocol):
+    """The device boots on trial and can go back by itself (two slots)."""
+
+    async def confirm(self) -> None:
+        """Make the running image permanent. Idempotent."""
+        ...
+
+    async def revert(self) -> None:
+        """Go back to the image that ran before. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class SupportsReadBack(Protocol):
+    """The device's flash can be read, so that what it runs can be proved and kept."""
+
+    async def read_flash(self, address: int, length: int, progress: Progress) -> bytes:
+        """``length`` bytes from ``address``, which lies inside the device's flash bounds."""
+        ...
+
+
+@runtime_checkable
+class SupportsHealth(Protocol):
+    """The device's application can be asked whether it is well."""
+
+    async def check_health(self, check: HealthCheck) -> Health:
+        """Run the check; bounded by ``check.timeout_s``. An unhealthy application is a result, not an error."""
+        ...
+
+
+class Link(Protocol):
+    """A shared wire: serial port, CAN bus, broker connection. Its mapper knows its full type."""
+
+    @property
+    def address(self) -> str: ...
+
+    @property
+    def exclusive(self) -> bool:
+        """True where only one session at a time can use the wire (a serial line)."""
+        ...
+
+
+class Env(Protocol):
+    """What a mapper is given. It opens wires through :meth:`link` only, so that they are shared and counted."""
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]: ...
+
+    def link(self, address: str) -> AbstractAsyncContextManager[Link]:
+        """Use the wire ``scheme:rest``: opened by the first user, closed after the last.
+
+        Entering raises ``Transient(LINK_BUSY)`` where an exclusive wire is in use, ``Transient(DEVICE_ABSENT)`` where
+        it cannot be opened, ``Permanent(UNSUPPORTED)`` where no plugin offers the scheme.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpec:
+    """How to open a kind of wire. ``open`` gets the rest of the address, after ``scheme:``."""
+
+    scheme: str
+    open: Callable[[str, Env], AbstractAsyncContextManager[Link]]
+
+
+@dataclass(frozen=True, slots=True)
+class MapperSpec:
+    """A mapper. ``name`` is wire and protocol (``uart-stk500``); ``flash_protocols`` are the values of a release's
+    signed ``flash.protocol`` that this mapper can flash."""
+
+    name: str
+    connect: Callable[[Device, Env], AbstractAsyncContextManager[Session]]
+    parse_config: Callable[[Mapping[str, object]], object]
+    """Raises ``ValueError`` with a useful text: which key, what was found, what is allowed."""
+    flash_protocols: frozenset[str] = frozenset()
+    probe: Callable[[str, Env], Awaitable[Identity | None]] | None = None
+    """Who answers at this address? Disturbs the device; called only when an operator asks."""
+    api_version: int = API_VERSION
+
+
+class HookSpecs:
+    """What a plugin may offer. Called once, at start; must not block."""
+
+    @hookspec
+    def edged_mappers(self) -> Iterable[MapperSpec]:  # type: ignore[empty-body]
+        """The mappers of this plugin."""
+
+    @hookspec
+    def edged_links(self) -> Iterable[LinkSpec]:  # type: ignore[empty-body]
+        """The kinds of wire that this plugin opens."""
