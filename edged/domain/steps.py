@@ -1,0 +1,197 @@
+"""``next_step``: the one decision of the engine, as a pure function of a job's row and the facts of this turn.
+
+The engine does what it says, commits, and asks again. Nothing here knows how a step is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum, auto
+from typing import TypeAlias
+
+from edged.domain.job import Job, State
+from edged.errors import Reason
+
+
+class Do(Enum):
+    """A step with effects. Each is idempotent: a power cut before its commit repeats it."""
+
+    RESOLVE = auto()
+    """Verify the release's metadata and admit it."""
+    FETCH = auto()
+    """Bring the image and its index to this node's disk."""
+    ASK_DEVICE = auto()
+    """Lease the session and ask the device what it is and what it runs."""
+    SECURE_FALLBACK = auto()
+    """Find what the device runs, and keep it on disk."""
+    FETCH_FALLBACK = auto()
+    """Bring the recorded fallback to this node's disk."""
+    STAGE = auto()
+    ACTIVATE = auto()
+    CHECK_HEALTH = auto()
+    """Judge the running image; healthy: confirm it."""
+    REVERT = auto()
+    """Two slots: tell the device to go back."""
+    STAGE_FALLBACK = auto()
+    """One slot: flash the fallback and boot it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A change of state without an effect on the world. ``reason`` is the cause of a refusal, a revert or a failure."""
+
+    to: State
+    event: str
+    reason: Reason | None = None
+    detail: str = ""
+
+
+Step: TypeAlias = Do | Move
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What ends a job that goes nowhere."""
+
+    max_steps: int = 200
+    max_trial_boots: int = 3
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What the device says in this turn. ``runs_new`` is None where it cannot tell."""
+
+    slot_count: int
+    runs_new: bool | None
+    confirmed: bool = True
+    pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What ``next_step`` may look at besides the row. ``device`` is None until it was asked in this turn."""
+
+    now: datetime
+    image_on_disk: bool
+    fallback_on_disk: bool
+    device: View | None = None
+    bounds: Bounds = Bounds()
+
+
+_TOUCHING = frozenset({State.STAGING, State.ACTIVATING, State.VERIFYING})
+
+
+def next_step(job: Job, facts: Facts) -> Step | None:
+    """The next step, or None where the job has ended.
+
+    In this order: an ended job; the bounds and the operator's wish, which win over progress; then the state.
+    """
+    if job.state.ended:
+        return None
+    return _stop(job, facts) or _by_state(job, facts)
+
+
+def _stop(job: Job, facts: Facts) -> Move | None:
+    """Cancellation, deadline and step bound: before the first change an end, after it the way back."""
+    cause = _cause_to_stop(job, facts)
+    if cause is None:
+        return None
+    reason, detail = cause
+    if job.state is State.REVERTING:
+        return Move(State.FAILED, "gave up reverting", Reason.REVERT_FAILED, f"{reason}: {detail}")
+    if job.touched:
+        return Move(State.REVERTING, "revert", reason, detail)
+    cancelled = reason in (Reason.CANCELLED, Reason.SUPERSEDED)
+    return Move(State.CANCELLED if cancelled else State.FAILED, "ended", reason, detail)
+
+
+def _cause_to_stop(job: Job, facts: Facts) -> tuple[Reason, str] | None:
+    reverting = job.state is State.REVERTING
+    if job.cancel is not None and not reverting and can_cancel(job):
+        return job.cancel, "before the device was changed" if not job.touched else "after the device was changed"
+    # reverting is the way to safety: it has as many steps again as the way there
+    if job.steps >= facts.bounds.max_steps * (2 if reverting else 1):
+        return Reason.STEPS_EXHAUSTED, f"{job.steps} steps"
+    if facts.now >= job.deadline:
+        return Reason.DEADLINE_PASSED, f"deadline {job.deadline.isoformat()}"
+    return None
+
+
+def can_cancel(job: Job) -> bool:
+    """False where stopping now would leave a one-slot device between two images with nothing to go back to."""
+    return not (job.touched and job.no_fallback)
+
+
+def _by_state(job: Job, facts: Facts) -> Step:
+    match job.state:
+        case State.QUEUED:
+            return Do.RESOLVE
+        case State.FETCHING:
+            return Move(State.READY, "image on disk") if facts.image_on_disk else Do.FETCH
+        case State.READY | State.STAGING if not facts.image_on_disk:
+            return Do.FETCH
+        case State.READY:
+            return _ready(job, facts)
+        case State.STAGING:
+            return Do.STAGE if facts.device else Do.ASK_DEVICE
+        case State.ACTIVATING:
+            return _activating(job, facts)
+        case State.VERIFYING:
+            return _verifying(job, facts)
+        case _:
+            return _reverting(job, facts)
+
+
+def _ready(job: Job, facts: Facts) -> Step:
+    device = facts.device
+    if device is None:
+        return Do.ASK_DEVICE
+    if device.runs_new and not device.pending:
+        return Move(State.VERIFYING, "runs already")
+    if device.slot_count == 1 and not job.no_fallback:
+        if job.fallback is None:
+            return Do.SECURE_FALLBACK
+        if not facts.fallback_on_disk:
+            return Do.FETCH_FALLBACK
+    return Move(State.STAGING, "staging")
+
+
+def _activating(job: Job, facts: Facts) -> Step:
+    device = facts.device
+    if device is None:
+        return Do.ASK_DEVICE
+    if device.slot_count > 1:
+        if device.runs_new:
+            return Move(State.VERIFYING, "runs on trial")
+        if job.trial_boots and not device.pending and device.runs_new is False:
+            return Move(State.REVERTING, "revert", Reason.DEVICE_REVERTED, "the device tried the image and went back")
+    if job.trial_boots >= facts.bounds.max_trial_boots:
+        return Move(State.REVERTING, "revert", Reason.ATTEMPTS_EXHAUSTED, f"{job.trial_boots} trial boots")
+    return Do.ACTIVATE
+
+
+def _verifying(job: Job, facts: Facts) -> Step:
+    device = facts.device
+    if device is None:
+        return Do.ASK_DEVICE
+    if device.runs_new is False:
+        detail = "the device runs another image than the one it was told to boot"
+        if job.touched:
+            return Move(State.REVERTING, "revert", Reason.DEVICE_REVERTED, detail)
+        return Move(State.FAILED, "ended", Reason.DEVICE_REVERTED, detail)
+    return Do.CHECK_HEALTH
+
+
+def _reverting(job: Job, facts: Facts) -> Step:
+    device = facts.device
+    if device is None:
+        return Do.ASK_DEVICE
+    if device.slot_count > 1:
+        if device.runs_new is False and not device.pending:
+            return Move(State.REVERTED, "reverted", job.reason, job.detail)
+        return Do.REVERT
+    if job.fallback is None:
+        detail = f"{job.detail}; there is no fallback to go back to".lstrip("; ")
+        return Move(State.FAILED, "ended", job.reason, detail)
+    return Do.STAGE_FALLBACK if facts.fallback_on_disk else Do.FETCH_FALLBACK
