@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, Self, cast
 
-from .errors import Reason, Refused
+from edged_firmware.errors import Reason, Refused
 
 FACTS_KEY: Final = "edged"
 FACTS_VERSION: Final = 1
