@@ -1,0 +1,107 @@
+"""The pool of shared wires: opened by the first user, closed after the last, exclusive where the wire is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
+
+from edged.api import Env, Link, LinkSpec
+from edged.errors import EdgedError, Permanent, Reason, Transient
+
+
+@dataclass(slots=True)
+class _Shared:
+    """One open wire. ``holder`` is the task that opened it and will close it: a context manager must be left by the
+    task that entered it, and the first user may be gone long before the last."""
+
+    opened: asyncio.Future[Link]
+    holder: asyncio.Task[None] | None = None
+    users: list[str] = field(default_factory=list)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class LinkPool:
+    """All open wires of this daemon, by address."""
+
+    def __init__(self, specs: Mapping[str, LinkSpec]) -> None:
+        self._specs = specs
+        self._shared: dict[str, _Shared] = {}
+
+    def users(self) -> dict[str, tuple[str, ...]]:
+        """Who uses which address now."""
+        return {address: tuple(shared.users) for address, shared in self._shared.items()}
+
+    @asynccontextmanager
+    async def use(self, address: str, user: str, env: Env) -> AsyncIterator[Link]:
+        """Use the wire at ``address`` as ``user`` (for messages).
+
+        Raises ``Transient(LINK_BUSY)``, whatever opening it raises, or ``Permanent(UNSUPPORTED)``.
+        """
+        shared = self._shared.get(address) or self._open(address, env)
+        shared.users.append(user)
+        try:
+            link = await asyncio.shield(shared.opened)
+            if link.exclusive and len(shared.users) > 1:
+                raise Transient(Reason.LINK_BUSY, f"{address} is in use by {shared.users[0]}")
+            yield link
+        finally:
+            shared.users.remove(user)
+            if not shared.users:
+                await self._close(address, shared)
+
+    def _open(self, address: str, env: Env) -> _Shared:
+        scheme, _, rest = address.partition(":")
+        spec = self._specs.get(scheme)
+        if spec is None:
+            known = ", ".join(sorted(self._specs)) or "none"
+            raise Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r} in {address!r}; links: {known}")
+        shared = _Shared(asyncio.get_running_loop().create_future())
+        shared.holder = asyncio.create_task(_hold(spec, rest, env, shared), name=f"link {address}")
+        self._shared[address] = shared
+        return shared
+
+    async def _close(self, address: str, shared: _Shared) -> None:
+        if self._shared.get(address) is shared:
+            del self._shared[address]
+        shared.done.set()
+        if shared.holder is not None:
+            # the next user may open the wire only when it is really closed, cancelled or not
+            await asyncio.shield(asyncio.wait([shared.holder]))
+
+
+async def _hold(spec: LinkSpec, rest: str, env: Env, shared: _Shared) -> None:
+    try:
+        async with spec.open(rest, env) as link:
+            if not shared.opened.done():
+                shared.opened.set_result(link)
+            await shared.done.wait()
+    except EdgedError as exc:
+        _fail(shared, exc)
+    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        _fail(shared, Permanent(Reason.PLUGIN_FAILED, f"link {spec.scheme}: {exc!r}"))
+
+
+def _fail(shared: _Shared, error: EdgedError) -> None:
+    if not shared.opened.done():
+        shared.opened.set_exception(error)
+        shared.opened.exception()  # a user that was cancelled meanwhile does not ask for it
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceEnv:
+    """The ``Env`` of one user of links: a device's mapper, or a probe."""
+
+    user: str
+    pool: LinkPool
+    log: logging.LoggerAdapter[logging.Logger]
+
+    def link(self, address: str) -> AbstractAsyncContextManager[Link]:
+        return self.pool.use(address, self.user, self)
+
+
+def device_env(user: str, pool: LinkPool) -> DeviceEnv:
+    """An environment whose log lines carry the device's id."""
+    return DeviceEnv(user, pool, logging.LoggerAdapter(logging.getLogger("edged.mapper"), {"device": user}))
