@@ -149,7 +149,7 @@ def test_flash_and_counters_outlive_a_power_cut(tmp_path: Path) -> None:
 
 
 def test_a_page_write_without_an_erase_only_clears_bits(tmp_path: Path) -> None:
-    """stk500boot erases pages counted from 0, wherever it writes: page 1 alone is written over what it held."""
+    """stk500boot erases pages counted from 0, wherever it writes: page 1 is written over what it held."""
     board = STK500BOOT_2560
     with SimulatedAvr(tmp_path, board) as avr:
         avr.power_cut()
@@ -173,7 +173,7 @@ def test_unplugging_ends_the_client_and_not_the_part(tmp_path: Path) -> None:
     with SimulatedAvr(tmp_path, application=build_app(version="1.2.0")) as avr:
         with opened(avr) as line:
             avr.unplug()
-            with pytest.raises(OSError) as caught:  # noqa: PT011
+            with pytest.raises(OSError) as caught:
                 os.write(line, b"x")
             assert caught.value.errno == errno.EIO
             assert not avr.port.exists()
@@ -192,12 +192,12 @@ def test_a_client_that_sends_nothing_leaves_no_byte_on_the_wire(tmp_path: Path) 
 
 
 def test_an_unhealthy_application_never_says_a_line(tmp_path: Path) -> None:
-    with SimulatedAvr(tmp_path, application=build_app(version="6.6.6", healthy=False)) as avr:
-        with opened(avr) as line:
-            assert read_until(line, b"\x1f\x7f\x1f", 3.0) == b"\x1f\x7f\x1f"
-            os.write(line, b"version?\n")
-            ready, _, _ = select.select([line], [], [], 1.2)
-            assert not ready
+    application = build_app(version="6.6.6", healthy=False)
+    with SimulatedAvr(tmp_path, application=application) as avr, opened(avr) as line:
+        assert read_until(line, b"\x1f\x7f\x1f", 3.0) == b"\x1f\x7f\x1f"
+        os.write(line, b"version?\n")
+        ready, _, _ = select.select([line], [], [], 1.2)
+        assert not ready
 
 
 def test_idle_boards_are_cheap(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_versions_differ_in_every_page_of_the_filler() -> None:
 
 
 def test_what_cannot_be_built_says_why() -> None:
-    with pytest.raises(SimulatorError, match="overflow|will not fit|exceeds"):
+    with pytest.raises(SimulatorError, match=r"overflow|will not fit|exceeds"):
         build_app(version="1.0.0", filler_bytes=40_000)
 
 
