@@ -1,7 +1,7 @@
 """Ed25519 keys of the TUF roles: sign, verify, and the PEM files that hold the private halves.
 
-securesystemslib's own signer needs a newer ``cryptography`` than Debian 12 has, and its verifier falls back to
-a slow one written in Python there; these two classes need only 38.0.4. Loads securesystemslib.
+securesystemslib's own signer needs a newer ``cryptography`` than Debian 12 has, and its verifier falls back
+to a slow one written in Python there; these two classes need only 38.0.4. Loads securesystemslib.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def seen_to_json(seen: Seen) -> dict[str, object]:
 class TrustRequest:
     """What to verify, against which root, at what time.
 
-    - ``root``: bytes of the root metadata that the owner installed; the chain of trust starts there each time.
+    - ``root``: bytes of the root metadata that the owner installed, where the chain of trust starts.
     - ``source``: the release repository (the folder that holds ``metadata/``), as an ``http(s)://`` or
       ``file://`` URL or a path; None when there is none at the moment.
     - ``metadata_dir``: the cache; made when it is not there, and safe to lose.
