@@ -6,6 +6,7 @@ or the new one, whenever it looks and wherever the power is cut. Nothing here is
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -337,7 +338,7 @@ def renew_root(
         for role in names
     }
     signers = load_signers(keys_dirs, password)
-    both = Root.from_dict(old.to_dict())
+    both = copy.deepcopy(old)
     for role, its_keys in fresh.items():
         for key in its_keys:
             both.add_key(key, role)
@@ -348,7 +349,7 @@ def renew_root(
     if online:
         state = load_state(folder, _trusted_root(keys_dirs))
         signed_roles += _sign_from(Targets.type, folder, state, signers, now, expiry)
-        only_new = Root.from_dict(both.to_dict())
+        only_new = copy.deepcopy(both)
         _revoke(only_new, online)
         _write_root(folder, only_new, both, signers, now, expiry)
     _keep_trusted_root(folder, keys_dirs)
