@@ -27,6 +27,7 @@ __all__ = [
     "count_by_state_and_reason",
     "due",
     "find",
+    "forget",
     "get",
     "history",
     "last_for",
@@ -199,6 +200,17 @@ def prune(tx: Tx, before: datetime) -> int:
         " AND seq NOT IN (SELECT max(seq) FROM job WHERE state IN ('succeeded', 'reverted')"
         " GROUP BY device, component)",
         [to_text(before)],
+    ).rowcount
+
+
+def forget(tx: Tx, device: str) -> int:
+    """Remove the ended jobs of a device that is configured no longer; returns how many.
+
+    Nothing pins what it ran any more. Its release floors stay.
+    """
+    return tx.db.execute(
+        "DELETE FROM job WHERE device = ? AND state IN ('succeeded', 'failed', 'cancelled', 'reverted')",
+        [device],
     ).rowcount
 
 

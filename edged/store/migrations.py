@@ -138,7 +138,55 @@ CREATE TABLE outbox_consumer (
 ) STRICT;
 """
 
-MIGRATIONS: Final = (Migration(1, _V1),)
+_V2: Final = """
+CREATE TABLE artifact (
+    sha256 TEXT PRIMARY KEY CHECK (length(sha256) = 64 AND sha256 NOT GLOB '*[^0-9a-f]*'),
+    size_bytes INTEGER NOT NULL CHECK (size_bytes >= 0),
+    kind TEXT NOT NULL CHECK (kind <> ''),
+    source TEXT NOT NULL,
+    created TEXT NOT NULL,
+    last_used TEXT NOT NULL
+) STRICT;
+
+CREATE TABLE release_floor (
+    device TEXT NOT NULL CHECK (device <> ''),
+    component TEXT NOT NULL CHECK (component <> ''),
+    counter INTEGER NOT NULL CHECK (counter >= 0),
+    release TEXT NOT NULL,
+    time TEXT NOT NULL,
+    PRIMARY KEY (device, component)
+) STRICT;
+CREATE TRIGGER release_floor_rises BEFORE UPDATE ON release_floor
+    WHEN NEW.counter < OLD.counter OR NEW.device <> OLD.device OR NEW.component <> OLD.component
+BEGIN SELECT RAISE(ABORT, 'a release floor only rises'); END;
+CREATE TRIGGER release_floor_stays BEFORE DELETE ON release_floor
+BEGIN SELECT RAISE(ABORT, 'a release floor cannot be removed'); END;
+
+CREATE TABLE seen_role (
+    role TEXT PRIMARY KEY CHECK (role <> ''),
+    version INTEGER NOT NULL CHECK (version >= 0),
+    keyids TEXT NOT NULL CHECK (json_valid(keyids)),
+    time TEXT NOT NULL
+) STRICT;
+CREATE TRIGGER seen_role_rises BEFORE UPDATE ON seen_role
+    WHEN NEW.version < OLD.version AND NOT EXISTS (
+        SELECT 1 FROM json_each(OLD.keyids) WHERE value NOT IN (SELECT value FROM json_each(NEW.keyids)))
+BEGIN SELECT RAISE(ABORT, 'a seen version only rises while the role keeps its keys'); END;
+CREATE TRIGGER seen_role_stays BEFORE DELETE ON seen_role
+BEGIN SELECT RAISE(ABORT, 'a seen version cannot be removed'); END;
+
+CREATE TABLE meta (
+    key TEXT PRIMARY KEY CHECK (key <> ''),
+    value TEXT NOT NULL
+) STRICT;
+CREATE TRIGGER meta_time_rises BEFORE UPDATE ON meta
+    WHEN OLD.key = 'time_floor' AND (NEW.key <> OLD.key OR NEW.value < OLD.value)
+BEGIN SELECT RAISE(ABORT, 'the time floor only rises'); END;
+CREATE TRIGGER meta_time_stays BEFORE DELETE ON meta WHEN OLD.key = 'time_floor'
+BEGIN SELECT RAISE(ABORT, 'the time floor cannot be removed'); END;
+"""
+
+MIGRATIONS: Final = (Migration(1, _V1), Migration(2, _V2))
 
 
 def latest() -> int:

@@ -9,7 +9,6 @@ that is gone cannot fill the disk, because :func:`trim` holds an upper bound. Wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
