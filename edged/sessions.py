@@ -38,6 +38,14 @@ class _Loan:
     returned: asyncio.Future[bool]
 
 
+@dataclass(eq=False, slots=True)
+class Lease:
+    """The session, lent. Set ``intact`` to False where the state of the wire is unknown: the unit then connects anew."""
+
+    session: Session
+    intact: bool = True
+
+
 class DeviceUnit:
     """The owner of one device's session.
 
@@ -77,7 +85,7 @@ class DeviceUnit:
         self._wanted.set()
 
     @asynccontextmanager
-    async def lease(self, timeout_s: float) -> AsyncIterator[Session]:
+    async def lease(self, timeout_s: float) -> AsyncIterator[Lease]:
         """Have the session to yourself.
 
         Raises ``Transient(LINK_BUSY)`` after ``timeout_s``, or what connecting raised. A body that ends with an error
@@ -90,9 +98,9 @@ class DeviceUnit:
         self.unit.wake()
         intact = False
         try:
-            session = await self._granted(loan, timeout_s)
-            yield session
-            intact = True
+            lease = Lease(await self._granted(loan, timeout_s))
+            yield lease
+            intact = lease.intact
         finally:
             if loan in self._loans:
                 self._loans.remove(loan)

@@ -1,0 +1,139 @@
+"""The loop: reconcile, claim what is due, run several devices at once, sleep until something happens.
+
+Claiming is by state: a job that a power cut interrupted is simply due again. There is no recovery mode.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from edged.domain.job import Job
+from edged.engine.reconciler import reconcile_device
+from edged.engine.runner import JobRunner, Workshop
+from edged.errors import EdgedError
+from edged.sessions import Sessions
+from edged.store import jobs
+
+log = logging.getLogger(__name__)
+
+_LONGEST_SLEEP_S = 60.0
+_STORE_PAUSE_S = 5.0
+
+
+class Engine:
+    """Runs jobs until it is cancelled. Rows stay as they are then, and the next life goes on from them."""
+
+    def __init__(self, shop: Workshop, sessions: Sessions) -> None:
+        self._shop = shop
+        self._sessions = sessions
+        self._running: dict[str, JobRunner] = {}
+        self._dirty: set[str] = {unit.device.id for unit in sessions.all()}
+        self._wake = asyncio.Event()
+        self.turns = 0
+
+    @property
+    def running(self) -> tuple[Job, ...]:
+        return tuple(runner.job for runner in self._running.values())
+
+    def device_changed(self, device: str) -> None:
+        """The twin of ``device`` has changed: look whether it wants a job."""
+        self._dirty.add(device)
+        self._wake.set()
+
+    def job_changed(self, job: Job) -> None:
+        """Somebody else changed a row: its runner looks at it now."""
+        runner = self._running.get(job.device)
+        if runner is not None:
+            runner.stop.set()
+        self._wake.set()
+
+    async def ping(self) -> None:
+        """Returns after the loop has taken a whole turn; the watchdog's proof that it lives."""
+        turns = self.turns
+        while self.turns == turns:
+            self._wake.set()
+            await asyncio.sleep(0.02)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                self._wake.clear()
+                pause = await self._turn(group)
+                self.turns += 1
+                await self._sleep(pause)
+
+    async def _turn(self, group: asyncio.TaskGroup) -> float:
+        """One look at the store; returns the seconds until the next."""
+        try:
+            await self._reconcile()
+            for job in await self._due():
+                self._start(group, job)
+            return await self._until_due()
+        except EdgedError as exc:
+            # the disk is full, locked or damaged: jobs keep their rows, and a later turn tries again
+            log.warning("store not usable now", extra={"reason": exc.reason.value, "detail": exc.detail})
+            return _STORE_PAUSE_S
+
+    async def _reconcile(self) -> None:
+        """All devices that changed, in one transaction: thousands may at start."""
+        settings, devices = self._shop.settings, sorted(self._dirty)
+        if not devices:
+            return
+        self._dirty.clear()
+        try:
+            changed = await self._shop.store.write(
+                lambda tx: [reconcile_device(tx, device, settings) for device in devices]
+            )
+        except EdgedError:
+            self._dirty.update(devices)
+            raise
+        for job in changed:
+            if job is not None:
+                self.job_changed(job)
+
+    async def _due(self) -> Iterable[Job]:
+        now, running = self._shop.clock.now(), set(self._running)
+        free = self._shop.settings.parallel_jobs - len(running)
+        if free <= 0:
+            return ()
+        found = await self._shop.store.read(lambda tx: jobs.due(tx, now, free + len(running)))
+        known = {unit.device.id for unit in self._sessions.all()}
+        return [job for job in found if job.device in known and job.device not in running][:free]
+
+    def _start(self, group: asyncio.TaskGroup, job: Job) -> None:
+        runner = JobRunner(self._shop, self._sessions[job.device], job)
+        self._running[job.device] = runner
+        task = group.create_task(_run(runner), name=f"job {job.id}")
+        task.add_done_callback(lambda _: self._ended(job.device))
+
+    def _ended(self, device: str) -> None:
+        del self._running[device]
+        self.device_changed(device)
+
+    async def _until_due(self) -> float:
+        running = set(self._running)
+        if len(running) >= self._shop.settings.parallel_jobs:
+            return _LONGEST_SLEEP_S
+        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, besides=running))
+        if due is None:
+            return _LONGEST_SLEEP_S
+        return min(max((due - self._shop.clock.now()).total_seconds(), 0.01), _LONGEST_SLEEP_S)
+
+    async def _sleep(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+
+async def _run(runner: JobRunner) -> None:
+    """What a runner lets through is the store's: it cannot say so in the row, so it says it in the log and waits."""
+    try:
+        await runner.run()
+    except EdgedError as exc:
+        fields = {"job": runner.job.id, "reason": exc.reason.value, "detail": exc.detail}
+        log.warning("job interrupted by the store", extra=fields)
+        await asyncio.sleep(_STORE_PAUSE_S)

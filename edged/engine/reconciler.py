@@ -1,0 +1,82 @@
+"""Wishes to jobs: applies ``domain.reconcile`` to a device, in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from edged.api import JsonValue
+from edged.config import EngineSettings
+from edged.domain.job import Job
+from edged.domain.reconcile import FIRMWARE, CancelJob, MakeJob, reconcile
+from edged.engine.ids import ulid
+from edged.errors import Permanent, Reason
+from edged.store import audit, jobs, outbox, twins
+from edged.store.database import Tx
+
+
+def reconcile_device(tx: Tx, device: str, settings: EngineSettings) -> Job | None:
+    """Compare ``device``'s desired and reported firmware and do what follows; returns the job made or changed."""
+    twin = twins.get(tx, device)
+    desired = twin.desired.get(FIRMWARE)
+    active = jobs.active_for(tx, device, FIRMWARE)
+    last = jobs.last_for(tx, device, FIRMWARE, desired.version) if desired and active is None else None
+    match reconcile(desired, twin.reported.get(FIRMWARE), active, last, settings.max_runs):
+        case MakeJob() as wish:
+            return _make(tx, device, wish, settings)
+        case CancelJob() as wish:
+            return cancel(tx, wish.job, wish.reason, "engine")
+    return None
+
+
+def retry(tx: Tx, job: Job, actor: str, settings: EngineSettings) -> Job:
+    """A new run of an ended job.
+
+    Raises ``Permanent(UNSUPPORTED)`` where it has not ended, or another wish came after it.
+    """
+    desired = twins.get(tx, job.device).desired.get(job.component)
+    if not job.state.ended:
+        raise Permanent(Reason.UNSUPPORTED, f"job {job.id} is {job.state}; only an ended job can be retried")
+    if desired is None or desired.version != job.desired_version:
+        raise Permanent(Reason.SUPERSEDED, f"{job.device} should run something else by now; use edged deploy")
+    last = jobs.last_for(tx, job.device, job.component, job.desired_version)
+    run = (last.run if last else job.run) + 1
+    return _make(tx, job.device, MakeJob(job.release, job.desired_version, run, actor), settings, retry_of=job.id)
+
+
+def cancel(tx: Tx, job: Job, reason: Reason, actor: str) -> Job:
+    """Ask for the end of an active job; it goes back first where the device was changed. Idempotent."""
+    if job.cancel is not None or job.state.ended:
+        return job
+    saved = jobs.advance(tx, job, replace(job, cancel=reason, waiting=None), "cancel requested", actor)
+    audit.append(tx, actor, "job.cancel", {"job": job.id, "device": job.device, "reason": reason.value})
+    return saved
+
+
+def _make(
+    tx: Tx, device: str, wish: MakeJob, settings: EngineSettings, *, retry_of: str | None = None
+) -> Job:
+    job = Job(
+        id=ulid(tx.now),
+        device=device,
+        component=FIRMWARE,
+        release=wish.release,
+        desired_version=wish.desired_version,
+        run=wish.run,
+        source=wish.source,
+        created=tx.now,
+        updated=tx.now,
+        deadline=tx.now + timedelta(seconds=settings.deadline_s),
+        retry_of=retry_of,
+    )
+    jobs.add(tx, job)
+    data: dict[str, JsonValue] = {
+        "job": job.id,
+        "device": device,
+        "release": job.release,
+        "run": job.run,
+        "source": job.source,
+    }
+    audit.append(tx, wish.source, "job.created", data)
+    outbox.put(tx, "job", device, job.id, {**data, "state": job.state.value}, f"{job.id}:0")
+    return job

@@ -1,0 +1,564 @@
+"""One job, taken as far as it goes now: to an end, or to a wait.
+
+Each turn asks ``domain.steps.next_step``, does what it says, and commits. There is no state here that a power cut could
+lose: the row has it, or the device is asked again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import TypeVar
+
+from edged.api import (
+    Device,
+    Image,
+    JsonValue,
+    Session,
+    Slots,
+    SupportsFirmware,
+    SupportsHealth,
+    SupportsReadBack,
+    SupportsTrial,
+)
+from edged.clock import Clock
+from edged.config import EngineSettings, Model
+from edged.domain import admission, retry
+from edged.domain.job import Fallback, Job, State
+from edged.domain.reconcile import firmware_value, release_of
+from edged.domain.steps import Bounds, Do, Facts, Move, View, next_step
+from edged.engine.events import Broadcast
+from edged.engine.images import ImageKey, Images
+from edged.engine.observer import Observer
+from edged.engine.transfer import Checkpoints, Meter, Status
+from edged.engine.trust import Trust
+from edged.errors import Permanent, Reason, Refused, Transient
+from edged.sessions import DeviceUnit, Lease, plugin_call
+from edged.store import audit, floors, jobs, outbox, twins
+from edged.store.database import Store, Tx
+from edged_firmware.facts import VerifiedRelease
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Effect = Callable[[Tx], object]
+
+_BAD_BYTES = frozenset({Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH})
+
+
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What every runner works with; built once by the composition root.
+
+    ``sign`` signs the audit head at the end of each job.
+    """
+
+    store: Store
+    clock: Clock
+    trust: Trust
+    images: Images
+    models: Mapping[str, Model]
+    settings: EngineSettings
+    observer: Observer
+    broadcast: Broadcast
+    sign: Callable[[bytes], bytes]
+
+
+class JobRunner:
+    """Takes one job as far as it goes. ``stop`` set from outside: somebody changed the row, look at it now."""
+
+    def __init__(self, shop: Workshop, unit: DeviceUnit, job: Job) -> None:
+        self._shop = shop
+        self._unit = unit
+        self._job = job
+        self._model = shop.models[unit.device.model]
+        self._lease: Lease | None = None
+        self._view: View | None = None
+        self._sound: set[ImageKey] = set()
+        self._progressed = False
+        self._stack = AsyncExitStack()
+        self.stop = asyncio.Event()
+
+    @property
+    def job(self) -> Job:
+        return self._job
+
+    async def run(self) -> Job:
+        """Until the job has ended or waits; returns the row as it is then."""
+        async with self._stack:
+            while await self._turn():
+                pass
+        return self._job
+
+    async def _turn(self) -> bool:
+        """One step, or what an error leads to; False where there is nothing more to do now."""
+        try:
+            try:
+                return await self._step()
+            except jobs.Conflict:
+                raise
+            except Transient as exc:
+                await self._give_back()
+                return await self._try_again(exc)
+            except (Permanent, Refused) as exc:
+                await self._give_back()
+                await self._stop_for(exc)
+                return True
+        except jobs.Conflict:
+            return await self._reload()
+
+    async def _step(self) -> bool:
+        step = next_step(self._job, await self._facts())
+        if step is None:
+            return False
+        if isinstance(step, Move):
+            await self._move(step)
+        else:
+            # in memory: the next commit brings the count to disk; a cut before it repeats an idempotent step
+            self._job = replace(self._job, steps=self._job.steps + 1, waiting=None)
+            await self._DOES[step](self)
+        return True
+
+    async def _give_back(self) -> None:
+        """After an error nobody knows the state of the wire: what follows begins with a fresh session."""
+        if self._lease is not None:
+            self._lease.intact = False
+        self._lease = self._view = None
+        await self._stack.aclose()
+
+    # -- facts
+
+    @property
+    def _device(self) -> Device:
+        return self._unit.device
+
+    @property
+    def _release(self) -> VerifiedRelease:
+        assert self._job.verified is not None, "queued is left only with a verified release"
+        return VerifiedRelease.from_json(json.loads(self._job.verified))
+
+    @property
+    def _image_key(self) -> ImageKey:
+        return ImageKey.of_release(self._release)
+
+    async def _facts(self) -> Facts:
+        job = self._job
+        image = job.verified is not None and await self._is_sound(self._image_key)
+        fallback = job.fallback is not None and await self._is_sound(ImageKey.of_fallback(job.fallback))
+        settings = self._shop.settings
+        return Facts(
+            now=self._shop.clock.now(),
+            image_on_disk=image,
+            fallback_on_disk=fallback,
+            device=self._view,
+            bounds=Bounds(settings.max_steps, settings.max_trial_boots),
+        )
+
+    async def _is_sound(self, key: ImageKey) -> bool:
+        """On disk and whole. Every byte is hashed once per run of the job; each chunk is checked again when it is read."""
+        if key not in self._sound and await self._shop.images.verify(key):
+            self._sound.add(key)
+        return key in self._sound
+
+    # -- commits
+
+    async def _commit(self, new: Job, event: str, *effects: Effect, detail: str = "") -> None:
+        """Row, history, audit, outbox and whatever hangs on them: one transaction."""
+        old = self._job
+
+        def change(tx: Tx) -> Job:
+            saved = jobs.advance(tx, old, new, event, detail)
+            data = _summary(saved, event, detail)
+            audit.append(tx, "engine", f"job.{event.replace(' ', '_')}", data)
+            outbox.put(tx, "job", saved.device, saved.id, data, f"{saved.id}:{saved.revision}")
+            for effect in effects:
+                effect(tx)
+            if saved.state.ended:
+                audit.sign_head(tx, self._shop.sign)
+            return saved
+
+        self._job = await self._shop.store.write(change)
+        self._shop.broadcast.send(_summary(self._job, event, detail))
+        log.info("job %s", event, extra=_log_fields(self._job, detail))
+        if self._job.state.ended:
+            self._shop.observer.job_ended(self._job.state, self._job.reason)
+
+    async def _move(self, move: Move, *effects: Effect) -> None:
+        job = replace(
+            self._job,
+            state=move.to,
+            waiting=None,
+            attempts=0,
+            steps=self._job.steps + 1,
+            reason=move.reason,
+            detail=move.detail,
+        )
+        match move.to:
+            case State.STAGING:
+                # intent first: from here on nobody knows what the device runs until it is proved again
+                job = replace(job, touched=True, done_bytes=0)
+                effects += (self._report(None, "job"),)
+            case State.REVERTING:
+                deadline = self._shop.clock.now() + timedelta(seconds=self._shop.settings.deadline_s)
+                job = replace(job, deadline=deadline, done_bytes=0)
+            case State.REVERTED:
+                effects += (self._report(self._fallback_release(), "fallback"),)
+        self._view = None if move.to is not State.STAGING else self._view
+        await self._commit(job, move.event, *effects, detail=move.detail)
+
+    def _fallback_release(self) -> str | None:
+        return self._job.fallback.release if self._job.fallback else None
+
+    def _report(self, release: str | None, source: str) -> Effect:
+        value = firmware_value(release) if release else None
+        device, component = self._job.device, self._job.component
+        return lambda tx: twins.set_reported(tx, device, component, value, source)
+
+    async def _reload(self) -> bool:
+        """Somebody changed the row: take theirs, and decide anew."""
+        job_id = self._job.id
+        fresh = await self._shop.store.read(lambda tx: jobs.get(tx, job_id))
+        if fresh is None:
+            return False
+        self._job = fresh
+        self.stop.clear()
+        return not fresh.state.ended
+
+    # -- what an error leads to
+
+    async def _try_again(self, error: Transient) -> bool:
+        job, settings = self._job, self._shop.settings
+        policy = retry.RetryPolicy(settings.max_attempts, settings.first_backoff_s, settings.longest_backoff_s)
+        verdict = retry.decide(
+            policy, job.attempts, error, self._shop.clock.now(), progressed=self._progressed
+        )
+        self._progressed = False
+        if isinstance(verdict, retry.Exhausted):
+            text = f"{verdict.attempts} attempts; the last: {error}"
+            await self._stop_for(Permanent(Reason.ATTEMPTS_EXHAUSTED, text))
+            return True
+        waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting)
+        await self._commit(waiting, "waiting", detail=str(error))
+        return False
+
+    async def _stop_for(self, error: Permanent | Refused) -> None:
+        """Before the first change an end; after it the way back; while reverting the end that says so."""
+        job = self._job
+        if job.state is State.REVERTING:
+            text = f"{error}; the revert was for {job.reason}: {job.detail}"
+            await self._move(Move(State.FAILED, "ended", Reason.REVERT_FAILED, text))
+        elif job.touched:
+            await self._move(Move(State.REVERTING, "revert", error.reason, error.detail))
+        else:
+            await self._move(Move(State.FAILED, "ended", error.reason, error.detail))
+
+    # -- steps
+
+    async def _resolve(self) -> None:
+        release = await self._shop.trust.resolve(self._job.release)
+        counters = await self._shop.store.read(lambda tx: floors.counters(tx, self._device.id))
+        known = admission.Admission(
+            device=self._device,
+            floor=counters.get(self._job.component, 0),
+            component_counters=counters,
+            flash_protocols=self._unit.spec.flash_protocols,
+        )
+        admission.admit(release.facts, known)
+        job = replace(
+            self._job,
+            state=State.FETCHING,
+            verified=json.dumps(release.to_json(), sort_keys=True),
+            total_bytes=release.image.length,
+        )
+        await self._commit(job, "admitted", detail=f"release counter {release.facts.release_counter}")
+
+    async def _fetch(self) -> None:
+        await self._shop.images.fetch(self._release, self._tick_fetch)
+        async with self._shop.images.open(self._image_key) as image:
+            admission.check_bounds(self._device, image.segments)
+
+    def _tick_fetch(self, done_bytes: int, total_bytes: int) -> None:
+        self._send_progress("fetch", done_bytes, total_bytes, None)
+
+    async def _ask_device(self) -> None:
+        session, slots = await self._firmware_session()
+        firmware = await plugin_call(slots.slots())
+        active = firmware.active
+        self._view = View(
+            slot_count=session.traits.slot_count,
+            runs_new=self._compare(firmware),
+            confirmed=active.confirmed if active else True,
+            pending=any(slot.pending for slot in firmware.slots),
+        )
+
+    def _compare(self, slots: Slots) -> bool | None:
+        active = slots.active
+        if active is None or active.runs is None:
+            return None
+        return active.runs == self._release.facts.identifies_as
+
+    async def _firmware_session(self) -> tuple[Session, SupportsFirmware]:
+        session = self._lease.session if self._lease else await self._connect()
+        if not isinstance(session, SupportsFirmware):
+            raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} does not flash firmware")
+        return session, session
+
+    async def _connect(self) -> Session:
+        """Borrow the session for the rest of this run, and make sure who is there before anything is written."""
+        lease = self._lease = await self._stack.enter_async_context(self._unit.lease(self._shop.settings.lease_s))
+        session = lease.session
+        identity = await plugin_call(session.identify())
+        admission.check_identity(self._device, self._release.facts.hardware_ids, identity)
+        if self._model.health is not None and not isinstance(session, SupportsHealth):
+            raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} has no health check")
+        return session
+
+    async def _secure_fallback(self) -> None:
+        """One slot: what runs now must be on this node's disk before the first erase."""
+        session, _ = await self._firmware_session()
+        known = await self._known_release()
+        if isinstance(session, SupportsReadBack) and self._device.flash_size_bytes is not None:
+            await self._read_out(session, known)
+        elif known is not None:
+            await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "by record")
+        elif self._model.policy.without_fallback:
+            await self._commit(replace(self._job, no_fallback=True), "no fallback", detail="allowed by policy")
+        else:
+            raise Refused(
+                Reason.NO_FALLBACK,
+                f"nobody knows what {self._device.id} runs and its flash cannot be read, so there is no way back",
+            )
+
+    async def _known_release(self) -> VerifiedRelease | None:
+        """What our record says that the device runs, where its image can still be had."""
+        twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
+        reported = twin.reported.get(self._job.component)
+        release = release_of(reported.value) if reported else None
+        if release is None:
+            return None
+        try:
+            known = await self._shop.trust.known(release)
+            await self._shop.images.fetch(known, self._tick_fetch)
+        except (Refused, Transient) as exc:
+            log.info("fallback not to be had", extra=_log_fields(self._job, f"{release}: {exc}"))
+            return None
+        return known
+
+    async def _read_out(self, session: SupportsReadBack, known: VerifiedRelease | None) -> None:
+        """The flash is the truth: it confirms our record, or is kept itself."""
+        device = self._device
+        assert device.flash_size_bytes is not None
+        meter = self._meter(session)
+        flash = await self._watched(
+            meter, plugin_call(session.read_flash(device.flash_base, device.flash_size_bytes, meter))
+        )
+        if flash is None:
+            return
+        if await self._holds(flash, self._image_key):
+            await self._move(Move(State.VERIFYING, "runs already", None, "its flash holds the release"))
+        elif known is not None and await self._holds(flash, ImageKey.of_release(known)):
+            await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "proved by read-back")
+        elif flash.count(0xFF) == len(flash):
+            await self._commit(replace(self._job, no_fallback=True), "no fallback", detail="the device is blank")
+        else:
+            key = await self._shop.images.keep([(device.flash_base, flash)], f"flash of {device.id}")
+            await self._commit_fallback(key, None, f"{len(flash)} bytes read out")
+
+    async def _holds(self, flash: bytes, key: ImageKey) -> bool:
+        base = self._device.flash_base
+        async with self._shop.images.open(key) as image:
+            for number, segment in enumerate(image.segments):
+                start = segment.address - base
+                if start < 0 or flash[start : start + segment.length] != await image.read(number, 0, segment.length):
+                    return False
+        return True
+
+    async def _commit_fallback(self, key: ImageKey, release: str | None, detail: str) -> None:
+        fallback = Fallback(key.image_sha256, key.index_sha256, key.opaque, release)
+        text = f"{release or 'read-out'}, {detail}"
+        await self._commit(replace(self._job, fallback=fallback), "fallback secured", detail=text)
+
+    async def _fetch_fallback(self) -> None:
+        """The recorded fallback was damaged on disk: only a release can be had again."""
+        fallback = self._job.fallback
+        assert fallback is not None
+        if fallback.release is None:
+            raise Permanent(Reason.NO_FALLBACK, "the flash that was read out is damaged on disk")
+        await self._shop.images.fetch(await self._shop.trust.known(fallback.release), self._tick_fetch)
+
+    async def _stage(self) -> None:
+        if await self._send(self._image_key):
+            await self._move(Move(State.ACTIVATING, "staged", detail=self._transferred))
+
+    async def _send(self, key: ImageKey) -> bool:
+        """Stage the image ``key`` on the device; False where it was interrupted from outside."""
+        session, firmware = await self._firmware_session()
+        meter = self._meter(session)
+        try:
+            async with self._shop.images.open(key) as image:
+                staged = await self._watched(meter, self._staging(firmware, image, meter))
+        except Refused as exc:
+            if exc.reason not in _BAD_BYTES:
+                raise
+            # the disk failed, not the publisher: what was verified when it came is fetched again
+            self._sound.discard(key)
+            await self._shop.images.discard(key)
+            raise Transient(Reason.STORAGE_FAILED, f"the image on disk is damaged: {exc.detail}") from exc
+        finally:
+            self._account(session, meter)
+        return bool(staged)
+
+    async def _staging(self, firmware: SupportsFirmware, image: Image, meter: Meter) -> bool:
+        await plugin_call(firmware.stage(image, meter))
+        return True
+
+    @property
+    def _transferred(self) -> str:
+        return f"{self._job.total_bytes} bytes"
+
+    async def _activate(self) -> None:
+        _, firmware = await self._firmware_session()
+        booting = replace(self._job, trial_boots=self._job.trial_boots + 1)
+        await self._commit(booting, "booting", detail=f"trial boot {booting.trial_boots}")
+        await plugin_call(firmware.activate())
+        await self._move(Move(State.VERIFYING, "booted"))
+
+    async def _check_health(self) -> None:
+        session, _ = await self._firmware_session()
+        release = self._release
+        evidence = "no health check is configured"
+        if self._model.health is not None:
+            assert isinstance(session, SupportsHealth)
+            check = self._model.health.check(release.facts.identifies_as)
+            health = await plugin_call(session.check_health(check))
+            evidence = health.evidence
+            if not health.healthy:
+                raise Permanent(Reason.HEALTH_FAILED, f"expected {check.pattern!r}, saw {evidence!r}")
+        if isinstance(session, SupportsTrial):
+            await plugin_call(session.confirm())
+        await self._succeed(release, evidence)
+
+    async def _succeed(self, release: VerifiedRelease, evidence: str) -> None:
+        device, component = self._job.device, self._job.component
+        counter = release.facts.release_counter
+        await self._move(
+            Move(State.SUCCEEDED, "succeeded", detail=evidence),
+            self._report(str(release.ref), "health" if self._model.health else "record"),
+            lambda tx: floors.raise_to(tx, device, component, counter, str(release.ref)),
+        )
+
+    async def _revert(self) -> None:
+        session, _ = await self._firmware_session()
+        if not isinstance(session, SupportsTrial):
+            raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert")
+        await plugin_call(session.revert())
+        await self._ask_device()
+        if self._view is not None and self._view.runs_new:
+            raise Transient(Reason.DEVICE_ERROR, "the device still runs the image that it was told to leave")
+
+    async def _stage_fallback(self) -> None:
+        fallback = self._job.fallback
+        assert fallback is not None
+        _, firmware = await self._firmware_session()
+        if await self._send(ImageKey.of_fallback(fallback)):
+            await plugin_call(firmware.activate())
+            await self._move(Move(State.REVERTED, "reverted", self._job.reason, self._job.detail))
+
+    _DOES: dict[Do, Callable[[JobRunner], Awaitable[None]]] = {
+        Do.RESOLVE: _resolve,
+        Do.FETCH: _fetch,
+        Do.ASK_DEVICE: _ask_device,
+        Do.SECURE_FALLBACK: _secure_fallback,
+        Do.FETCH_FALLBACK: _fetch_fallback,
+        Do.STAGE: _stage,
+        Do.ACTIVATE: _activate,
+        Do.CHECK_HEALTH: _check_health,
+        Do.REVERT: _revert,
+        Do.STAGE_FALLBACK: _stage_fallback,
+    }
+
+    # -- transfers
+
+    def _meter(self, session: Session | SupportsReadBack) -> Meter:
+        settings = self._shop.settings
+        return Meter(
+            self._shop.clock,
+            settings.stall_s,
+            Checkpoints(settings.checkpoint_bytes, settings.checkpoint_s),
+            observe_write=self._shop.observer.chunk_written,
+        )
+
+    async def _watched(self, meter: Meter, call: Awaitable[T]) -> T | None:
+        """The result of ``call``; None where the row was changed meanwhile, which is then read again."""
+        result = await meter.watch(call, checkpoint=self._checkpoint, tick=self._tick, stop=self.stop)
+        if result is None and self.stop.is_set():
+            await self._reload()
+        return result
+
+    async def _checkpoint(self, status: Status) -> None:
+        job, done, total = self._job, status.done_bytes, status.total_bytes
+        if done <= job.done_bytes:
+            return
+        self._progressed = True
+        self._job = await self._shop.store.write(lambda tx: jobs.checkpoint(tx, job, done, total))
+
+    def _tick(self, status: Status) -> None:
+        self._send_progress(status.phase.value, status.done_bytes, status.total_bytes, status.bytes_per_s)
+
+    def _send_progress(self, phase: str, done: int, total: int, speed: float | None) -> None:
+        self._shop.broadcast.send(
+            {
+                "kind": "progress",
+                "job": self._job.id,
+                "device": self._job.device,
+                "state": self._job.state.value,
+                "phase": phase,
+                "done_bytes": done,
+                "total_bytes": total,
+                "bytes_per_s": speed,
+            }
+        )
+
+    def _account(self, session: Session, meter: Meter) -> None:
+        """What the transfer moved, for the metrics and for the count of attempts."""
+        if meter.reached_bytes > self._job.done_bytes:
+            self._progressed = True
+            self._job = replace(self._job, done_bytes=meter.reached_bytes)
+        observer, device = self._shop.observer, self._job.device
+        observer.sent(device, meter.written_bytes)
+        if meter.written_bytes and meter.write_seconds > 0:
+            speed = meter.written_bytes / meter.write_seconds
+            observer.utilisation(device, speed / session.traits.ceiling_bytes_per_s)
+
+
+def _summary(job: Job, event: str, detail: str) -> dict[str, JsonValue]:
+    """What history, audit, outbox and watchers are told of a change."""
+    return {
+        "kind": "job",
+        "event": event,
+        "job": job.id,
+        "device": job.device,
+        "component": job.component,
+        "release": job.release,
+        "state": job.state.value,
+        "reason": job.reason.value if job.reason else None,
+        "waiting": job.waiting.reason.value if job.waiting else None,
+        "detail": detail,
+    }
+
+
+def _log_fields(job: Job, detail: str) -> dict[str, object]:
+    return {
+        "job": job.id,
+        "device": job.device,
+        "release": job.release,
+        "state": job.state.value,
+        "reason": job.reason.value if job.reason else "",
+        "detail": detail,
+    }
+
