@@ -64,8 +64,7 @@ _CANNOT: Final = frozenset(
     }
 )
 _BUSY: Final = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL})
-# After these nobody knows what the disk holds: to write on would make it worse.
-_LATCHING: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_IOERR_FSYNC})
+_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -135,9 +134,10 @@ class Store:
         try:
             yield cls(path, writer, reader, opened.reason)
         finally:
-            for thread in (reader, writer):
-                if thread is not None:
-                    await thread.close()
+            threads = [thread for thread in (reader, writer) if thread is not None]
+            for thread in threads:
+                thread.stop()
+            await asyncio.shield(asyncio.gather(*(thread.ended() for thread in threads)))
 
     @property
     def path(self) -> Path:
@@ -209,35 +209,51 @@ class _Thread:
         self._loop = loop
         self._path = path
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._unanswered: list[_Work] = []
         self._stopped = False
+        self._stopping = threading.Lock()
         # a daemon thread: an idle store must not keep a process alive that ended by a bug
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, fn: Callable[[Tx], _T] | None) -> asyncio.Future[_T]:
         """Queue ``fn``; called on the event loop."""
-        future: asyncio.Future[_T] = self._loop.create_future()
-        if self._stopped or not self._thread.is_alive():
-            future.set_exception(Permanent(Reason.STORAGE_FAILED, f"{self._path} is closed"))
-        else:
-            self._queue.put(_Work(fn, future))
-        return future
+        work = _Work(fn, self._loop.create_future())
+        with self._stopping:
+            if self._stopped:
+                work.future.set_exception(Permanent(Reason.STORAGE_FAILED, f"{self._path} is closed"))
+            else:
+                self._queue.put(work)
+        return work.future
 
-    async def close(self) -> None:
-        """Finish what is queued, close the connection, end the thread; not stopped by a cancellation."""
-        self._stopped = True
-        self._queue.put(None)
-        await asyncio.shield(asyncio.to_thread(self._thread.join))
+    def stop(self) -> None:
+        """Finish what is queued, then close the connection and end the thread."""
+        with self._stopping:
+            self._stopped = True
+            self._queue.put(None)
+
+    async def ended(self) -> None:
+        """Return when the thread has ended."""
+        await asyncio.to_thread(self._thread.join)
 
     def _serve(self) -> None:
         try:
             going = True
             while going:
-                batch, going = self._take()
-                if batch:
-                    self._run(batch)
+                self._unanswered, going = self._take()
+                if self._unanswered:
+                    self._run(self._unanswered)
+                    self._unanswered = []
         finally:
             self._db.close()
+            self._disappoint()
+
+    def _disappoint(self) -> None:
+        """Where a bug ends the thread: whoever waits must hear of it."""
+        self.stop()
+        rest = self._unanswered + list(iter(self._queue.get, None))
+        detail = f"the thread for {self._path} ended by a fault"
+        self._answer([_Outcome(work.future, error=Permanent(Reason.STORAGE_FAILED, detail)) for work in rest])
 
     def _take(self) -> tuple[list[_Work], bool]:
         """Everything that is queued now, waiting for the first; False once the end was asked for."""
@@ -351,9 +367,8 @@ class _Writer(_Thread):
         conn = self._db.conn
         conn.execute("SAVEPOINT closure")
         outcome = self._attempt(work, tx)
-        if not conn.in_transaction:
-            # SQLite itself gave up all of it (disk full, I/O error): the closures before this
-            # one are undone too
+        if not conn.in_transaction or _is_latching(outcome.error):
+            # SQLite gave up all of it (disk full, I/O error), or the file is damaged: nothing of it may stand
             raise _cause(outcome.error)
         if outcome.error is not None:
             conn.execute("ROLLBACK TO closure")
@@ -361,7 +376,7 @@ class _Writer(_Thread):
         return outcome
 
     def _abandon(self, error: sqlite3.Error) -> None:
-        if getattr(error, "sqlite_errorcode", None) in _LATCHING:
+        if _is_latching(error):
             self.failed = f"the disk or the file failed: {error}"
         with contextlib.suppress(sqlite3.Error):
             self._db.rollback()
@@ -383,6 +398,12 @@ def _cause(error: BaseException | None) -> sqlite3.Error:
     if isinstance(inner, sqlite3.Error):
         return inner
     return sqlite3.OperationalError("a closure ended the transaction that it was given")
+
+
+def _is_latching(error: BaseException | None) -> bool:
+    """Whether nobody knows any more what the disk holds, so that to write on would make it worse."""
+    code: int = getattr(error.__cause__ if isinstance(error, EdgedError) else error, "sqlite_errorcode", 0)
+    return code & 0xFF in _DAMAGED or code == sqlite3.SQLITE_IOERR_FSYNC
 
 
 def _translated(error: sqlite3.Error, path: Path) -> EdgedError | None:
@@ -488,10 +509,7 @@ def _fault(path: Path) -> str | None:
     try:
         return _first_fault(db)
     except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in {
-            sqlite3.SQLITE_CORRUPT,
-            sqlite3.SQLITE_NOTADB,
-        }:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
             raise
         return f"the file is damaged: {error}"
     finally:

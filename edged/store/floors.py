@@ -19,7 +19,17 @@ from edged_firmware.trust import Seen, SeenRole
 from . import meta
 from .database import Tx
 
-__all__ = ["Floor", "all_floors", "get", "get_seen", "get_time", "raise_seen", "raise_time", "raise_to"]
+__all__ = [
+    "Floor",
+    "all_floors",
+    "counters",
+    "get",
+    "get_seen",
+    "get_time",
+    "raise_seen",
+    "raise_time",
+    "raise_to",
+]
 
 _TIME: Final = "time_floor"
 
@@ -39,6 +49,12 @@ def get(tx: Tx, device: str, component: str) -> int:
         "SELECT counter FROM release_floor WHERE device = ? AND component = ?", [device, component]
     ).fetchone()
     return 0 if row is None else int(row["counter"])
+
+
+def counters(tx: Tx, device: str) -> dict[str, int]:
+    """The floors of all components of ``device``."""
+    rows = tx.db.execute("SELECT component, counter FROM release_floor WHERE device = ?", [device])
+    return {row["component"]: int(row["counter"]) for row in rows}
 
 
 def all_floors(tx: Tx) -> dict[tuple[str, str], Floor]:

@@ -103,12 +103,15 @@ def due(tx: Tx, now: datetime, limit: int = 100) -> list[Job]:
     return [_job(row) for row in rows]
 
 
-def next_due_at(tx: Tx) -> datetime | None:
-    """When the next active job is due: the transaction's time where one is now, None where none is active."""
+def next_due_at(tx: Tx, besides: Collection[str] = ()) -> datetime | None:
+    """When the next active job is due, leaving out the devices ``besides``: the transaction's time where one
+    is now, None where no job is active.
+    """
     found = tx.db.execute(
         "SELECT min(coalesce(waiting_until, ?)) FROM job"
-        " WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')",
-        [to_text(tx.now)],
+        " WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
+        " AND device NOT IN (SELECT value FROM json_each(?))",
+        [to_text(tx.now), json.dumps(sorted(besides))],
     ).fetchone()[0]
     return None if found is None else from_text(found)
 
