@@ -116,7 +116,7 @@ class FileSource:
     """A regular file, open from ``async with`` to its end, with one thread that does all that may block.
 
     Several tasks may read at once. Raises Transient(STORAGE_FAILED) on entry or on a read that the system
-    refuses, ValueError on a read while it is not open. Reads that are under way at the end are finished first.
+    refuses, ValueError on a read while it is not open. Reads under way at the end are finished first.
     """
 
     def __init__(self, path: Path) -> None:
