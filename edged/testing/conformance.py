@@ -1,0 +1,331 @@
+"""The kit that any mapper is run against.
+
+Describe a device of yours as a :class:`Subject`, and run every check of :data:`CHECKS` on a fresh one, most simply with the
+pytest plugin::
+
+    def test_my_mapper(edged_conformance):        # one test per check
+        asyncio.run(edged_conformance(make_subject()))
+
+Each check raises ``AssertionError`` with what was expected. The kit drives the mapper as the engine does: through its
+``connect``, with links from a shared pool, and with the verified reader as the only source of image bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from edged.api import (
+    Device,
+    Image,
+    LinkSpec,
+    MapperSpec,
+    Phase,
+    Reported,
+    Session,
+    SupportsFirmware,
+    SupportsReadBack,
+    SupportsTrial,
+)
+from edged.clock import SystemClock
+from edged.errors import Reason, Refused, Transient
+from edged.links import LinkPool, device_env
+from edged.sessions import DeviceUnit
+from edged_firmware.chunks import ChunkIndex
+from edged_firmware.image import MemorySource, pack
+
+CHUNK_BYTES = 512
+CANCEL_S = 10.0
+
+
+async def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A device under test, real or simulated, in the state in which it left the factory.
+
+    ``first`` and ``second`` are two applications as (address, bytes) segments, each larger than three write units and
+    different from the first unit on. ``sent`` returns every byte that went over the wire towards the device so far;
+    ``holds`` the bytes of its flash at (address, length), of the slot that is written; ``written`` counts the image bytes
+    that it stored so far. ``unit_bytes`` is what it stores at once (a page). ``unplug`` and ``plug`` break and mend the
+    wire. ``neighbour`` is a second device on the same link, where the wire can have one. ``reports``: it reports by itself.
+    """
+
+    spec: MapperSpec
+    links: Mapping[str, LinkSpec]
+    device: Device
+    first: list[tuple[int, bytes]]
+    second: list[tuple[int, bytes]]
+    sent: Callable[[], bytes]
+    holds: Callable[[int, int], bytes]
+    written: Callable[[], int]
+    unit_bytes: int
+    unplug: Callable[[], Awaitable[None]]
+    plug: Callable[[], Awaitable[None]] = _nothing
+    neighbour: Device | None = None
+    reports: bool = True
+
+
+Check = Callable[[Subject], Awaitable[None]]
+
+
+class _Halfway:
+    """A progress that fires once the half of what is to be written has been."""
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+
+    def __call__(self, phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        if phase is Phase.WRITE and done_bytes * 2 >= total_bytes:
+            self.reached.set()
+
+
+def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+    return None
+
+
+async def _image(segments: list[tuple[int, bytes]], *, damaged_at: int | None = None) -> Image:
+    """The verified reader over ``segments``; with ``damaged_at``, one bit of the file is not what was signed."""
+    file = bytearray(pack(segments))
+    index = ChunkIndex.build(bytes(file), CHUNK_BYTES)
+    if damaged_at is not None:
+        file[damaged_at] ^= 0x01
+    return await Image.open(MemorySource(bytes(file)), index)
+
+
+@asynccontextmanager
+async def _connected(
+    subject: Subject, device: Device | None = None, pool: LinkPool | None = None
+) -> AsyncIterator[Session]:
+    device = device or subject.device
+    env = device_env(device.id, pool or LinkPool(subject.links))
+    async with subject.spec.connect(device, env) as session:
+        yield session
+
+
+def _firmware(session: Session) -> SupportsFirmware:
+    assert isinstance(session, SupportsFirmware), "the session does not take firmware"
+    return session
+
+
+def _assert_holds(subject: Subject, segments: list[tuple[int, bytes]]) -> None:
+    for address, data in segments:
+        assert subject.holds(address, len(data)) == data, f"the device does not hold the image at {address:#x}"
+
+
+async def _stage(subject: Subject, segments: list[tuple[int, bytes]]) -> None:
+    async with _connected(subject) as session:
+        await session.identify()
+        await _firmware(session).stage(await _image(segments), _quiet)
+
+
+async def _interrupt(subject: Subject, segments: list[tuple[int, bytes]]) -> BaseException | None:
+    """Cancel a stage when half is written; returns what came out."""
+    halfway = _Halfway()
+    async with _connected(subject) as session:
+        await session.identify()
+        task = asyncio.ensure_future(_firmware(session).stage(await _image(segments), halfway))
+        await halfway.reached.wait()
+        task.cancel()
+        done, _ = await asyncio.wait([task], timeout=CANCEL_S)
+        assert done, f"stage did not end within {CANCEL_S} s of its cancellation"
+        return asyncio.CancelledError() if task.cancelled() else task.exception()
+
+
+async def identity_is_stable(subject: Subject) -> None:
+    """The same device answers the same, in one session and in the next."""
+    async with _connected(subject) as session:
+        first, again = await session.identify(), await session.identify()
+    async with _connected(subject) as session:
+        later = await session.identify()
+    assert first == again == later, f"identities differ: {first}, {again}, {later}"
+    assert first.hardware_id, "the hardware id is empty"
+
+
+async def traits_are_honest(subject: Subject) -> None:
+    """What the session says of itself agrees with what it can do."""
+    async with _connected(subject) as session:
+        await session.identify()
+        slots = (await _firmware(session).slots()).slots
+        assert session.traits.ceiling_bytes_per_s > 0, "the link's ceiling is not positive"
+        assert len(slots) == session.traits.slot_count, "slots() and traits.slot_count differ"
+        assert sum(slot.active for slot in slots) == 1, "not exactly one slot is active"
+        two = session.traits.slot_count > 1
+        assert two == isinstance(session, SupportsTrial), "two slots and confirm/revert go together"
+
+
+async def stages_what_it_was_given(subject: Subject) -> None:
+    """After ``stage`` the device holds the image, and ``activate`` works."""
+    async with _connected(subject) as session:
+        await session.identify()
+        await _firmware(session).stage(await _image(subject.first), _quiet)
+        _assert_holds(subject, subject.first)
+        await _firmware(session).activate()
+
+
+async def stage_is_idempotent(subject: Subject) -> None:
+    """A second ``stage`` of the same image ends the same, and writes nothing where the device can be read."""
+    await _stage(subject, subject.first)
+    before = subject.written()
+    async with _connected(subject) as session:
+        await session.identify()
+        await _firmware(session).stage(await _image(subject.first), _quiet)
+        readable = isinstance(session, SupportsReadBack | SupportsTrial)
+    _assert_holds(subject, subject.first)
+    if readable:
+        assert subject.written() == before, "bytes that the device had already were written again"
+
+
+async def cancellation_comes_out(subject: Subject) -> None:
+    """A cancelled ``stage`` ends by ``CancelledError``, and the next session works."""
+    outcome = await _interrupt(subject, subject.first)
+    assert isinstance(outcome, asyncio.CancelledError), f"stage swallowed its cancellation: {outcome!r}"
+    await _stage(subject, subject.first)
+    _assert_holds(subject, subject.first)
+
+
+async def goes_on_from_the_device(subject: Subject) -> None:
+    """After a cut in the middle, no more than one unit is written twice where the device can be read."""
+    before = subject.written()
+    await _interrupt(subject, subject.first)
+    async with _connected(subject) as session:
+        readable = isinstance(session, SupportsReadBack | SupportsTrial)
+    await _stage(subject, subject.first)
+    _assert_holds(subject, subject.first)
+    size = sum(_padded(len(data), subject.unit_bytes) for _, data in subject.first)
+    spent, allowed = subject.written() - before, size + subject.unit_bytes if readable else 2 * size
+    assert spent <= allowed, f"{spent} bytes were written for an image of {size} and one cut"
+
+
+def _padded(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
+
+
+async def other_image_starts_again(subject: Subject) -> None:
+    """Half of one image does not leak into another."""
+    await _interrupt(subject, subject.first)
+    await _stage(subject, subject.second)
+    _assert_holds(subject, subject.second)
+
+
+async def port_loss_is_transient(subject: Subject) -> None:
+    """Unplugging in the middle raises ``Transient``; plugged in again, a new session goes on."""
+    halfway = _Halfway()
+    failure: BaseException | None = None
+    try:
+        async with _connected(subject) as session:
+            await session.identify()
+            task = asyncio.ensure_future(_firmware(session).stage(await _image(subject.first), halfway))
+            await halfway.reached.wait()
+            await subject.unplug()
+            done, _ = await asyncio.wait([task], timeout=30)
+            assert done, "stage did not notice within 30 s that the wire is gone"
+            failure = task.exception()
+    except Transient as exc:
+        failure = failure or exc
+    finally:
+        await subject.plug()
+    assert isinstance(failure, Transient), f"unplugging raised {failure!r}, not Transient"
+    await _stage(subject, subject.first)
+    _assert_holds(subject, subject.first)
+
+
+async def no_unverified_byte_is_sent(subject: Subject) -> None:
+    """A flipped bit in the image: refused, and the damaged bytes never reach the wire or the flash."""
+    address, data = subject.first[0]
+    header = len(pack(subject.first)) - sum(len(part) for _, part in subject.first)
+    at = header + len(data) * 3 // 4
+    damaged = bytearray(data)
+    damaged[at - header] ^= 0x01
+    window = bytes(damaged[at - header - 8 : at - header + 8])
+    before = len(subject.sent())
+    refusal: BaseException | None = None
+    try:
+        async with _connected(subject) as session:
+            await session.identify()
+            await _firmware(session).stage(await _image(subject.first, damaged_at=at), _quiet)
+    except Refused as exc:
+        refusal = exc
+    assert isinstance(refusal, Refused), "an image with a flipped bit was staged"
+    assert refusal.reason is Reason.CHUNK_MISMATCH, f"refused for {refusal.reason}, not for the chunk"
+    assert window not in subject.sent()[before:], "damaged bytes went over the wire"
+    start = at - header - 8
+    assert subject.holds(address + start, 16) != window, "damaged bytes are in the flash"
+
+
+async def reports_go_on_around_a_lease(subject: Subject) -> None:
+    """Reports stop while the session is lent, and come again afterwards."""
+    seen: list[Reported] = []
+    more = asyncio.Event()
+
+    async def report(reported: Reported) -> None:
+        seen.append(reported)
+        more.set()
+
+    async def attached(session: Session) -> None:
+        return None
+
+    env = device_env(subject.device.id, LinkPool(subject.links))
+    unit = DeviceUnit(subject.device, subject.spec, env, report, attached, SystemClock())
+    task = asyncio.create_task(unit.run())
+    try:
+        async with asyncio.timeout(60):
+            await _one_more(more, subject.reports)
+            async with unit.lease(20) as lease:
+                await lease.session.identify()
+                concurrent, during = lease.session.traits.concurrent, len(seen)
+                await asyncio.sleep(0.3)
+                assert concurrent or len(seen) == during, "reports went on while the session was lent"
+                await _firmware(lease.session).activate()
+            await _one_more(more, subject.reports)
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def _one_more(more: asyncio.Event, expected: bool) -> None:
+    more.clear()
+    if expected:
+        await more.wait()
+
+
+async def the_link_is_shared_or_refused(subject: Subject) -> None:
+    """Two sessions through one link pool: both work on a shared wire; on an exclusive one the second is told who has it."""
+    pool = LinkPool(subject.links)
+    other = subject.neighbour or subject.device
+    async with _connected(subject, pool=pool) as session:
+        await session.identify()
+        if subject.neighbour is None:
+            await _expect_busy(subject, other, pool)
+            return
+        async with _connected(subject, other, pool) as second:
+            identities = await asyncio.gather(session.identify(), second.identify())
+            assert all(identity.hardware_id for identity in identities)
+    assert not pool.users(), "a link stayed open after its last user"
+
+
+async def _expect_busy(subject: Subject, device: Device, pool: LinkPool) -> None:
+    try:
+        async with _connected(subject, device, pool):
+            raise AssertionError("an exclusive wire was opened twice")
+    except Transient as exc:
+        assert exc.reason is Reason.LINK_BUSY, f"a wire in use raised {exc.reason}"
+
+
+CHECKS: tuple[Check, ...] = (
+    identity_is_stable,
+    traits_are_honest,
+    stages_what_it_was_given,
+    stage_is_idempotent,
+    cancellation_comes_out,
+    goes_on_from_the_device,
+    other_image_starts_again,
+    port_loss_is_transient,
+    no_unverified_byte_is_sent,
+    reports_go_on_around_a_lease,
+    the_link_is_shared_or_refused,
+)

@@ -1,0 +1,182 @@
+"""A whole engine in one object, for tests: real store, real trust, real sessions; no server and no second process.
+
+Made of the same parts as the daemon. A life ends by leaving the block; the folder stays, and the next life goes on from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edged.api import Device, Reported, Session
+from edged.clock import SystemClock
+from edged.config import Config, DeviceSettings, Model
+from edged.domain.job import Job
+from edged.domain.reconcile import FIRMWARE, firmware_value
+from edged.engine.events import Broadcast
+from edged.engine.images import Images
+from edged.engine.loop import Engine
+from edged.engine.observer import Observer, Silent
+from edged.engine.runner import Workshop
+from edged.engine.trust import Trust
+from edged.links import LinkPool, device_env
+from edged.plugins import Plugins
+from edged.sessions import DeviceUnit, Sessions
+from edged.store import jobs, twins
+from edged.store.artifacts import Artifacts
+from edged.store.database import Store
+from edged.store.node_key import NodeKey
+from edged.testing.faults import Faults, FaultyArtifacts, FaultyStore
+from edged_firmware.fetch import Fetcher
+from edged_firmware.trust import TrustReport, TrustRequest, verify
+
+
+@dataclass(frozen=True, slots=True)
+class TestNode:
+    """One life of a node."""
+
+    __test__ = False
+
+    store: Store
+    engine: Engine
+    sessions: Sessions
+    trust: Trust
+    images: Images
+    key: NodeKey
+
+    async def want(self, device: str, release: str, source: str = "operator") -> None:
+        """Set the device's desired firmware."""
+        value = firmware_value(release)
+        await self.store.write(lambda tx: twins.set_desired(tx, device, FIRMWARE, value, source))
+        self.engine.device_changed(device)
+
+    async def jobs(self, device: str) -> list[Job]:
+        """All jobs of the device, newest first."""
+        return await self.store.read(lambda tx: jobs.find(tx, device=device))
+
+    async def ended(self, device: str, timeout_s: float = 30.0) -> Job:
+        """The device's newest job, when it has ended and nothing more is due for the device."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                turns = self.engine.turns
+                found = await self.jobs(device)
+                if found and found[0].state.ended and not self.engine.running and self.engine.turns > turns - 1:
+                    return found[0]
+                await asyncio.sleep(0.005)
+
+    async def reported(self, device: str, name: str = FIRMWARE) -> object:
+        """The reported value of one property, None where there is none."""
+        twin = await self.store.read(lambda tx: twins.get(tx, device))
+        return twin.reported[name].value if name in twin.reported else None
+
+
+def configured_device(settings: DeviceSettings, model: Model, config: object) -> Device:
+    """The mapper's view of a configured device."""
+    return Device(
+        id=settings.id,
+        model=settings.model,
+        mapper=settings.mapper,
+        address=settings.address,
+        hardware_ids=model.hardware_ids,
+        flash_base=model.flash_base,
+        flash_size_bytes=model.flash_size,
+        config=config,
+    )
+
+
+async def _verify_here(request: TrustRequest) -> TrustReport:
+    """In this process: a test starts hundreds of lives, and a child each would be most of its time."""
+    return await asyncio.to_thread(verify, request)
+
+
+@asynccontextmanager
+async def life(
+    config: Config,
+    plugins: Plugins,
+    *,
+    faults: Faults | None = None,
+    observer: Observer | None = None,
+    now: Callable[[], datetime] | None = None,
+) -> AsyncIterator[TestNode]:
+    """One life: everything from fresh objects, on the folder ``config.node.state_dir``. Where ``faults`` cuts the power,
+    ``PowerCut`` comes out of the block (in an exception group)."""
+    clock = SystemClock()
+    if now is not None:
+        clock.now = now  # type: ignore[method-assign]
+    folder = config.node.state_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    faults = faults or Faults()
+    observer = observer or Silent()
+    key = NodeKey.load_or_create(folder)
+    async with Store.open(folder / "edged.db", clock) as inner, _fetcher(observer) as fetcher:
+        store = FaultyStore(inner, faults)
+        artifacts = FaultyArtifacts(store, folder / "artifacts", config.storage.artifact_quota_bytes, faults)
+        await artifacts.recover()
+        trust = Trust(
+            store,
+            clock,
+            config.trust,
+            folder / "trust",
+            datetime(2026, 1, 1, tzinfo=UTC),
+            observer,
+            _verify_here,
+        )
+        images = Images(artifacts, fetcher, config.trust.repository, observer)
+        sessions = _sessions(config, plugins, store, clock)
+        shop = Workshop(
+            store=store,
+            clock=clock,
+            trust=trust,
+            images=images,
+            models=config.models,
+            settings=config.engine,
+            observer=observer,
+            broadcast=Broadcast(),
+            sign=key.sign,
+        )
+        engine = Engine(shop, sessions)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(unit.run()) for unit in sessions.all()]
+            tasks.append(group.create_task(engine.run()))
+            yield TestNode(store, engine, sessions, trust, images, key)
+            for task in reversed(tasks):
+                task.cancel()
+
+
+@asynccontextmanager
+async def _fetcher(observer: Observer) -> AsyncIterator[Fetcher]:
+    import aiohttp
+
+    async with aiohttp.ClientSession() as session:
+        yield Fetcher(session, cap=None, count=observer.fetched)
+
+
+def _sessions(config: Config, plugins: Plugins, store: Store, clock: SystemClock) -> Sessions:
+    pool = LinkPool(plugins.links)
+    return Sessions({settings.id: _unit(settings, config, plugins, pool, store, clock) for settings in config.device})
+
+
+def _unit(
+    settings: DeviceSettings,
+    config: Config,
+    plugins: Plugins,
+    pool: LinkPool,
+    store: Store,
+    clock: SystemClock,
+) -> DeviceUnit:
+    spec = plugins.mapper(settings.mapper)
+    device = configured_device(settings, config.models[settings.model], spec.parse_config(settings.config))
+
+    async def report(reported: Reported) -> None:
+        return None
+
+    async def attached(session: Session) -> None:
+        return None
+
+    return DeviceUnit(
+        device, spec, device_env(device.id, pool), report, attached, clock, watch=settings.watch
+    )
