@@ -14,12 +14,12 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, cast
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -56,7 +56,17 @@ class SourceFetcher(FetcherInterface):
         self._http = Urllib3Fetcher(app_user_agent="edged")
         self._http.socket_timeout = socket_timeout_s  # type: ignore[assignment]
 
-    def _fetch(self, url: str) -> Iterator[bytes]:
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """As the interface says, but in memory: metadata is small, and a temporary file wears flash."""
+        data = bytearray()
+        with closing(cast(Generator[bytes, None, None], self.fetch(url))) as pieces:
+            for piece in pieces:
+                data += piece
+                if len(data) > max_length:
+                    raise tuf_errors.DownloadLengthMismatchError(f"{url} is longer than {max_length} bytes")
+        return bytes(data)
+
+    def _fetch(self, url: str) -> Generator[bytes, None, None]:
         if url.startswith("file://"):
             return _translated_reading(url, _read_file(_open_file(url)))
         return _translated_reading(url, self._http.fetch(url))
@@ -151,13 +161,12 @@ class _LastGoodUpdater(DurableUpdater):
         """Nothing is written off line."""
 
     def _load_local_metadata(self, rolename: str) -> bytes:
-        if rolename not in self._good:
-            raise FileNotFoundError(rolename)
-        return self._good[rolename]
+        # ngclient hides why a local file is refused and asks for a remote one, so all is "remote" here.
+        raise FileNotFoundError(rolename)
 
     def _download_metadata(self, rolename: str, length: int, version: int | None = None) -> bytes:
         # ngclient has no off-line mode: it always fetches the timestamp (client workflow 5.4.1).
-        if rolename == Timestamp.type and rolename in self._good:
+        if rolename in self._good:
             return self._good[rolename]
         raise tuf_errors.DownloadHTTPError(f"{rolename} is not among the last good metadata", 404)
 
@@ -187,6 +196,7 @@ def verify_with_tuf(request: TrustRequest) -> TrustReport:
         raise Refused(Reason.TRUST_MISSING, "no root metadata is installed: run `edged trust init`")
     with _alone(request.metadata_dir):
         accepted, online = _refresh(request)
+        _check_layout(accepted.root)
         now = _proven_time(accepted, request.reference_time)
         _check_expiry(accepted, now, request.offline_grace)
         _check_floors(accepted, request.seen)
@@ -327,6 +337,12 @@ def _issued(timestamp: Timestamp) -> datetime | None:
     return issued.astimezone(UTC)
 
 
+def _check_layout(root: Root) -> None:
+    """Without consistent snapshots a mirror that is being written shows a mix (specification 6.2)."""
+    if not root.consistent_snapshot:
+        raise Refused(Reason.METADATA_INVALID, "the repository has no consistent snapshots, which are needed")
+
+
 def _check_expiry(accepted: Accepted, now: datetime, grace: timedelta) -> None:
     """Client workflow 5.3.10, 5.4.4, 5.5.6, 5.6.6, with the grace for timestamp and snapshot alone.
 
@@ -434,13 +450,13 @@ def _open_file(url: str) -> BinaryIO:
         raise tuf_errors.DownloadHTTPError(f"{path} is not there", 404) from error
 
 
-def _read_file(file: BinaryIO) -> Iterator[bytes]:
+def _read_file(file: BinaryIO) -> Generator[bytes, None, None]:
     with file:
         while piece := file.read(_READ_BYTES):
             yield piece
 
 
-def _translated_reading(url: str, pieces: Iterator[bytes]) -> Iterator[bytes]:
+def _translated_reading(url: str, pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
     """The same bytes; what breaks while they are read becomes a DownloadError, as ngclient expects."""
     try:
         yield from pieces

@@ -170,7 +170,7 @@ def forge(
     snapshot_by: Iterable[Ed25519Signer] | None = None,
     timestamp_by: Iterable[Ed25519Signer] | None = None,
     describe_targets: bool = True,
-    describe_snapshot: bool = True,
+    mangle_targets: Callable[[bytes], bytes] = bytes,
 ) -> None:
     """Write a next state whose content and signers are chosen; by default it is an honest one."""
     state = publisher.state()
@@ -180,13 +180,15 @@ def forge(
     change(targets, snapshot, timestamp)
     folder = Folder(publisher.repo)
     data = signed_bytes(state.targets, publisher.signers_of("targets") if targets_by is None else targets_by)
+    data = mangle_targets(data)
     folder.role("targets", targets.version).write_bytes(data)
     if describe_targets:
         snapshot.meta["targets.json"] = describe(targets.version, data)
-    data = signed_bytes(state.snapshot, publisher.signers_of("snapshot") if snapshot_by is None else snapshot_by)
+    data = signed_bytes(
+        state.snapshot, publisher.signers_of("snapshot") if snapshot_by is None else snapshot_by
+    )
     folder.role("snapshot", snapshot.version).write_bytes(data)
-    if describe_snapshot:
-        timestamp.snapshot_meta = describe(snapshot.version, data)
+    timestamp.snapshot_meta = describe(snapshot.version, data)
     data = signed_bytes(
         state.timestamp, publisher.signers_of("timestamp") if timestamp_by is None else timestamp_by
     )
