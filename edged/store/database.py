@@ -460,7 +460,7 @@ def _open(path: Path) -> _Opened:
         translated = _translated(error, path)
         if not isinstance(translated, Permanent) or not path.exists():
             raise translated or error from error
-        reason = translated.detail
+        reason = f"the file is damaged: {error}" if _is_latching(error) else translated.detail
     _log.error("%s is opened read-only: %s", path, reason)
     return _Opened(None, _open_damaged(path), reason)
 
@@ -505,15 +505,8 @@ def _fault(path: Path) -> str | None:
     """
     if not path.exists() or path.stat().st_size == 0:
         return None
-    db = _connect(path, "ro")
-    try:
+    with contextlib.closing(_connect(path, "ro")) as db:
         return _first_fault(db)
-    except sqlite3.DatabaseError as error:
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _DAMAGED:
-            raise
-        return f"the file is damaged: {error}"
-    finally:
-        db.close()
 
 
 def _first_fault(db: Database) -> str | None:
