@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -295,12 +295,12 @@ def publish(
             f"root version {root.version} expired at {root.expires.isoformat()}: `edged release renew-root`",
         )
     staged = _load_staged(folder)
-    merged = _merge(folder, state.targets.signed, staged)
+    _merge(folder, state.targets.signed, staged)
     first = Snapshot.type
     if staged or keys_at_hand(Targets.type, root, signers) >= root.roles[Targets.type].threshold:
         first = Targets.type
     signed_roles = _sign_from(first, folder, state, signers, now, expiry)
-    _clear(folder, staged, merged)
+    _clear(folder, staged, state.targets.signed)
     return _published(state, staged, signed_roles)
 
 
@@ -499,6 +499,8 @@ def _read_source(file: Path) -> bytes:
 def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageFormat]:
     """The bytes to sign: the canonical container, or the vendor's file as it is."""
     if draft.format == "opaque":
+        if not source:
+            raise Refused(Reason.IMAGE_INVALID, f"{file} is empty")
         return source, "opaque"
     # On use: the parsers of other formats bring libraries along.
     from edged_firmware.formats import check_fits, load
@@ -655,8 +657,8 @@ def _read_staged(path: Path) -> _Staged:
         ) from error
 
 
-def _merge(folder: Folder, targets: Targets, staged: Iterable[_Staged]) -> tuple[TargetFile, ...]:
-    """Apply the staged changes to ``targets``; returns the targets that are withdrawn."""
+def _merge(folder: Folder, targets: Targets, staged: Iterable[_Staged]) -> None:
+    """Apply the staged changes to ``targets``."""
     gone: list[TargetFile] = []
     withdrawn: dict[str, str] = dict(targets.unrecognized_fields.get(_WITHDRAWN, {}))
     for item in staged:
@@ -671,7 +673,6 @@ def _merge(folder: Folder, targets: Targets, staged: Iterable[_Staged]) -> tuple
             withdrawn[str(_ref(target))] = target.hashes["sha256"]
     if withdrawn:
         targets.unrecognized_fields[_WITHDRAWN] = withdrawn
-    return tuple(gone)
 
 
 def _check_file(folder: Folder, target: TargetFile) -> None:
@@ -688,12 +689,21 @@ def _check_file(folder: Folder, target: TargetFile) -> None:
         )
 
 
-def _clear(folder: Folder, staged: Sequence[_Staged], gone: Iterable[TargetFile]) -> None:
-    """After the timestamp: a cut before this leaves staged files that the next publish merges again."""
+def _clear(folder: Folder, staged: Sequence[_Staged], targets: Targets) -> None:
+    """After the timestamp: a cut before or within this leaves staged files for the next publish."""
+    kept = {_signed(target).url_path for target in targets.targets.values()}
     for item in staged:
+        for path in item.withdraw:
+            _delete_versions(folder, path, kept)
         _delete(item.path)
-    for target in gone:
-        _delete(folder.target(_signed(target).url_path))
+
+
+def _delete_versions(folder: Folder, path: str, kept: Collection[str]) -> None:
+    """Delete the files of the target ``path`` but for those that are still signed."""
+    parent, _, name = path.rpartition("/")
+    for file in folder.target(parent).glob(f"*.{name}"):
+        if f"{parent}/{file.name}" not in kept:
+            _delete(file)
 
 
 def _delete(path: Path) -> None:
