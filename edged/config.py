@@ -194,7 +194,9 @@ class Model:
     id: str = attrs.field(validator=_is_id)
     hardware_ids: tuple[str, ...] = ()
     flash_base: int = attrs.field(default=0, validator=_between(0, 2**63))
-    flash_size: int | None = attrs.field(default=None, validator=attrs.validators.optional(_between(1, 2**63)))
+    flash_size: int | None = attrs.field(
+        default=None, validator=attrs.validators.optional(_between(1, 2**63))
+    )
     health: HealthSettings | None = None
     policy: Policy = Policy()
 

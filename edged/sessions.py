@@ -26,7 +26,7 @@ async def plugin_call(call: Awaitable[T]) -> T:
         return await call
     except EdgedError:
         raise
-    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+    except Exception as exc:
         raise Permanent(Reason.PLUGIN_FAILED, repr(exc)) from exc
 
 
@@ -113,7 +113,9 @@ class DeviceUnit:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(loan.granted)
         except TimeoutError:
-            raise Transient(Reason.LINK_BUSY, f"{self.device.id} was not free within {timeout_s:g} s") from None
+            raise Transient(
+                Reason.LINK_BUSY, f"{self.device.id} was not free within {timeout_s:g} s"
+            ) from None
 
     async def _body(self, unit: Unit) -> None:
         if not self._watch:
@@ -126,7 +128,7 @@ class DeviceUnit:
         except EdgedError as exc:
             self._turn_away(exc)
             raise
-        except Exception as exc:  # noqa: BLE001 - the plugin boundary; the supervisor counts it
+        except Exception as exc:
             self._turn_away(Permanent(Reason.PLUGIN_FAILED, f"{self.spec.name}: {exc!r}"))
             raise
 

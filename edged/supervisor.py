@@ -43,7 +43,9 @@ class RestartPolicy:
 class Unit:
     """One supervised coroutine function. ``wake`` ends a back-off at once (somebody needs the unit now)."""
 
-    def __init__(self, name: str, body: Callable[[Unit], Awaitable[None]], policy: RestartPolicy, clock: Clock) -> None:
+    def __init__(
+        self, name: str, body: Callable[[Unit], Awaitable[None]], policy: RestartPolicy, clock: Clock
+    ) -> None:
         self.name = name
         self.state = UnitState.STARTING
         self.reason: Reason | None = None
@@ -75,7 +77,7 @@ class Unit:
             except EdgedError as exc:
                 failures += 1
                 self._note(exc.reason, exc.detail)
-            except Exception as exc:  # noqa: BLE001 - the plugin boundary
+            except Exception as exc:
                 failures, crashes = failures + 1, crashes + 1
                 self._note(Reason.PLUGIN_FAILED, repr(exc))
                 log.warning("unit crashed", extra={"unit": self.name, "error": repr(exc)}, exc_info=exc)

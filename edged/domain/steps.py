@@ -109,7 +109,10 @@ def _stop(job: Job, facts: Facts) -> Move | None:
 def _cause_to_stop(job: Job, facts: Facts) -> tuple[Reason, str] | None:
     reverting = job.state is State.REVERTING
     if job.cancel is not None and not reverting and can_cancel(job):
-        return job.cancel, "before the device was changed" if not job.touched else "after the device was changed"
+        return (
+            job.cancel,
+            "before the device was changed" if not job.touched else "after the device was changed",
+        )
     # reverting is the way to safety: it has as many steps again as the way there
     if job.steps >= facts.bounds.max_steps * (2 if reverting else 1):
         return Reason.STEPS_EXHAUSTED, f"{job.steps} steps"
@@ -165,7 +168,9 @@ def _activating(job: Job, facts: Facts) -> Step:
         if device.runs_new:
             return Move(State.VERIFYING, "runs on trial")
         if job.trial_boots and not device.pending and device.runs_new is False:
-            return Move(State.REVERTING, "revert", Reason.DEVICE_REVERTED, "the device tried the image and went back")
+            return Move(
+                State.REVERTING, "revert", Reason.DEVICE_REVERTED, "the device tried the image and went back"
+            )
     if job.trial_boots >= facts.bounds.max_trial_boots:
         return Move(State.REVERTING, "revert", Reason.ATTEMPTS_EXHAUSTED, f"{job.trial_boots} trial boots")
     return Do.ACTIVATE

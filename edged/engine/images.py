@@ -80,7 +80,9 @@ class Images:
                 index = await self._index(release.index.sha256)
                 await self._bring(release.image, index, "image", progress)
 
-    async def _bring(self, target: SignedTarget, index: ChunkIndex | None, kind: str, progress: Progress) -> None:
+    async def _bring(
+        self, target: SignedTarget, index: ChunkIndex | None, kind: str, progress: Progress
+    ) -> None:
         if not self._repository:
             raise Transient(Reason.FETCH_FAILED, "the node has no release repository: set trust.repository")
         await self._artifacts.room_for(target.length)

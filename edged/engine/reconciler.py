@@ -41,7 +41,9 @@ def retry(tx: Tx, job: Job, actor: str, settings: EngineSettings) -> Job:
         raise Permanent(Reason.SUPERSEDED, f"{job.device} should run something else by now; use edged deploy")
     last = jobs.last_for(tx, job.device, job.component, job.desired_version)
     run = (last.run if last else job.run) + 1
-    return _make(tx, job.device, MakeJob(job.release, job.desired_version, run, actor), settings, retry_of=job.id)
+    return _make(
+        tx, job.device, MakeJob(job.release, job.desired_version, run, actor), settings, retry_of=job.id
+    )
 
 
 def cancel(tx: Tx, job: Job, reason: Reason, actor: str) -> Job:

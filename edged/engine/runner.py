@@ -48,7 +48,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Effect = Callable[[Tx], object]
 
-_BAD_BYTES = frozenset({Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH})
+_BAD_BYTES = frozenset(
+    {Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +235,9 @@ class JobRunner:
 
     async def _try_again(self, error: Transient) -> bool:
         job, settings = self._job, self._shop.settings
-        policy = retry.RetryPolicy(settings.max_attempts, settings.first_backoff_s, settings.longest_backoff_s)
+        policy = retry.RetryPolicy(
+            settings.max_attempts, settings.first_backoff_s, settings.longest_backoff_s
+        )
         verdict = retry.decide(
             policy, job.attempts, error, self._shop.clock.now(), progressed=self._progressed
         )
@@ -310,7 +314,9 @@ class JobRunner:
 
     async def _connect(self) -> Session:
         """Borrow the session for the rest of this run, and make sure who is there before anything is written."""
-        lease = self._lease = await self._stack.enter_async_context(self._unit.lease(self._shop.settings.lease_s))
+        lease = self._lease = await self._stack.enter_async_context(
+            self._unit.lease(self._shop.settings.lease_s)
+        )
         session = lease.session
         identity = await plugin_call(session.identify())
         admission.check_identity(self._device, self._release.facts.hardware_ids, identity)
@@ -327,7 +333,9 @@ class JobRunner:
         elif known is not None:
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "by record")
         elif self._model.policy.without_fallback:
-            await self._commit(replace(self._job, no_fallback=True), "no fallback", detail="allowed by policy")
+            await self._commit(
+                replace(self._job, no_fallback=True), "no fallback", detail="allowed by policy"
+            )
         else:
             raise Refused(
                 Reason.NO_FALLBACK,
@@ -364,7 +372,9 @@ class JobRunner:
         elif known is not None and await self._holds(flash, ImageKey.of_release(known)):
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "proved by read-back")
         elif flash.count(0xFF) == len(flash):
-            await self._commit(replace(self._job, no_fallback=True), "no fallback", detail="the device is blank")
+            await self._commit(
+                replace(self._job, no_fallback=True), "no fallback", detail="the device is blank"
+            )
         else:
             key = await self._shop.images.keep([(device.flash_base, flash)], f"flash of {device.id}")
             await self._commit_fallback(key, None, f"{len(flash)} bytes read out")
@@ -374,7 +384,9 @@ class JobRunner:
         async with self._shop.images.open(key) as image:
             for number, segment in enumerate(image.segments):
                 start = segment.address - base
-                if start < 0 or flash[start : start + segment.length] != await image.read(number, 0, segment.length):
+                if start < 0 or flash[start : start + segment.length] != await image.read(
+                    number, 0, segment.length
+                ):
                     return False
         return True
 
@@ -455,7 +467,9 @@ class JobRunner:
     async def _revert(self) -> None:
         session, _ = await self._firmware_session()
         if not isinstance(session, SupportsTrial):
-            raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert")
+            raise Permanent(
+                Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert"
+            )
         await plugin_call(session.revert())
         await self._ask_device()
         if self._view is not None and self._view.runs_new:
@@ -561,4 +575,3 @@ def _log_fields(job: Job, detail: str) -> dict[str, object]:
         "reason": job.reason.value if job.reason else "",
         "detail": detail,
     }
-

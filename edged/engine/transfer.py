@@ -134,7 +134,8 @@ class Meter:
         if still >= self._stall_s:
             status = self._status
             raise Transient(
-                Reason.STALLED, f"no byte for {still:.0f} s at {status.done_bytes} of {status.total_bytes} ({status.phase})"
+                Reason.STALLED,
+                f"no byte for {still:.0f} s at {status.done_bytes} of {status.total_bytes} ({status.phase})",
             )
 
     async def _save_if_due(self, checkpoint: Callable[[Status], Awaitable[None]]) -> None:

@@ -121,13 +121,17 @@ class Trust:
         for target in report.rejected:
             if target.path == _image_path(release):
                 raise Refused(target.reason, target.detail)
-        raise Refused(Reason.RELEASE_UNKNOWN, f"the repository {self._settings.repository or '(none)'} has no {release}")
+        raise Refused(
+            Reason.RELEASE_UNKNOWN, f"the repository {self._settings.repository or '(none)'} has no {release}"
+        )
 
     def _root(self) -> bytes:
         for path in (self.root_path, self._settings.root):
             if path is not None and path.is_file():
                 return path.read_bytes()
-        raise Refused(Reason.TRUST_MISSING, f"no root of trust: neither {self.root_path} nor trust.root is there")
+        raise Refused(
+            Reason.TRUST_MISSING, f"no root of trust: neither {self.root_path} nor trust.root is there"
+        )
 
     async def _request(self, root: bytes) -> TrustRequest:
         seen, floor = await self._store.read(lambda tx: (floors.get_seen(tx), floors.get_time(tx)))
@@ -143,7 +147,9 @@ class Trust:
         )
 
     async def _accept(self, report: TrustReport, actor: str, event: str) -> None:
-        changed = self._report is None or self._report.seen != report.seen or self._report.online != report.online
+        changed = (
+            self._report is None or self._report.seen != report.seen or self._report.online != report.online
+        )
 
         def change(tx: Tx) -> None:
             floors.raise_seen(tx, report.seen)
@@ -158,7 +164,11 @@ class Trust:
         self._observer.trust_refreshed(report.stale_seconds, report.online)
         log.info(
             "trust refreshed",
-            extra={"online": report.online, "releases": len(report.releases), "stale_s": report.stale_seconds},
+            extra={
+                "online": report.online,
+                "releases": len(report.releases),
+                "stale_s": report.stale_seconds,
+            },
         )
 
     async def _refuse(self, error: EdgedError) -> None:
@@ -178,5 +188,3 @@ def _find(report: TrustReport, release: str) -> VerifiedRelease | None:
 def _image_path(release: str) -> str:
     name, _, version = release.partition("@")
     return f"{name}/{version}/image"
-
-

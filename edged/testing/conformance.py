@@ -114,7 +114,9 @@ def _firmware(session: Session) -> SupportsFirmware:
 
 def _assert_holds(subject: Subject, segments: list[tuple[int, bytes]]) -> None:
     for address, data in segments:
-        assert subject.holds(address, len(data)) == data, f"the device does not hold the image at {address:#x}"
+        assert subject.holds(address, len(data)) == data, (
+            f"the device does not hold the image at {address:#x}"
+        )
 
 
 async def _stage(subject: Subject, segments: list[tuple[int, bytes]]) -> None:

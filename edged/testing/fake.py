@@ -143,7 +143,9 @@ class FakeDevice:
         self.tap += data
         self.counts.received += len(data)
         half = data[: len(data) // 2] + bytes([ERASED]) * (len(data) - len(data) // 2)
-        self.effects.effect("device.page", lambda: self._store(offset, data), lambda: self._store(offset, half))
+        self.effects.effect(
+            "device.page", lambda: self._store(offset, data), lambda: self._store(offset, half)
+        )
 
     def read(self, slot: int, offset: int, length: int) -> bytes:
         self.counts.pages_read += -(-length // self.page_bytes)
@@ -442,7 +444,13 @@ class FakePlugin:
             return Identity(hardware.hardware_id, serial_number=hardware.name)
 
 
-_MAKE: dict[str, type] = {"slot_count": int, "size_bytes": int, "page_bytes": int, "reads_back": bool, "file": str}
+_MAKE: dict[str, type] = {
+    "slot_count": int,
+    "size_bytes": int,
+    "page_bytes": int,
+    "reads_back": bool,
+    "file": str,
+}
 
 
 def parse_config(table: Mapping[str, object]) -> FakeConfig:

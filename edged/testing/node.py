@@ -6,11 +6,10 @@ Made of the same parts as the daemon. A life ends by leaving the block; the fold
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from edged.api import Device, Reported, Session
 from edged.clock import SystemClock
@@ -27,7 +26,6 @@ from edged.links import LinkPool, device_env
 from edged.plugins import Plugins
 from edged.sessions import DeviceUnit, Sessions
 from edged.store import jobs, twins
-from edged.store.artifacts import Artifacts
 from edged.store.database import Store
 from edged.store.node_key import NodeKey
 from edged.testing.faults import Faults, FaultyArtifacts, FaultyStore
@@ -64,7 +62,12 @@ class TestNode:
             while True:
                 turns = self.engine.turns
                 found = await self.jobs(device)
-                if found and found[0].state.ended and not self.engine.running and self.engine.turns > turns - 1:
+                if (
+                    found
+                    and found[0].state.ended
+                    and not self.engine.running
+                    and self.engine.turns > turns - 1
+                ):
                     return found[0]
                 await asyncio.sleep(0.005)
 
@@ -157,7 +160,9 @@ async def _fetcher(observer: Observer) -> AsyncIterator[Fetcher]:
 
 def _sessions(config: Config, plugins: Plugins, store: Store, clock: SystemClock) -> Sessions:
     pool = LinkPool(plugins.links)
-    return Sessions({settings.id: _unit(settings, config, plugins, pool, store, clock) for settings in config.device})
+    return Sessions(
+        {settings.id: _unit(settings, config, plugins, pool, store, clock) for settings in config.device}
+    )
 
 
 def _unit(

@@ -1,0 +1,36 @@
+# Every target sets up what it needs on a fresh Debian 12 machine (as root), and is quick the second time.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help setup demo test lint bench clean
+
+help:
+	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
+	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's floors"
+	@echo "make lint    ruff and mypy --strict"
+	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
+	@echo "make setup   only set up"
+
+setup:
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh
+
+demo:
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --optional
+	@$(BIN)/edged demo
+
+test:
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
+	$(BIN)/python -m pytest
+	.venv-floors/bin/python -m pytest -q -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/uv lock --check --quiet
+
+bench: setup
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf .venv .venv-floors .mypy_cache .ruff_cache .pytest_cache .hypothesis
