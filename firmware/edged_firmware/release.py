@@ -505,7 +505,10 @@ def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageForma
     # On use: the parsers of other formats bring libraries along.
     from edged_firmware.formats import check_fits, load
 
-    segments = load(file, draft.format, draft.base_address)
+    try:
+        segments = load(file, draft.format, draft.base_address)
+    except ValueError as error:
+        raise Permanent(Reason.CONFIG_INVALID, str(error)) from error
     if draft.flash_size_bytes is not None:
         check_fits(segments, draft.flash_size_bytes)
     return pack(segments), "segments"
