@@ -1,0 +1,84 @@
+"""Mappers for boards whose boot loader speaks STK500 or STK500v2, and the link ``serial:``.
+
+- ``uart-stk500``: optiboot, ATmegaBOOT and their like (Arduino Uno, Nano).
+- ``uart-stk500v2``: stk500boot (Arduino Mega 2560).
+
+The application's side is lines of text: ``name=value`` is a property, and a line or the answer to a question
+can prove that it is well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
+from edged.errors import Permanent, Reason, Transient
+from edged_uart.config import UartConfig, parse_config
+from edged_uart.link import SCHEME, SerialLink, open_serial
+from edged_uart.session import BootLoader, UartSession
+from edged_uart.stk500v1 import Stk500v1
+from edged_uart.stk500v2 import Stk500v2
+
+_PROBED_BAUDS = (115200, 57600)
+
+MakeLoader = Callable[[SerialLink, UartConfig], BootLoader]
+
+
+@hookimpl
+def edged_mappers() -> Iterable[MapperSpec]:
+    """The two protocols."""
+    return [_spec("uart-stk500", "stk500v1", _v1), _spec("uart-stk500v2", "stk500v2", _v2)]
+
+
+@hookimpl
+def edged_links() -> Iterable[LinkSpec]:
+    """The serial port."""
+    return [LinkSpec(SCHEME, open_serial)]
+
+
+def _v1(link: SerialLink, config: UartConfig) -> BootLoader:
+    return Stk500v1(link, config.answer_s)
+
+
+def _v2(link: SerialLink, config: UartConfig) -> BootLoader:
+    return Stk500v2(link, config.answer_s, page_by_page=config.erase == "page")
+
+
+def _spec(name: str, protocol: str, make: MakeLoader) -> MapperSpec:
+    def connect(device: Device, env: Env) -> AbstractAsyncContextManager[Session]:
+        return _connect(device, env, make)
+
+    async def probe(address: str, env: Env) -> Identity | None:
+        return await _probe(Device("probe", "", name, address), env, make)
+
+    return MapperSpec(name, connect, parse_config, frozenset({protocol}), probe)
+
+
+@asynccontextmanager
+async def _connect(device: Device, env: Env, make: MakeLoader) -> AsyncIterator[UartSession]:
+    config = device.config if isinstance(device.config, UartConfig) else UartConfig()
+    async with env.link(device.address) as link:
+        if not isinstance(link, SerialLink):
+            raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
+        session = UartSession(device, config, link, make(link, config))
+        yield session
+        await session.rest()
+
+
+async def _probe(device: Device, env: Env, make: MakeLoader) -> Identity | None:
+    async with env.link(device.address) as link:
+        if not isinstance(link, SerialLink):
+            return None
+        for baud in _PROBED_BAUDS:
+            config = UartConfig(baud=baud)
+            session = UartSession(device, config, link, make(link, config))
+            try:
+                identity = await session.identify()
+            except Transient as error:
+                if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
+                    raise
+                continue
+            await session.rest()
+            return identity
+    return None

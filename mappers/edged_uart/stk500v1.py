@@ -1,0 +1,105 @@
+"""STK500, the first protocol, as boot loaders speak it (Atmel AVR061, rev. 2525B; optiboot, ATmegaBOOT).
+
+Each command ends with Sync_CRC_EOP and is answered by Resp_STK_INSYNC, its data, Resp_STK_OK; there is no
+checksum, so whoever writes must read back. A boot loader erases the page that it is told to program. Only
+flash and the signature are touched: no fuse, no lock bit, no EEPROM command is here.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from edged.errors import Reason, Transient
+from edged_uart.link import SerialLink
+
+EOP: Final = b"\x20"
+INSYNC: Final = 0x14
+OK: Final = 0x10
+NOSYNC: Final = b"\x15"
+
+GET_SYNC: Final = b"\x30"
+ENTER_PROGMODE: Final = b"\x50"
+LEAVE_PROGMODE: Final = b"\x51"
+LOAD_ADDRESS: Final = b"\x55"
+PROG_PAGE: Final = b"\x64"
+READ_PAGE: Final = b"\x74"
+READ_SIGN: Final = b"\x75"
+FLASH: Final = b"F"
+
+_SYNC_TRIES: Final = 12
+_SYNC_S: Final = 0.12
+_SILENCE_S: Final = 0.03
+
+
+class Stk500v1:
+    """A boot loader in its window after a reset. ``answer_s``: the longest that one answer may take."""
+
+    name: Final = "stk500v1"
+    page_by_page: Final = True
+    reach_bytes: Final = 128 * 1024
+    window_s: Final = 0.4
+
+    def __init__(self, link: SerialLink, answer_s: float) -> None:
+        self._link = link
+        self._answer_s = answer_s
+
+    async def sync(self) -> None:
+        """Get Synchronization, sent until it is answered; then Enter Program Mode.
+
+        Raises Transient(NO_RESPONSE).
+        """
+        for _ in range(_SYNC_TRIES):
+            await self._link.send(GET_SYNC + EOP)
+            answer = await self._link.receive(_sync_length, _SYNC_S)
+            if answer is not None:
+                # the answers to the requests before this one may still come
+                await self._link.quiet(_SILENCE_S)
+                await self._ask(ENTER_PROGMODE, 0)
+                return
+        raise Transient(
+            Reason.NO_RESPONSE,
+            f"{self._link.path}: no boot loader answered STK500 within {_SYNC_TRIES * _SYNC_S:g} s; "
+            "check the baud rate and that a reset reaches the board",
+        )
+
+    async def signature(self) -> bytes:
+        """Read Signature Bytes: 3 bytes, high byte first."""
+        return await self._ask(READ_SIGN, 3)
+
+    async def read(self, address: int, length: int) -> bytes:
+        """Load Address, Read Page: ``length`` bytes (256 at most) from the byte address ``address``."""
+        await self._load_address(address)
+        return await self._ask(READ_PAGE + length.to_bytes(2, "big") + FLASH, length)
+
+    async def write(self, address: int, data: bytes) -> None:
+        """Load Address, Program Page: ``data`` is one whole page, ``address`` its byte address."""
+        await self._load_address(address)
+        await self._ask(PROG_PAGE + len(data).to_bytes(2, "big") + FLASH + data, 0)
+
+    async def leave(self) -> None:
+        """Leave Program Mode: optiboot starts the application at once, others do after their time-out."""
+        await self._ask(LEAVE_PROGMODE, 0)
+
+    async def _load_address(self, address: int) -> None:
+        # flash is addressed in words, low byte first
+        await self._ask(LOAD_ADDRESS + (address >> 1).to_bytes(2, "little"), 0)
+
+    async def _ask(self, command: bytes, count: int) -> bytes:
+        """Send ``command``; returns the ``count`` bytes of data in its answer.
+
+        Raises Transient(NO_RESPONSE), Transient(PROTOCOL_ERROR) for anything but that answer.
+        """
+        await self._link.send(command + EOP)
+        answer = await self._link.receive(lambda _: count + 2, self._answer_s)
+        what = f"{self._link.path}: command {command[0]:#04x}"
+        if answer is None:
+            raise Transient(Reason.NO_RESPONSE, f"{what}: no whole answer within {self._answer_s:g} s")
+        if answer[0] != INSYNC or answer[-1] != OK:
+            raise Transient(Reason.PROTOCOL_ERROR, f"{what}: answered {answer[:8].hex(' ')}, not 14 .. 10")
+        return answer[1:-1]
+
+
+def _sync_length(got: bytearray) -> int:
+    """Up to and with the first INSYNC, OK: what a resetting board sends before them is nobody's answer."""
+    at = got.find(bytes((INSYNC, OK)))
+    return at + 2 if at >= 0 else len(got) + 1
