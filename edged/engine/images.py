@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from edged.api import Image
 from edged.domain.job import Fallback
@@ -49,7 +50,7 @@ class Images:
         self._fetcher = fetcher
         self._repository = repository.rstrip("/")
         self._observer = observer
-        self._fetching: dict[str, asyncio.Lock] = {}
+        self._alone: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def verify(self, key: ImageKey) -> bool:
         """Are both files on disk, with the digests that they are named by? Reads and hashes all of them."""
@@ -73,12 +74,17 @@ class Images:
         One fetch at a time per image, however many devices want it. Raises ``Transient`` (no answer, disk full) or
         ``Refused`` (not what was signed).
         """
-        async with self._fetching.setdefault(release.image.sha256, asyncio.Lock()):
+        async with self._lock(release.index.sha256):
             if not await self._is_whole(release.index.sha256):
                 await self._bring(release.index, None, "index", progress)
+        async with self._lock(release.image.sha256):
             if not await self._is_whole(release.image.sha256):
                 index = await self._index(release.index.sha256)
                 await self._bring(release.image, index, "image", progress)
+
+    def _lock(self, sha256: str) -> asyncio.Lock:
+        """One writer per file: several devices may want the same release, or hold the same flash."""
+        return self._alone.setdefault(sha256, asyncio.Lock())
 
     async def _bring(
         self, target: SignedTarget, index: ChunkIndex | None, kind: str, progress: Progress
@@ -107,9 +113,10 @@ class Images:
 
     async def _keep_file(self, data: bytes, kind: str, source: str) -> str:
         sha256 = hashlib.sha256(data).hexdigest()
-        partial = self._artifacts.partial(sha256)
-        await asyncio.to_thread(write_durably, partial, data)
-        return await self._artifacts.adopt(partial, kind, source, sha256)
+        async with self._lock(sha256):
+            partial = self._artifacts.partial(sha256)
+            await asyncio.to_thread(write_durably, partial, data)
+            return await self._artifacts.adopt(partial, kind, source, sha256)
 
     @asynccontextmanager
     async def open(self, key: ImageKey) -> AsyncIterator[Image]:

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from edged.api import (
     Device,
@@ -483,7 +483,7 @@ class JobRunner:
             await plugin_call(firmware.activate())
             await self._move(Move(State.REVERTED, "reverted", self._job.reason, self._job.detail))
 
-    _DOES: dict[Do, Callable[[JobRunner], Awaitable[None]]] = {
+    _DOES: ClassVar[dict[Do, Callable[[JobRunner], Awaitable[None]]]] = {
         Do.RESOLVE: _resolve,
         Do.FETCH: _fetch,
         Do.ASK_DEVICE: _ask_device,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -70,10 +71,9 @@ class Trust:
     async def run(self) -> None:
         """Refresh for ever; a failure is kept, logged once and tried again at the next time."""
         while True:
-            try:
+            # kept in ``failure`` and in the audit trail; whoever needs a release hears of it
+            with suppress(EdgedError):
                 await self.refresh()
-            except EdgedError:
-                pass  # kept in ``failure`` and in the audit trail; whoever needs a release hears of it
             await self._clock.sleep(self._settings.refresh_s)
 
     async def init(self, root: bytes, actor: str) -> None:

@@ -57,17 +57,13 @@ class TestNode:
         return await self.store.read(lambda tx: jobs.find(tx, device=device))
 
     async def ended(self, device: str, timeout_s: float = 30.0) -> Job:
-        """The device's newest job, when it has ended and nothing more is due for the device."""
+        """The newest job for what the device should run now, when it has ended."""
         async with asyncio.timeout(timeout_s):
             while True:
-                turns = self.engine.turns
+                twin = await self.store.read(lambda tx: twins.get(tx, device))
                 found = await self.jobs(device)
-                if (
-                    found
-                    and found[0].state.ended
-                    and not self.engine.running
-                    and self.engine.turns > turns - 1
-                ):
+                wanted = twin.desired[FIRMWARE].version
+                if found and found[0].state.ended and found[0].desired_version == wanted:
                     return found[0]
                 await asyncio.sleep(0.005)
 

@@ -1,0 +1,127 @@
+"""A publisher, a fake device and the configuration of a node that flashes it."""
+
+from __future__ import annotations
+
+import shutil
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edged.config import (
+    Config,
+    DeviceSettings,
+    EngineSettings,
+    HealthSettings,
+    Model,
+    Node,
+    Policy,
+    TrustSettings,
+)
+from edged.plugins import Plugins, discover
+from edged.testing.fake import FakeDevice, FakePlugin, fake_app
+from edged_firmware import release
+
+IMAGE_BYTES = 2048
+
+
+def write_quickly(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+
+
+@dataclass
+class Publisher:
+    """A release repository below ``base``, and its keys."""
+
+    base: Path
+
+    @property
+    def repo(self) -> Path:
+        return self.base / "repo"
+
+    @property
+    def root(self) -> Path:
+        return self.repo / "metadata" / "1.root.json"
+
+    def init(self) -> Publisher:
+        release.init(self.repo, self.base / "keys", datetime.now(UTC), write=write_quickly)
+        return self
+
+    def add(self, version: str, image: bytes, *, name: str = "app", **draft: Any) -> None:
+        file = self.base / f"{name}-{version}.bin"
+        file.write_bytes(image)
+        options: dict[str, Any] = {"models": ("widget",), "protocol": "fake", "chunk_size_bytes": 512} | draft
+        release.add(self.repo, file, release.Draft(name, version, **options), write=write_quickly)
+
+    def publish(self) -> None:
+        release.publish(self.repo, [self.base / "keys"], datetime.now(UTC), write=write_quickly)
+
+    def image_file(self, version: str, kind: str = "image") -> Path:
+        """The image (or ``chunks``) file of a release, as it is served."""
+        (file,) = (self.repo / "targets" / "app" / version).glob(f"*.{kind}")
+        return file
+
+    def copy(self, base: Path) -> Publisher:
+        shutil.copytree(self.base, base)
+        return Publisher(base)
+
+
+def published(base: Path) -> Publisher:
+    """Releases app@1.0.0 and app@2.0.0, which are good, and app@3.0.0, whose health check fails."""
+    publisher = Publisher(base).init()
+    publisher.add("1.0.0", fake_app("1.0.0", IMAGE_BYTES))
+    publisher.add("2.0.0", fake_app("2.0.0", IMAGE_BYTES))
+    publisher.add("3.0.0", fake_app("3.0.0", IMAGE_BYTES, healthy=False))
+    publisher.publish()
+    return publisher
+
+
+QUICK = EngineSettings(
+    first_backoff_s=0.01, longest_backoff_s=0.05, stall_s=5, lease_s=5, checkpoint_bytes=512, checkpoint_s=0
+)
+
+
+@dataclass
+class Place:
+    """A node's folder, its configuration, and the devices on its desk."""
+
+    folder: Path
+    publisher: Publisher
+    plugin: FakePlugin = field(default_factory=FakePlugin)
+    engine: EngineSettings = QUICK
+    without_fallback: bool = False
+    health: bool = True
+    devices: list[DeviceSettings] = field(default_factory=list)
+
+    def device(self, name: str = "dev-1", *, app: str | None = "1.0.0", bus: str = "bus", **options: Any) -> FakeDevice:
+        """Put a device on a bus, as it left the factory with version ``app``, and configure it."""
+        device = self.plugin.add(bus, FakeDevice(name, **options))
+        if app is not None:
+            device.install(fake_app(app, IMAGE_BYTES))
+        self.devices.append(DeviceSettings(id=name, model="widget", mapper="fake", address=f"fake:{bus}/{name}"))
+        return device
+
+    @property
+    def plugins(self) -> Plugins:
+        return discover([("fake", self.plugin)])
+
+    @property
+    def config(self) -> Config:
+        health = HealthSettings(kind="property", pattern="version={identifies_as}", timeout_s=2)
+        model = Model(
+            id="widget",
+            hardware_ids=("fake:1",),
+            flash_size=16 * 1024,
+            health=health if self.health else None,
+            policy=Policy(without_fallback=self.without_fallback),
+        )
+        return Config(
+            node=Node(id="node-1", state_dir=self.folder),
+            trust=TrustSettings(repository=str(self.publisher.repo), root=self.publisher.root),
+            engine=self.engine,
+            model=(model,),
+            device=tuple(self.devices),
+        )
+
+
