@@ -146,7 +146,8 @@ def advance(tx: Tx, old: Job, new: Job, event: str, detail: str = "") -> Job:
 
     Raises :class:`Conflict` where the row is no longer at ``old.revision``, ``ValueError`` where
     ``domain.job`` does not allow the change: a state that is no successor, an ended job, another job's
-    identity.
+    identity, an end
+    without a reason.
     """
     _check_change(old, new)
     stored = replace(new, revision=old.revision + 1, updated=tx.now)
@@ -256,6 +257,8 @@ def _check_change(old: Job, new: Job) -> None:
         )
     if old.state.ended or (old.state is not new.state and new.state not in SUCCESSORS[old.state]):
         raise ValueError(f"job {old.id} cannot go from {old.state} to {new.state}")
+    if new.state.ended and new.state is not State.SUCCEEDED and new.reason is None:
+        raise ValueError(f"job {old.id} cannot be {new.state} without a reason")
     if old.touched and not new.touched:
         raise ValueError(f"job {old.id} has touched the device, which cannot be taken back")
 

@@ -63,11 +63,11 @@ def put(tx: Tx, kind: str, device: str | None, job: str | None, payload: JsonVal
     if held is not None:
         return int(held["seq"])
     text = json.dumps(payload, allow_nan=False, separators=(",", ":"))
-    row = tx.db.execute(
-        "INSERT INTO outbox (time, kind, device, job, payload, key) VALUES (?, ?, ?, ?, ?, ?) RETURNING seq",
+    added = tx.db.execute(
+        "INSERT INTO outbox (time, kind, device, job, payload, key) VALUES (?, ?, ?, ?, ?, ?)",
         [to_text(tx.now), kind, device, job, text, key],
-    ).fetchone()
-    return int(row["seq"])
+    )
+    return int(added.lastrowid or 0)
 
 
 def after(tx: Tx, seq: int, limit: int = 100) -> list[Event]:

@@ -89,13 +89,13 @@ def test_the_schema_refuses_to_change_or_remove(path: Path) -> None:
         "UPDATE audit SET actor = 'nobody' WHERE seq = 3",
         "DELETE FROM audit WHERE seq = 10",
         "INSERT OR REPLACE INTO audit SELECT * FROM audit WHERE seq = 10",
-        "INSERT INTO audit SELECT 12, format, ts, actor, event, json, prev_hash, hash FROM audit WHERE seq = 10",
+        "INSERT INTO audit SELECT 12, format, ts, actor, event, json, prev_hash, hash FROM audit LIMIT 1",
         "UPDATE signatures SET seq = 9 WHERE seq = 8",
         "DELETE FROM signatures",
     ]
     with raw(path) as conn:
         for statement in forbidden:
-            with pytest.raises(Exception, match="cannot be|can only be"):
+            with pytest.raises(Exception, match=r"cannot be|can only be"):
                 conn.execute(statement)
     assert report_of(path).intact
 
@@ -113,7 +113,7 @@ SWAP = "UPDATE audit SET {0} = (SELECT {0} FROM audit AS o WHERE o.seq = 11 - au
         (["UPDATE audit SET prev_hash = hash WHERE seq = 7"], 7, "does not follow"),
         (["DELETE FROM audit WHERE seq = 5"], 5, "missing"),
         (["DELETE FROM audit WHERE seq = 1"], 1, "missing"),
-        (["DELETE FROM audit WHERE seq = 5", "UPDATE audit SET seq = seq - 1 WHERE seq > 5"], 5, "does not follow"),
+        (["DELETE FROM audit WHERE seq = 5", "UPDATE audit SET seq = seq - 1 WHERE seq > 5"], 5, "not follow"),
         (["DELETE FROM audit WHERE seq > 7"], 8, "the head 8 was signed"),
         (["DELETE FROM audit"], 1, "the head 8 was signed"),
         ([SWAP.format(c) for c in ("ts", "actor", "event", "json", "prev_hash", "hash")], 5, ""),
@@ -171,7 +171,7 @@ def test_text_that_is_no_unicode_does_not_stop_the_trail(path: Path) -> None:
     assert read(path, audit.list)[0].data == {"argument": "\udcff"}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_any_change_of_any_field_is_found(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

@@ -89,13 +89,16 @@ def test_one_active_job_for_a_component(path: Path) -> None:
 
 def test_the_schema_itself_holds_one_active_job_and_one_row_for_a_run(path: Path) -> None:
     write(path, lambda tx: jobs.add(tx, make_job()))
-    copy = "INSERT INTO job SELECT 99, 'x', device, component, release, {version}, run, source, created, updated,"
-    copy += " deadline, {state}, revision, attempts, steps, trial_boots, touched, cancel, waiting_reason, waiting_until,"
-    copy += " waiting_detail, {reason}, detail, verified, fallback, no_fallback, done_bytes, total_bytes, retry_of FROM job"
+    copy = """
+        INSERT INTO job SELECT 99, 'x', device, component, release, {version}, run, source, created, updated,
+            deadline, {state}, revision, attempts, steps, trial_boots, touched, cancel, waiting_reason,
+            waiting_until, waiting_detail, {reason}, detail, verified, fallback, no_fallback, done_bytes,
+            total_bytes, retry_of FROM job
+        """
     with raw(path) as conn:
-        with pytest.raises(Exception, match="job.device, job.component"):
+        with pytest.raises(Exception, match=r"job\.device, job\.component"):
             conn.execute(copy.format(version=2, state="state", reason="reason"))
-        with pytest.raises(Exception, match="job.desired_version, job.run"):
+        with pytest.raises(Exception, match=r"job\.desired_version, job\.run"):
             conn.execute(copy.format(version=1, state="'failed'", reason="'stalled'"))
         with pytest.raises(Exception, match="CHECK"):
             conn.execute(copy.format(version=2, state="'lost'", reason="reason"))
@@ -133,7 +136,7 @@ def test_advance_is_compare_and_set(path: Path) -> None:
     assert stored == replace(fetching, revision=1, updated=START + MINUTE)
     assert read(path, lambda tx: jobs.get(tx, "j1")) == stored
     with pytest.raises(jobs.Conflict) as caught:
-        write(path, lambda tx: jobs.advance(tx, job, replace(job, state=State.CANCELLED), "late"))
+        write(path, end(job))
     assert isinstance(caught.value, Transient)
     assert read(path, lambda tx: jobs.get(tx, "j1")) == stored
     assert len(read(path, lambda tx: jobs.history(tx, "j1"))) == 2, (
@@ -151,7 +154,7 @@ def test_only_the_domains_ways_can_be_gone(path: Path, state: State) -> None:
         for to in State:
             tx.db.execute("SAVEPOINT attempt")
             try:
-                jobs.advance(tx, at, replace(at, state=to), "try")
+                jobs.advance(tx, at, replace(at, state=to, reason=Reason.STALLED), "try")
             except ValueError as error:
                 assert "cannot go" in str(error)
             else:
@@ -184,6 +187,11 @@ def test_what_a_job_is_cannot_change(path: Path, change: dict[str, Any]) -> None
             lambda tx: jobs.add(tx, job),
             lambda tx: jobs.advance(tx, job, replace(job, **change), "change"),
         )
+
+
+def test_no_end_without_a_reason(path: Path) -> None:
+    with pytest.raises(ValueError, match="without a reason"):
+        write(path, lambda tx: jobs.add(tx, make_job()), end(make_job(), reason=None))
 
 
 def test_the_history_tells_each_change_with_its_reason(path: Path) -> None:
