@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -33,9 +35,12 @@ async def serve(handler: Handler) -> AsyncIterator[str]:
 
     app = web.Application()
     app.router.add_get("/{tail:.*}", handle)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    # The newer library takes the time-out for the runner, the older one for the site.
+    patience: dict[str, Any] = {"shutdown_timeout": 0.1}
+    newer = "shutdown_timeout" in inspect.signature(web.BaseRunner.__init__).parameters
+    runner = web.AppRunner(app, access_log=None, **(patience if newer else {}))
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
+    site = web.TCPSite(runner, "127.0.0.1", 0, **({} if newer else patience))
     await site.start()
     server = site._server
     assert isinstance(server, asyncio.Server)
