@@ -174,6 +174,7 @@ class FileSource:
         except OSError as error:
             raise storage_error(error, self._path, 0) from error
         if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+            self._close()
             raise Transient(Reason.STORAGE_FAILED, f"{self._path} is not a regular file")
 
     def _close(self) -> None:

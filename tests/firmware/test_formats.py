@@ -105,7 +105,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, name: str, data: bytes) -> Non
         load(tmp_path / name)
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(st.one_of(st.binary(max_size=60), st.text(":0123456789ABCDEF\n", max_size=60).map(str.encode)))
 def test_garbage_as_hex_is_refused_and_nothing_else(data: bytes) -> None:
     try:
