@@ -9,12 +9,12 @@ can prove that it is well.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason, Transient
-from edged_uart.config import UartConfig, parse_config
+from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.link import SCHEME, SerialLink, open_serial
 from edged_uart.session import BootLoader, UartSession
 from edged_uart.stk500v1 import Stk500v1
@@ -28,7 +28,10 @@ MakeLoader = Callable[[SerialLink, UartConfig], BootLoader]
 @hookimpl
 def edged_mappers() -> Iterable[MapperSpec]:
     """The two protocols."""
-    return [_spec("uart-stk500", "stk500v1", _v1), _spec("uart-stk500v2", "stk500v2", _v2)]
+    return [
+        _spec("uart-stk500", "stk500v1", parse_v1, _v1),
+        _spec("uart-stk500v2", "stk500v2", parse_v2, _v2),
+    ]
 
 
 @hookimpl
@@ -45,14 +48,16 @@ def _v2(link: SerialLink, config: UartConfig) -> BootLoader:
     return Stk500v2(link, config.answer_s, page_by_page=config.erase == "page")
 
 
-def _spec(name: str, protocol: str, make: MakeLoader) -> MapperSpec:
+def _spec(
+    name: str, protocol: str, parse: Callable[[Mapping[str, object]], UartConfig], make: MakeLoader
+) -> MapperSpec:
     def connect(device: Device, env: Env) -> AbstractAsyncContextManager[Session]:
         return _connect(device, env, make)
 
     async def probe(address: str, env: Env) -> Identity | None:
         return await _probe(Device("probe", "", name, address), env, make)
 
-    return MapperSpec(name, connect, parse_config, frozenset({protocol}), probe)
+    return MapperSpec(name, connect, parse, frozenset({protocol}), probe)
 
 
 @asynccontextmanager

@@ -34,12 +34,26 @@ class UartConfig:
     boot_s: float = 2.5
 
 
-def parse_config(table: Mapping[str, object]) -> UartConfig:
-    """Raises ValueError that names the key, what was found and what is allowed."""
-    for key in table:
-        if key not in _CHECKS:
-            raise ValueError(f"{key}: not known; allowed: {', '.join(sorted(_CHECKS))}")
+def parse_v1(table: Mapping[str, object]) -> UartConfig:
+    """The table of a board that speaks STK500. Raises ValueError: key, what was found, what is allowed."""
+    return _parse(table, sorted(_CHECKS.keys() - {"erase"}))
+
+
+def parse_v2(table: Mapping[str, object]) -> UartConfig:
+    """The table of a board that speaks STK500v2. Raises ValueError: key, what was found, what is allowed."""
+    config = _parse(table, sorted(_CHECKS))
+    if config.reset == "none" and config.erase == "from_start":
+        raise ValueError(
+            "reset: found 'none'; allowed: 'dtr', since a boot loader with erase = 'from_start' has to be started anew "
+            "before each write"
+        )
+    return config
+
+
+def _parse(table: Mapping[str, object], known: list[str]) -> UartConfig:
     for key, value in table.items():
+        if key not in known:
+            raise ValueError(f"{key}: not known; allowed: {', '.join(known)}")
         allowed, holds = _CHECKS[key]
         if isinstance(value, bool) or not holds(value):
             raise ValueError(f"{key}: found {value!r}; allowed: {allowed}")

@@ -30,7 +30,7 @@ from edged.api import (
     Slot,
     Slots,
 )
-from edged.errors import Permanent, Reason
+from edged.errors import Permanent, Reason, Transient
 from edged_uart.config import UartConfig
 from edged_uart.link import SerialLink
 from edged_uart.pages import Page, plan
@@ -114,7 +114,9 @@ class UartSession:
         Raises Permanent(HARDWARE_MISMATCH), Permanent(UNSUPPORTED) or Permanent(IMAGE_TOO_LARGE) before the
         first write; Permanent(VERIFY_FAILED); Transient where the line or the board does not answer.
         """
-        async with self._boot_loader() as loader:
+        # a boot loader that counts its erases from its start must not have written since
+        fresh = self._wrote and not self._loader.page_by_page
+        async with self._boot_loader(fresh=fresh) as loader:
             size = await self._page_bytes(loader, image.segments)
             pages = plan(image.segments, size, from_start=not loader.page_by_page)
             wrong = await self._differing(loader, image, pages, progress)
@@ -179,10 +181,9 @@ class UartSession:
         await self._application()
 
     @asynccontextmanager
-    async def _boot_loader(self) -> AsyncIterator[BootLoader]:
+    async def _boot_loader(self, *, fresh: bool = False) -> AsyncIterator[BootLoader]:
         """The boot loader, in step; after a body that failed the next one begins with a reset."""
-        stale = self._wrote and not self._loader.page_by_page
-        if stale or not self._boot_loader_waits():
+        if fresh or not self._boot_loader_waits():
             await self._enter()
         self._in_boot_loader = False
         yield self._loader
@@ -209,7 +210,12 @@ class UartSession:
 
     async def _application(self) -> None:
         if self._boot_loader_waits():
-            await self._leave()
+            try:
+                await self._leave()
+            except Transient as error:
+                # it may have left by itself, earlier than most do
+                if error.reason is not Reason.NO_RESPONSE:
+                    raise
         self._in_boot_loader = False
         await self._link.set_baud(self._config.app_baud or self._config.baud)
 

@@ -15,7 +15,6 @@ from edged_uart.link import SerialLink
 EOP: Final = b"\x20"
 INSYNC: Final = 0x14
 OK: Final = 0x10
-NOSYNC: Final = b"\x15"
 
 GET_SYNC: Final = b"\x30"
 ENTER_PROGMODE: Final = b"\x50"

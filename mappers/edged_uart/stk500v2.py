@@ -52,7 +52,7 @@ class Stk500v2:
 
     name: Final = "stk500v2"
     reach_bytes: Final = 1 << 31
-    window_s: Final = 2.0
+    window_s: Final = 4.0
 
     def __init__(self, link: SerialLink, answer_s: float, *, page_by_page: bool) -> None:
         self.page_by_page = page_by_page
@@ -131,9 +131,10 @@ class Stk500v2:
         self._sequence = (self._sequence + 1) & 0xFF
         await self._link.send(frame(self._sequence, body))
         while True:
-            answer = await self._link.receive(frame_length, timeout_s)
-            if answer is None:
+            raw = await self._link.receive(frame_end, timeout_s)
+            if raw is None:
                 return None
+            answer = raw[frame_start(raw) :]
             if checksum(answer) != 0:
                 return b""
             # a late answer to an earlier message is nobody's
@@ -155,14 +156,22 @@ def checksum(message: bytes) -> int:
     return value
 
 
-def frame_length(got: bytearray) -> int:
-    """How many bytes the message in ``got`` has; what cannot begin one is dropped from ``got``."""
-    while True:
-        start = got.find(MESSAGE_START)
-        del got[: start if start >= 0 else len(got)]
-        if len(got) < _HEAD_BYTES:
-            return _HEAD_BYTES
-        size = int.from_bytes(got[2:4], "big")
-        if got[4] == TOKEN and size <= _BODY_BYTES:
-            return size + _FRAME_BYTES
-        del got[0]
+def frame_start(got: bytes | bytearray) -> int:
+    """Where in ``got`` the first message may begin: all before it is noise."""
+    start = got.find(MESSAGE_START)
+    while start >= 0 and not _may_begin(got[start : start + _HEAD_BYTES]):
+        start = got.find(MESSAGE_START, start + 1)
+    return start if start >= 0 else len(got)
+
+
+def frame_end(got: bytearray) -> int:
+    """Where the first message ends, as far as can be told: beyond ``got`` while it is not whole."""
+    start = frame_start(got)
+    head = got[start : start + _HEAD_BYTES]
+    if len(head) < _HEAD_BYTES:
+        return start + _HEAD_BYTES
+    return start + _FRAME_BYTES + int.from_bytes(head[2:4], "big")
+
+
+def _may_begin(head: bytes | bytearray) -> bool:
+    return len(head) < _HEAD_BYTES or (head[4] == TOKEN and int.from_bytes(head[2:4], "big") <= _BODY_BYTES)

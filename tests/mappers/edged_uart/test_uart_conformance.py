@@ -19,4 +19,8 @@ def test_conformance(board: Board, edged_conformance: Check, tmp_path: Path) -> 
     if board is STK500BOOT_2560 and edged_conformance is goes_on_from_the_device:
         pytest.skip("stk500boot cannot go on in the middle; test_uart_session bounds what that costs")
     with SimulatedAvr(tmp_path, board, application=app(board, "1.0.0"), tap=True) as avr:
-        asyncio.run(edged_conformance(subject(avr)))
+        asyncio.run(check(edged_conformance, avr))
+
+
+async def check(conformance: Check, avr: SimulatedAvr) -> None:
+    await conformance(subject(avr))

@@ -34,9 +34,7 @@ def app(board: Board, version: str, filler_bytes: int = 2000, *, healthy: bool =
 
 def segments(hex_file: Path) -> Segments:
     image = intelhex.IntelHex(str(hex_file))
-    return [
-        (start, bytes(image.tobinarray(start=start, end=end - 1))) for start, end in image.segments()
-    ]
+    return [(start, bytes(image.tobinarray(start=start, end=end - 1))) for start, end in image.segments()]
 
 
 async def verified(parts: Segments) -> Image:

@@ -1,0 +1,250 @@
+"""The serial link against the kernel's own pseudo terminals."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import termios
+import tty
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import edged_uart.link
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged_uart.link import SerialLink, one_byte
+
+
+class Peer:
+    """The other end of a line."""
+
+    def __init__(self) -> None:
+        self.master, self._slave = pty.openpty()
+        tty.setraw(self._slave)
+        os.set_blocking(self.master, False)
+        self.path = os.ttyname(self._slave)
+
+    def say(self, data: bytes) -> None:
+        os.write(self.master, data)
+
+    def hang_up(self) -> None:
+        if self.master >= 0:
+            os.close(self._slave)
+            os.close(self.master)
+            self.master = -1
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    try:
+        yield peer
+    finally:
+        peer.hang_up()
+
+
+def on_link(peer: Peer, use: Callable[[SerialLink], Coroutine[Any, Any, None]]) -> None:
+    async def run() -> None:
+        link = SerialLink(peer.path)
+        try:
+            await link.open()
+            await use(link)
+        finally:
+            await link.close()
+
+    asyncio.run(run())
+
+
+def length_prefixed(got: bytearray) -> int:
+    return 1 + got[0] if got else 1
+
+
+async def lost(call: Coroutine[Any, Any, object]) -> str:
+    with pytest.raises(Transient) as caught:
+        async with asyncio.timeout(5):
+            await call
+    assert caught.value.reason is Reason.LINK_LOST
+    return caught.value.detail
+
+
+def test_messages_come_whole_whatever_the_pieces_and_one_at_a_time(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        asking = asyncio.ensure_future(link.receive(length_prefixed, 5))
+        for byte in b"\x03ab":
+            peer.say(bytes([byte]))
+            await asyncio.sleep(0.005)
+        assert not asking.done()
+        peer.say(b"c\x01x\x02")
+        assert await asking == b"\x03abc"
+        assert await link.receive(length_prefixed, 5) == b"\x01x"
+        assert await link.receive(length_prefixed, 0.05) is None
+        peer.say(b"yz")
+        assert await link.receive(length_prefixed, 5) == b"\x02yz"
+
+    on_link(peer, use)
+
+
+def test_a_wait_that_is_cancelled_loses_nothing(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        asking = asyncio.ensure_future(link.receive(length_prefixed, None))
+        await asyncio.sleep(0.01)
+        peer.say(b"\x02a")
+        await asyncio.sleep(0.05)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        peer.say(b"b")
+        assert await link.receive(length_prefixed, 5) == b"\x02ab"
+
+    on_link(peer, use)
+
+
+def test_more_than_the_system_takes_at_once_is_sent_whole(peer: Peer) -> None:
+    data = bytes(range(256)) * 2000
+
+    async def use(link: SerialLink) -> None:
+        sending = asyncio.ensure_future(link.send(data))
+        got = b""
+        while len(got) < len(data):
+            try:
+                got += os.read(peer.master, 65536)
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+        await sending
+        assert got == data
+
+    on_link(peer, use)
+
+
+def test_what_nobody_waits_for_is_kept_within_bounds(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        for _ in range(100):
+            peer.say(b"x" * 1024)
+            await asyncio.sleep(0.001)
+        peer.say(b"end")
+        await asyncio.sleep(0.05)
+        kept = await link.receive(len, 1)
+        assert kept is not None and kept.endswith(b"end") and 60_000 < len(kept) <= 65536
+
+    on_link(peer, use)
+
+
+def test_hanging_up_ends_every_wait_and_says_why(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        asyncio.get_running_loop().call_later(0.05, peer.hang_up)
+        assert "unplugged" in await lost(link.receive(one_byte, None))
+        assert "unplugged" in await lost(link.receive(one_byte, 1))
+        assert "unplugged" in await lost(link.send(b"x"))
+        assert peer.path in await lost(link.send(b"x"))
+
+    on_link(peer, use)
+
+
+def test_a_sender_notices_first(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        peer.hang_up()
+        await lost(link.send(b"x"))
+
+    on_link(peer, use)
+
+
+def test_a_stuck_sender_is_freed_by_the_hang_up(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        asyncio.get_running_loop().call_later(0.1, peer.hang_up)
+        await lost(link.send(b"x" * 1_000_000))
+
+    on_link(peer, use)
+
+
+def opening(path: str) -> EdgedError:
+    async def run() -> None:
+        link = SerialLink(path)
+        try:
+            await link.open()
+        finally:
+            await link.close()
+
+    with pytest.raises(EdgedError) as caught:
+        asyncio.run(run())
+    return caught.value
+
+
+def test_a_port_that_is_not_there_is_absent(tmp_path: Path) -> None:
+    error = opening(str(tmp_path / "ttyUSB9"))
+    assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
+    assert error.detail.endswith("ttyUSB9: No such file or directory")
+
+
+def test_what_is_no_port_is_no_port(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    error = opening(str(tmp_path / "file"))
+    assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
+
+
+def test_a_port_in_use_is_busy_and_free_again_after_the_close(peer: Peer) -> None:
+    async def use(_: SerialLink) -> None:
+        error = await asyncio.to_thread(opening, peer.path)
+        assert isinstance(error, Transient) and error.reason is Reason.LINK_BUSY
+
+    on_link(peer, use)
+    on_link(peer, lambda link: link.send(b"x"))
+
+
+def test_a_cancelled_open_leaves_the_port_free(peer: Peer) -> None:
+    async def cancelled() -> None:
+        async def enter() -> None:
+            link = SerialLink(peer.path)
+            try:
+                await link.open()
+            finally:
+                await link.close()
+
+        task = asyncio.ensure_future(enter())
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    for _ in range(5):
+        asyncio.run(cancelled())
+        on_link(peer, lambda link: link.send(b"x"))
+
+
+def test_the_baud_rate_reaches_the_port_and_a_wrong_one_is_refused(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        await link.set_baud(57600)
+        assert termios.tcgetattr(peer.master)[4] == termios.B57600
+        with pytest.raises(Permanent) as caught:
+            await link.set_baud(-1)
+        assert caught.value.reason is Reason.CONFIG_INVALID
+
+    on_link(peer, use)
+
+
+def test_a_real_port_without_modem_lines_is_reported(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No port without DTR is at hand; a pty that is not recognised as one behaves alike."""
+    monkeypatch.setattr(edged_uart.link, "_PTY_MAJORS", range(0))
+
+    async def use(link: SerialLink) -> None:
+        with pytest.raises(Permanent) as caught:
+            await link.pulse_reset()
+        assert caught.value.reason is Reason.UNSUPPORTED
+        assert "reset = 'none'" in caught.value.detail
+
+    on_link(peer, use)
+
+
+def test_a_reset_on_a_pty_opens_it_anew(peer: Peer) -> None:
+    async def use(link: SerialLink) -> None:
+        peer.say(b"old")
+        await link.pulse_reset()
+        peer.say(b"new")
+        assert await link.receive(lambda _: 3, 1) == b"new"
+        peer.hang_up()
+        with pytest.raises(Transient):
+            await link.pulse_reset()
+
+    on_link(peer, use)
