@@ -164,15 +164,14 @@ def _activating(job: Job, facts: Facts) -> Step:
     device = facts.device
     if device is None:
         return Do.ASK_DEVICE
-    if device.slot_count > 1:
-        if device.runs_new:
-            return Move(State.VERIFYING, "runs on trial")
-        if job.trial_boots and not device.pending and device.runs_new is False:
-            return Move(
-                State.REVERTING, "revert", Reason.DEVICE_REVERTED, "the device tried the image and went back"
-            )
+    if device.slot_count > 1 and device.runs_new:
+        return Move(State.VERIFYING, "runs on trial")
+    # The old image after a trial boot was committed: it was tried and left while we were off, or the power went before
+    # it was booted at all. Nobody can tell, so it is booted again; the bound keeps that from going on for ever.
     if job.trial_boots >= facts.bounds.max_trial_boots:
-        return Move(State.REVERTING, "revert", Reason.ATTEMPTS_EXHAUSTED, f"{job.trial_boots} trial boots")
+        reverted = device.slot_count > 1 and not device.pending
+        reason = Reason.DEVICE_REVERTED if reverted else Reason.ATTEMPTS_EXHAUSTED
+        return Move(State.REVERTING, "revert", reason, f"{job.trial_boots} trial boots")
     return Do.ACTIVATE
 
 

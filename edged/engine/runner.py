@@ -48,6 +48,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Effect = Callable[[Tx], object]
 
+_ERASE_BYTES = 4096
+"""A read-out is kept in multiples of this: no smaller than the page or sector that writing to its end erases."""
+
 _BAD_BYTES = frozenset(
     {Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH}
 )
@@ -376,8 +379,17 @@ class JobRunner:
                 replace(self._job, no_fallback=True), "no fallback", detail="the device is blank"
             )
         else:
-            key = await self._shop.images.keep([(device.flash_base, flash)], f"flash of {device.id}")
-            await self._commit_fallback(key, None, f"{len(flash)} bytes read out")
+            kept = flash[: await self._worth_keeping(flash)]
+            key = await self._shop.images.keep([(device.flash_base, kept)], f"flash of {device.id}")
+            await self._commit_fallback(key, None, f"{len(kept)} bytes read out")
+
+    async def _worth_keeping(self, flash: bytes) -> int:
+        """All that is programmed, and all that the new image will overwrite; not the erased rest, which would be
+        written again, page by page, on the way back."""
+        async with self._shop.images.open(self._image_key) as image:
+            overwritten = max(segment.address + segment.length for segment in image.segments)
+        end = max(len(flash.rstrip(b"\xff")), overwritten - self._device.flash_base)
+        return min(-(-end // _ERASE_BYTES) * _ERASE_BYTES, len(flash))
 
     async def _holds(self, flash: bytes, key: ImageKey) -> bool:
         base = self._device.flash_base

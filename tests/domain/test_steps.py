@@ -63,8 +63,9 @@ def touched(state: State, **changes: Any) -> Job:
         (touched(State.ACTIVATING), facts(device=TWO_OLD), Do.ACTIVATE),
         (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_PENDING), Do.ACTIVATE),
         (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_TRIAL), State.VERIFYING),
+        (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_OLD), Do.ACTIVATE),
         (
-            touched(State.ACTIVATING, trial_boots=1),
+            touched(State.ACTIVATING, trial_boots=3),
             facts(device=TWO_OLD),
             (State.REVERTING, Reason.DEVICE_REVERTED),
         ),

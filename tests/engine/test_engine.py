@@ -7,18 +7,13 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import Place, Publisher, published
+from engine_kit import Place, Publisher
 
 from edged.domain.job import State
 from edged.errors import Reason
 from edged.store import audit, floors, jobs
 from edged.testing.fake import fake_app
 from edged.testing.node import TestNode, life
-
-
-@pytest.fixture(scope="session")
-def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
-    return published(tmp_path_factory.mktemp("publisher"))
 
 
 @pytest.fixture

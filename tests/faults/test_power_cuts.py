@@ -1,0 +1,160 @@
+"""The power is cut at every lasting effect of an update: before, after and torn; once, and several times in a row.
+
+Every life starts from fresh objects on the same disk and the same device. What must hold afterwards: the device runs a whole
+image and the right one, there is one job and it ended as it should, the audit trail is intact, and it cost no more than one
+checkpoint of bytes and one trial boot for each cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engine_kit import IMAGE_BYTES, Place, Publisher
+
+from edged.domain.job import Job, State
+from edged.domain.reconcile import FIRMWARE
+from edged.store import audit, floors, twins
+from edged.testing.fake import FakeDevice
+from edged.testing.faults import Faults, PowerCut, When
+from edged.testing.node import TestNode, life
+
+CHECKPOINT_BYTES = 512
+PAGE_BYTES = 256
+READ_OUT_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is wished for, and how it must end."""
+
+    wish: str
+    slots: int
+    tells: bool
+    state: State
+    runs: str
+    floor: int
+
+    @property
+    def bytes_without_cuts(self) -> int:
+        """What goes over the wire when nothing goes wrong: the image, and on one slot what was read out on the way back."""
+        back = self.state is State.REVERTED and self.slots == 1
+        return IMAGE_BYTES + (READ_OUT_BYTES if back else 0)
+
+
+SCENARIOS = {
+    "one slot, good": Scenario("app@2.0.0", 1, True, State.SUCCEEDED, "2.0.0", 2),
+    "one slot, silent, good": Scenario("app@2.0.0", 1, False, State.SUCCEEDED, "2.0.0", 2),
+    "one slot, bad": Scenario("app@3.0.0", 1, True, State.REVERTED, "1.0.0", 0),
+    "two slots, good": Scenario("app@2.0.0", 2, True, State.SUCCEEDED, "2.0.0", 2),
+    "two slots, bad": Scenario("app@3.0.0", 2, True, State.REVERTED, "1.0.0", 0),
+}
+
+
+class World:
+    """One device and one node's folder, over as many lives as it takes."""
+
+    def __init__(self, folder: Path, publisher: Publisher, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.place = Place(folder, publisher)
+        self.device: FakeDevice = self.place.device(
+            slot_count=scenario.slots, tells=scenario.tells, page_bytes=PAGE_BYTES
+        )
+        self.cuts = 0
+
+    def live(self, faults: Faults) -> Job | None:
+        """One life; the ended job, or None where the power was cut."""
+        self.device.effects = faults
+        job = None
+        try:
+            job = asyncio.run(self._live(faults))
+        except (PowerCut, BaseExceptionGroup) as error:
+            if isinstance(error, BaseExceptionGroup):
+                _, other = error.split(PowerCut)
+                assert other is None, f"something else than the cut came out: {other!r}"
+            assert faults.fired, "a cut came out that did not fire"
+        if faults.fired:
+            self.cuts += 1
+            return None
+        return job
+
+    async def _live(self, faults: Faults) -> Job:
+        async with life(self.place.config, self.place.plugins, faults=faults) as node:
+            await self._wish(node)
+            return await node.ended("dev-1")
+
+    async def _wish(self, node: TestNode) -> None:
+        """As an operator: repeat the wish as long as it was not acknowledged."""
+        twin = await node.store.read(lambda tx: twins.get(tx, "dev-1"))
+        if FIRMWARE not in twin.desired:
+            await node.want("dev-1", self.scenario.wish)
+
+    def check(self, job: Job) -> None:
+        scenario, device = self.scenario, self.device
+        assert job.state is scenario.state, f"{job.state}: {job.reason} {job.detail}"
+        assert device.app is not None and device.app.version == scenario.runs
+        assert device.confirmed and not device.pending
+        again = self.cuts * (CHECKPOINT_BYTES + PAGE_BYTES)
+        assert device.counts.received <= scenario.bytes_without_cuts + again
+        assert device.counts.trial_boots <= 1 + self.cuts
+        asyncio.run(self._check_store())
+
+    async def _check_store(self) -> None:
+        async with life(self.place.config, self.place.plugins) as node:
+            assert len(await node.jobs("dev-1")) == 1, "a job was lost or made twice"
+            report = await node.store.read(lambda tx: audit.verify(tx, node.key.public_key))
+            assert report.intact, report.reason
+            assert await node.store.read(lambda tx: floors.get(tx, "dev-1", FIRMWARE)) == self.scenario.floor
+
+
+def effects_of(folder: Path, publisher: Publisher, scenario: Scenario) -> list[str]:
+    """The lasting effects of an update that nobody interrupts, in order."""
+    counting = Faults()
+    world = World(folder, publisher, scenario)
+    job = world.live(counting)
+    assert job is not None
+    world.check(job)
+    return counting.names
+
+
+def _folders(base: Path) -> Iterator[Path]:
+    for number in range(10_000):
+        yield base / f"life-{number}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_one_cut_at_every_effect(tmp_path: Path, publisher: Publisher, name: str) -> None:
+    scenario, folders = SCENARIOS[name], _folders(tmp_path)
+    names = effects_of(next(folders), publisher, scenario)
+    assert {"store.commit", "artifact.adopt", "device.page", "device.boot"} <= set(names)
+    for number, effect in enumerate(names, 1):
+        for when in When if effect == "device.page" else (When.BEFORE, When.AFTER):
+            world = World(next(folders), publisher, scenario)
+            cut = Faults(number, when)
+            world.live(cut)
+            assert cut.fired == effect, f"the cut {when} effect {number} did not fire where it should"
+            job = world.live(Faults())
+            assert job is not None
+            world.check(job)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_several_cuts_in_a_row(tmp_path: Path, publisher: Publisher, seed: int) -> None:
+    """Up to five cuts, early ones and late ones, also while it goes back."""
+    dice = random.Random(seed)
+    scenario = SCENARIOS[dice.choice(sorted(SCENARIOS))]
+    world = World(tmp_path / "state", publisher, scenario)
+    job = None
+    for _ in range(dice.randint(2, 5)):
+        job = world.live(Faults(dice.randint(1, 30), dice.choice(list(When))))
+        if job is not None:
+            break
+    job = job or world.live(Faults())
+    assert job is not None
+    world.check(job)
+    assert world.cuts >= 1

@@ -1,0 +1,123 @@
+"""The fake device passes the conformance kit, and the kit notices a mapper that is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from edged.api import Device
+from edged.plugins import discover
+from edged.testing import conformance
+from edged.testing.conformance import Check, Subject
+from edged.testing.fake import FakeDevice, FakePlugin, FakeReadBackSession, fake_app
+
+SIZE = 4096
+
+
+def subject(**options: Any) -> Subject:
+    """A device in the state in which it left the factory, with a neighbour on its bus."""
+    plugin = FakePlugin()
+    hardware = plugin.add("bus", FakeDevice("dev-1", **options))
+    plugin.add("bus", FakeDevice("dev-2"))
+    hardware.install(fake_app("0.1.0"))
+    bus = plugin.bus("bus")
+    bus.bytes_per_s = 200_000
+
+    async def unplug() -> None:
+        bus.lost = True
+
+    async def plug() -> None:
+        bus.lost = False
+
+    def holds(address: int, length: int) -> bytes:
+        return bytes(hardware.slots[hardware.spare][address : address + length])
+
+    plugins = discover([("fake", plugin)])
+    device = Device("dev-1", "widget", "fake", "fake:bus/dev-1", flash_size_bytes=hardware.size_bytes)
+    return Subject(
+        spec=plugins.mapper("fake"),
+        links=plugins.links,
+        device=device,
+        first=[(0, fake_app("1.0.0", SIZE))],
+        second=[(0, fake_app("2.0.0", SIZE))],
+        sent=lambda: bytes(hardware.tap),
+        holds=holds,
+        written=lambda: hardware.counts.received,
+        unit_bytes=hardware.page_bytes,
+        unplug=unplug,
+        plug=plug,
+        neighbour=replace(device, id="dev-2", address="fake:bus/dev-2"),
+    )
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "one slot": {},
+    "one slot, not readable": {"reads_back": False},
+    "two slots": {"slot_count": 2},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conformance(edged_conformance: Check, kind: str) -> None:
+    asyncio.run(edged_conformance(subject(**KINDS[kind])))
+
+
+async def _swallows(self: Any, image: Any, progress: Any) -> None:
+    try:
+        await original(self, image, progress)
+    except asyncio.CancelledError:
+        return
+
+
+async def _writes_always(self: Any, image: Any, pages: Any, total: Any, progress: Any) -> int:
+    return 0
+
+
+async def _writes_nothing(self: Any, image: Any, progress: Any) -> None:
+    return None
+
+
+original = FakeReadBackSession.stage
+
+
+@pytest.mark.parametrize(
+    ("check", "method", "wrong"),
+    [
+        (conformance.cancellation_comes_out, "stage", _swallows),
+        (conformance.stage_is_idempotent, "_prefix", _writes_always),
+        (conformance.goes_on_from_the_device, "_prefix", _writes_always),
+        (conformance.stages_what_it_was_given, "stage", _writes_nothing),
+    ],
+)
+def test_the_kit_notices(
+    check: Check, method: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeReadBackSession, method, wrong)
+    with pytest.raises(AssertionError):
+        asyncio.run(check(subject()))
+
+
+def test_only_a_whole_application_runs() -> None:
+    hardware = FakeDevice("dev-1")
+    image = fake_app("1.0.0", 1024)
+    hardware.write_page(0, image[:512])
+    assert hardware.app is None
+    hardware.write_page(512, image[512:])
+    assert hardware.app is not None and hardware.app.version == "1.0.0"
+    hardware.slots[0][700] ^= 1
+    assert hardware.app is None
+
+
+def test_a_trial_that_nobody_confirmed_is_left_at_the_next_boot() -> None:
+    hardware = FakeDevice("dev-1", slot_count=2)
+    hardware.install(fake_app("1.0.0"))
+    hardware.write_page(0, fake_app("2.0.0"))
+    hardware.mark_pending()
+    hardware.boot()
+    assert hardware.app is not None and hardware.app.version == "2.0.0"
+    hardware.boot()
+    assert hardware.app is not None and hardware.app.version == "1.0.0"
