@@ -57,6 +57,8 @@ class Reason(StrEnum):
     STORAGE_FAILED = "storage_failed"
     CONFIG_INVALID = "config_invalid"
     DEVICE_UNKNOWN = "device_unknown"
+    JOB_UNKNOWN = "job_unknown"
+    REQUEST_INVALID = "request_invalid"
     PLUGIN_FAILED = "plugin_failed"
     UNSUPPORTED = "unsupported"
     # bounds and wishes

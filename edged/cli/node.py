@@ -1,0 +1,128 @@
+"""``run``, ``status``, ``check-config``: the daemon and its configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edged.cli.context import Context, command, json_option, show_json, text
+from edged.domain import reasons
+
+if TYPE_CHECKING:
+    from edged.config import Config
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Log as JSON, whatever the configuration says.")
+@click.pass_obj
+@command
+def run(context: Context, as_json: bool) -> None:
+    """Run the daemon in the foreground.
+
+    Ends with SIGTERM or Ctrl-C; jobs keep their place and go on at the next start.
+
+    \b
+    Examples:
+      edged run
+      edged --config ./edged.toml run --json
+    """
+    config = _load(context, as_json=False)
+    if as_json:
+        import attrs
+
+        config = attrs.evolve(config, log=attrs.evolve(config.log, format="json"))
+    from edged import app
+
+    app.main(config)
+
+
+@click.command()
+@json_option
+@click.pass_obj
+@command
+def status(context: Context, as_json: bool) -> None:
+    """Show the node at a glance, and what is wrong with it.
+
+    \b
+    Examples:
+      edged status
+      edged status --json | jq .problems
+    """
+    found = context.client().get("status")
+    if as_json:
+        show_json(found)
+        return
+    devices, trust = found["devices"], found["trust"]
+    jobs = ", ".join(f"{count} {state}" for state, count in sorted(found["jobs"].items())) or "none"
+    click.echo(
+        f"node      {found['node']}, edged {found['version']}, pid {found['pid']}, since {found['started']}"
+    )
+    click.echo(
+        f"devices   {devices['configured']} configured, {devices['running']} connected, {devices['left_out']} left out"
+    )
+    click.echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
+    click.echo(f"trust     {_trust_line(trust)}")
+    click.echo(f"audit     {found['audit_seq']} rows, key {found['public_key'][:16]}")
+    for problem in found["problems"]:
+        cure = f"; cure: {problem['cure']}" if problem["cure"] else ""
+        click.echo(f"PROBLEM   {problem['part']}: {problem['detail']}{cure}")
+
+
+def _trust_line(trust: dict[str, Any]) -> str:
+    if trust["online"] is None:
+        return f"{text(trust['repository'])}: not verified yet"
+    line = f"{trust['repository']}: {len(trust['releases'])} releases, {'online' if trust['online'] else 'offline'}"
+    return line + (f", metadata expired {trust['stale_s'] / 3600:.1f} h ago" if trust["stale_s"] else "")
+
+
+@click.command("check-config")
+@json_option
+@click.pass_obj
+@command
+def check_config(context: Context, as_json: bool) -> None:
+    """Check the configuration files; list every fault.
+
+    Also asks each device's mapper whether it understands the device's own table. Needs no daemon.
+
+    \b
+    Examples:
+      edged check-config
+      edged --config ./edged.toml check-config --json
+    """
+    config = _load(context, as_json=as_json)
+    from edged import plugins
+    from edged.devices import LeftOut, resolve
+
+    found = plugins.discover()
+    left_out = [
+        one for one in (resolve(item, config, found) for item in config.device) if isinstance(one, LeftOut)
+    ]
+    if left_out:
+        _give_up([f"device {one.settings.id!r}: {one.detail}" for one in left_out], as_json=as_json)
+    if as_json:
+        show_json({"problems": [], "models": len(config.model), "devices": len(config.device)})
+    else:
+        click.echo(
+            f"{context.config_path}: {len(config.model)} models, {len(config.device)} devices, no fault."
+        )
+
+
+def _load(context: Context, *, as_json: bool) -> Config:
+    """The configuration; its faults end the process with exit code 2, each on a line."""
+    from edged.config import load
+    from edged.errors import ConfigError
+
+    try:
+        return load(context.config_path)
+    except ConfigError as exc:
+        _give_up(exc.problems, as_json=as_json)
+        raise AssertionError from exc
+
+
+def _give_up(problems: list[str], *, as_json: bool) -> None:
+    if as_json:
+        show_json({"problems": problems})
+    for problem in problems:
+        click.echo(f"edged: configuration: {problem}", err=True)
+    raise SystemExit(reasons.EXIT_USAGE)

@@ -1,0 +1,165 @@
+"""Configured devices to supervised units; what could not be used, and why; what each device said when it was attached."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from edged.api import Desired, Device, Identity, MapperSpec, Session, SessionTraits, SupportsDesired
+from edged.clock import Clock
+from edged.config import Config, DeviceSettings, Model
+from edged.domain.admission import check_identity
+from edged.domain.reconcile import FIRMWARE
+from edged.domain.twin import Value, delta
+from edged.errors import EdgedError, Permanent, Reason, Refused
+from edged.links import LinkPool, device_env
+from edged.plugins import Plugins
+from edged.reports import Reports
+from edged.sessions import DeviceUnit, Sessions, plugin_call
+from edged.store import twins
+from edged.store.database import Store
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A configured device that cannot be used; the others can."""
+
+    settings: DeviceSettings
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a device said when its session was opened last. ``identity`` None: asking would have disturbed it.
+
+    ``rejected`` has, by name, the desired properties that the device would not take.
+    """
+
+    time: datetime
+    traits: SessionTraits
+    identity: Identity | None
+    rejected: Mapping[str, str]
+
+
+def device_of(settings: DeviceSettings, model: Model, config: object) -> Device:
+    """The mapper's view of a configured device."""
+    return Device(
+        id=settings.id,
+        model=settings.model,
+        mapper=settings.mapper,
+        address=settings.address,
+        hardware_ids=model.hardware_ids,
+        flash_base=model.flash_base,
+        flash_size_bytes=model.flash_size,
+        config=config,
+    )
+
+
+def resolve(
+    settings: DeviceSettings, config: Config, plugins: Plugins
+) -> tuple[Device, MapperSpec] | LeftOut:
+    """The device and its mapper, or why it is left out."""
+    try:
+        spec = plugins.mapper(settings.mapper)
+        if settings.address.partition(":")[0] not in plugins.links:
+            plugins.link(settings.address.partition(":")[0])
+        return device_of(settings, config.models[settings.model], _parse(spec, settings)), spec
+    except EdgedError as exc:
+        return LeftOut(settings, exc.reason, exc.detail)
+
+
+def _parse(spec: MapperSpec, settings: DeviceSettings) -> object:
+    try:
+        return spec.parse_config(settings.config)
+    except ValueError as exc:
+        raise Permanent(Reason.CONFIG_INVALID, f"device {settings.id!r}: config.{exc}") from exc
+    except Exception as exc:
+        raise Permanent(Reason.PLUGIN_FAILED, f"mapper {spec.name}: parse_config raised {exc!r}") from exc
+
+
+class Devices:
+    """All devices of the configuration. ``sessions`` has the usable ones, ``left_out`` the others, by id."""
+
+    def __init__(
+        self, config: Config, plugins: Plugins, store: Store, reports: Reports, clock: Clock
+    ) -> None:
+        self.pool = LinkPool(plugins.links)
+        self.left_out: dict[str, LeftOut] = {}
+        self.attached: dict[str, Attached] = {}
+        self._store = store
+        self._reports = reports
+        self._clock = clock
+        units: dict[str, DeviceUnit] = {}
+        for settings in config.device:
+            found = resolve(settings, config, plugins)
+            if isinstance(found, LeftOut):
+                self.left_out[settings.id] = found
+                log.error(
+                    "device left out",
+                    extra={"device": settings.id, "reason": found.reason.value, "detail": found.detail},
+                )
+            else:
+                units[settings.id] = self._unit(*found, watch=settings.watch)
+        self.sessions = Sessions(units)
+
+    def _unit(self, device: Device, spec: MapperSpec, *, watch: bool) -> DeviceUnit:
+        return DeviceUnit(
+            device,
+            spec,
+            device_env(device.id, self.pool),
+            lambda reported: self._reports.put(device.id, reported),
+            lambda session: self._attach(device, session),
+            self._clock,
+            watch=watch,
+        )
+
+    def unit(self, device: str) -> DeviceUnit:
+        """The unit of ``device``. Raises ``Permanent`` with the reason that it was left out, or ``DEVICE_UNKNOWN``."""
+        missing = self.left_out.get(device)
+        if missing is not None:
+            raise Permanent(missing.reason, f"{device} is left out: {missing.detail}")
+        return self.sessions[device]
+
+    async def _attach(self, device: Device, session: Session) -> None:
+        """A fresh session, or a changed wish: make sure who is there, then tell it what it should have.
+
+        Raises ``Refused(HARDWARE_MISMATCH)`` where another kind of device answers, and ``Transient``.
+        """
+        identity = None
+        if not session.traits.identify_disturbs:
+            identity = await plugin_call(session.identify())
+            check_identity(device, (), identity)
+        self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, {})
+        twin = await self._store.read(lambda tx: twins.get(tx, device.id))
+        wishes = {
+            name: wish for name, wish in delta(twin.desired, twin.reported).items() if not is_firmware(name)
+        }
+        if wishes and isinstance(session, SupportsDesired):
+            rejected = await self._apply(device, session, wishes)
+            self.attached[device.id] = replace(self.attached[device.id], rejected=rejected)
+
+    async def _apply(
+        self, device: Device, session: SupportsDesired, wishes: Mapping[str, Value]
+    ) -> dict[str, str]:
+        rejected: dict[str, str] = {}
+        for name, wish in wishes.items():
+            try:
+                reported = await plugin_call(session.apply(Desired(name, wish.value, wish.version)))
+            except (Permanent, Refused) as exc:
+                rejected[name] = str(exc)
+                log.warning(
+                    "property not taken", extra={"device": device.id, "property": name, "detail": str(exc)}
+                )
+                continue
+            await self._reports.put(device.id, reported)
+        return rejected
+
+
+def is_firmware(name: str) -> bool:
+    """Whether a property is a firmware component, which only a job changes."""
+    return name == FIRMWARE or name.startswith(f"{FIRMWARE}.")
