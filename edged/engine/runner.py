@@ -364,7 +364,7 @@ class JobRunner:
         """The flash is the truth: it confirms our record, or is kept itself."""
         device = self._device
         assert device.flash_size_bytes is not None
-        meter = self._meter(session)
+        meter = self._meter()
         flash = await self._watched(
             meter, plugin_call(session.read_flash(device.flash_base, device.flash_size_bytes, meter))
         )
@@ -422,9 +422,10 @@ class JobRunner:
     async def _send(self, key: ImageKey) -> bool:
         """Stage the image ``key`` on the device; False where it was interrupted from outside."""
         session, firmware = await self._firmware_session()
-        meter = self._meter(session)
+        meter = self._meter()
         try:
             async with self._shop.images.open(key) as image:
+                meter = self._meter(image.size_bytes)
                 staged = await self._watched(meter, self._staging(firmware, image, meter))
         except Refused as exc:
             if exc.reason not in _BAD_BYTES:
@@ -510,12 +511,13 @@ class JobRunner:
 
     # -- transfers
 
-    def _meter(self, session: Session | SupportsReadBack) -> Meter:
+    def _meter(self, image_bytes: int = 0) -> Meter:
         settings = self._shop.settings
         return Meter(
             self._shop.clock,
             settings.stall_s,
             Checkpoints(settings.checkpoint_bytes, settings.checkpoint_s),
+            image_bytes=image_bytes,
             observe_write=self._shop.observer.chunk_written,
         )
 
@@ -526,12 +528,14 @@ class JobRunner:
             await self._reload()
         return result
 
-    async def _checkpoint(self, status: Status) -> None:
-        job, done, total = self._job, status.done_bytes, status.total_bytes
-        if done <= job.done_bytes:
+    async def _checkpoint(self, done_bytes: int) -> None:
+        job = self._job
+        if done_bytes <= job.done_bytes:
             return
         self._progressed = True
-        self._job = await self._shop.store.write(lambda tx: jobs.checkpoint(tx, job, done, total))
+        self._job = await self._shop.store.write(
+            lambda tx: jobs.checkpoint(tx, job, done_bytes, job.total_bytes)
+        )
 
     def _tick(self, status: Status) -> None:
         self._send_progress(status.phase.value, status.done_bytes, status.total_bytes, status.bytes_per_s)

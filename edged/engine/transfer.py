@@ -48,12 +48,14 @@ class Meter:
         stall_s: float,
         checkpoints: Checkpoints,
         *,
+        image_bytes: int = 0,
         chunk_bytes: int = 64 * 1024,
         observe_write: Callable[[float], None] | None = None,
     ) -> None:
         self._clock = clock
         self._stall_s = stall_s
         self._checkpoints = checkpoints
+        self._image_bytes = image_bytes
         self._chunk_bytes = chunk_bytes
         self._observe_write = observe_write
         now = clock.monotonic()
@@ -87,7 +89,8 @@ class Meter:
             self._moved = now
         if phase is Phase.WRITE:
             self.written_bytes += moved
-            self.reached_bytes = max(self.reached_bytes, done_bytes)
+            # a mapper counts all of the image, or only what is left to write: what remains is the same in both
+            self.reached_bytes = max(self.reached_bytes, self._image_bytes - (total_bytes - done_bytes))
             self.write_seconds = elapsed if moved else self.write_seconds
             self._observe_chunk(now, done_bytes)
         else:
@@ -102,15 +105,15 @@ class Meter:
         self,
         call: Awaitable[T],
         *,
-        checkpoint: Callable[[Status], Awaitable[None]],
+        checkpoint: Callable[[int], Awaitable[None]],
         tick: Callable[[Status], None],
         stop: asyncio.Event,
     ) -> T | None:
         """Await ``call`` while it reports to this meter.
 
-        ``checkpoint`` is awaited when one is due, ``tick`` called a few times a second. Returns None when ``stop`` was set:
-        the call was cancelled then. Raises ``Transient(STALLED)`` where nothing moved for the stall time, and whatever
-        the call raises.
+        ``checkpoint`` is awaited with the bytes of the image that the device has, when a checkpoint is due; ``tick`` is
+        called a few times a second. Returns None when ``stop`` was set: the call was cancelled then. Raises
+        ``Transient(STALLED)`` where nothing moved for the stall time, and whatever the call raises.
         """
         self._moved = self._clock.monotonic()
         task = asyncio.ensure_future(call)
@@ -138,13 +141,13 @@ class Meter:
                 f"no byte for {still:.0f} s at {status.done_bytes} of {status.total_bytes} ({status.phase})",
             )
 
-    async def _save_if_due(self, checkpoint: Callable[[Status], Awaitable[None]]) -> None:
+    async def _save_if_due(self, checkpoint: Callable[[int], Awaitable[None]]) -> None:
         status, now = self._status, self._clock.monotonic()
-        if status.phase is not Phase.WRITE or status.done_bytes == self._saved_bytes:
+        if status.phase is not Phase.WRITE:
             return
         if (
-            status.done_bytes - self._saved_bytes >= self._checkpoints.size_bytes
+            self.reached_bytes - self._saved_bytes >= self._checkpoints.size_bytes
             and now - self._saved_at >= self._checkpoints.interval_s
         ):
-            await checkpoint(status)
-            self._saved_bytes, self._saved_at = status.done_bytes, now
+            await checkpoint(self.reached_bytes)
+            self._saved_bytes, self._saved_at = self.reached_bytes, now
