@@ -14,12 +14,15 @@ from edged_firmware.fetch import Expected, Fetcher
 
 async def main(url: str, dest: str, length: str, sha256: str, index: str) -> None:
     def say(kind: str, n_bytes: int) -> None:
-        print(n_bytes, flush=True)
+        print("arrived", n_bytes, flush=True)
+
+    def report(good: int) -> None:
+        print("good", good, flush=True)
 
     decoded = ChunkIndex.decode(Path(index).read_bytes())
     async with aiohttp.ClientSession() as session:
         fetcher = Fetcher(session, count=say)
-        await fetcher.fetch(url, Path(dest), Expected(int(length), sha256), decoded)
+        await fetcher.fetch(url, Path(dest), Expected(int(length), sha256), decoded, report)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,9 @@ class Seen:
 class Sending:
     """A server that streams ``data`` in pieces, with ranges, an entity tag and a way to go wrong.
 
-    ``stop_after``: bytes of a body after which the connection is dropped. ``tag``: the entity tag; a request whose
-    If-Range names another gets the whole file.
+    ``stop_after``: bytes of a body after which the connection is dropped. ``hold_after``: bytes of a body
+    after which nothing more comes. ``tag``: the entity tag; a request whose If-Range names another gets the
+    whole file.
     """
 
     def __init__(self, data: bytes, piece: int = 1000, pause_s: float = 0.0) -> None:
@@ -79,6 +80,7 @@ class Sending:
         self.pause_s = pause_s
         self.tag = '"one"'
         self.stop_after: int | None = None
+        self.hold_after: int | None = None
         self.ranges: list[str | None] = []
         self.if_ranges: list[str | None] = []
         self.statuses: list[int] = []
@@ -106,6 +108,8 @@ class Sending:
                 assert request.transport is not None
                 request.transport.close()
                 return
+            if self.hold_after is not None and at - start >= self.hold_after:
+                await asyncio.sleep(60)
             await response.write(self.data[at : at + self.piece])
             if self.pause_s:
                 await asyncio.sleep(self.pause_s)
