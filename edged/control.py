@@ -29,6 +29,7 @@ from edged.engine.reconciler import cancel, retry
 from edged.engine.trust import Trust
 from edged.errors import EdgedError, Permanent, Reason
 from edged.links import device_env
+from edged.metrics import Snapshot
 from edged.plugins import Plugins
 from edged.sessions import plugin_call
 from edged.store import audit, floors, jobs, outbox, twins
@@ -74,23 +75,6 @@ class Parts:
     deployments: Deployments
     key: NodeKey
     started: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """Numbers of this moment, for the metrics. Lags in seconds; ``outbox`` has the events that wait, by consumer.
-
-    What comes from the store is empty where it cannot be read.
-    """
-
-    writable: bool
-    jobs: Mapping[tuple[State, Reason | None], int]
-    twin_lag_s: Mapping[str, float]
-    outbox: Mapping[str, int]
-    audit_seq: int
-    units: Mapping[str, UnitState]
-    restarts: Mapping[str, int]
-    plugins: Mapping[str, bool]
 
 
 class Control:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edged import __version__
 from edged.clock import Clock
-from edged.control import Snapshot
 from edged.domain.job import State
 from edged.errors import Reason
 from edged.supervisor import UnitState
@@ -24,6 +24,23 @@ if TYPE_CHECKING:
 FAST_BUCKETS_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0)
 DISK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 WIRE_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Numbers of this moment, for the metrics. Lags in seconds; ``outbox`` has the events that wait, by consumer.
+
+    What comes from the store is empty where it cannot be read.
+    """
+
+    writable: bool
+    jobs: Mapping[tuple[State, Reason | None], int]
+    twin_lag_s: Mapping[str, float]
+    outbox: Mapping[str, int]
+    audit_seq: int
+    units: Mapping[str, UnitState]
+    restarts: Mapping[str, int]
+    plugins: Mapping[str, bool]
 
 
 class Histogram:

@@ -1,0 +1,306 @@
+"""``doctor``: everything that a node needs, checked without the daemon where it can be; each line has its cure.
+
+Looks only: it makes no file, opens no port, and sends nothing to a device.
+"""
+
+from __future__ import annotations
+
+import grp
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edged.cli.context import Context, command, json_option, show_json, size_text
+from edged.domain import reasons
+
+if TYPE_CHECKING:
+    from edged.config import Config
+
+_LOW_BYTES = 256 * 1024 * 1024
+_LEAST_BYTES = 64 * 1024 * 1024
+
+
+class Level(StrEnum):
+    """How a check went."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor: ``cure`` is empty where all is well."""
+
+    level: Level
+    what: str
+    detail: str
+    cure: str = ""
+
+
+@click.command()
+@json_option
+@click.pass_obj
+@command
+def doctor(context: Context, as_json: bool) -> None:
+    """Check everything that a node needs; say how to cure what is wrong.
+
+    Exit code 1 where a check failed. Works with and without a running daemon.
+
+    \b
+    Examples:
+      edged doctor
+      sudo -u _edged edged doctor --json
+    """
+    found = list(_examine(context))
+    if as_json:
+        show_json({"findings": [asdict(finding) for finding in found]})
+    else:
+        for finding in found:
+            cure = f"; cure: {finding.cure}" if finding.cure else ""
+            click.echo(f"{finding.level.value:<4}  {finding.what:<8}  {finding.detail}{cure}")
+    if any(finding.level is Level.FAIL for finding in found):
+        raise SystemExit(reasons.EXIT_FAILED)
+
+
+def _examine(context: Context) -> Iterator[Finding]:
+    from edged.config import load
+    from edged.errors import ConfigError
+
+    try:
+        config = load(context.config_path)
+    except ConfigError as exc:
+        cure = "correct the file; edged check-config lists the faults"
+        yield from (Finding(Level.FAIL, "config", problem, cure) for problem in exc.problems)
+        return
+    text = f"{context.config_path}: {len(config.model)} models, {len(config.device)} devices"
+    yield Finding(Level.OK, "config", text)
+    checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
+        check_folder,
+        check_database,
+        check_devices,
+        check_ports,
+        check_trust,
+        check_clock,
+        check_disk,
+    )
+    for check in checks:
+        yield from check(config)
+    yield from check_daemon(context)
+
+
+def check_folder(config: Config) -> Iterator[Finding]:
+    """Is the state folder there, and can this user work in it?"""
+    folder = config.node.state_dir
+    if not folder.exists():
+        yield Finding(
+            Level.WARN, "state", f"{folder} is not there yet", "the first start of the daemon makes it"
+        )
+    elif not folder.is_dir():
+        yield Finding(Level.FAIL, "state", f"{folder} is no folder", "move it away, or set node.state_dir")
+    elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        text = f"user {os.getuid()} may not write to {folder}"
+        yield Finding(Level.WARN, "state", text, "run this command as the daemon's user")
+    else:
+        yield Finding(Level.OK, "state", f"{folder}, mode {folder.stat().st_mode & 0o777:04o}")
+
+
+def check_database(config: Config) -> Iterator[Finding]:
+    """Is the database whole, and of a schema that this version knows?"""
+    import sqlite3
+
+    from edged.cli.files import open_database
+    from edged.store import migrations
+
+    path = config.node.state_dir / "edged.db"
+    if not os.access(path, os.R_OK):
+        if path.exists():
+            yield Finding(
+                Level.WARN, "database", f"{path} cannot be read", "run this command as the daemon's user"
+            )
+        return
+    cure = "stop the daemon, move the file away, and restore a copy"
+    try:
+        with closing(open_database(path)) as db:
+            problem = migrations.why_unknown(db)
+            check = "ok" if problem else db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            rows = 0 if problem else db.execute("SELECT count(*) FROM job").fetchone()[0]
+    except sqlite3.Error as exc:
+        yield Finding(Level.FAIL, "database", f"{path}: {exc}", cure)
+        return
+    if problem or check != "ok":
+        yield Finding(Level.FAIL, "database", f"{path}: {problem or check}", cure)
+    else:
+        yield Finding(Level.OK, "database", f"{path} is whole, {rows} jobs")
+
+
+def check_devices(config: Config) -> Iterator[Finding]:
+    """Are the plugins in use, and does each device have a mapper that understands it?"""
+    from edged import plugins
+    from edged.devices import LeftOut, resolve
+
+    found = plugins.discover()
+    for state in found.states:
+        if state.problem:
+            text = f"{state.name} ({state.distribution}): {state.problem}"
+            yield Finding(Level.FAIL, "plugin", text, "install a version of it that fits, or remove it")
+        else:
+            yield Finding(
+                Level.OK, "plugin", f"{state.name} ({state.distribution}): {', '.join(state.mappers)}"
+            )
+    for settings in config.device:
+        device = resolve(settings, config, found)
+        if isinstance(device, LeftOut):
+            cure = (
+                reasons.cure(device.reason)
+                or "correct the device's file; edged mapper list shows the mappers"
+            )
+            yield Finding(Level.FAIL, "device", f"{settings.id}: {device.detail}", cure)
+        else:
+            yield Finding(Level.OK, "device", f"{settings.id}: {settings.mapper} at {settings.address}")
+    if not config.device:
+        yield Finding(Level.WARN, "device", "no device is configured", "add one in devices.d")
+
+
+def check_ports(config: Config) -> Iterator[Finding]:
+    """Are the serial ports there, and may this user open them?"""
+    for settings in config.device:
+        scheme, _, rest = settings.address.partition(":")
+        if scheme != "serial":
+            continue
+        path = Path(rest) if rest.startswith("/") else Path("/dev/serial") / rest
+        if not path.exists():
+            cure = "connect the device; ls -l /dev/serial/by-id shows what is there"
+            yield Finding(Level.WARN, "port", f"{settings.id}: {path} is not there", cure)
+        elif not os.access(path, os.R_OK | os.W_OK):
+            text = f"{settings.id}: user {os.getuid()} may not open {path}"
+            cure = f"add the daemon's user to group {_group_of(path)}"
+            yield Finding(Level.FAIL, "port", text, cure)
+        else:
+            yield Finding(Level.OK, "port", f"{settings.id}: {path}")
+
+
+def _group_of(path: Path) -> str:
+    number = path.stat().st_gid
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def check_trust(config: Config) -> Iterator[Finding]:
+    """Is there a root of trust, and how old is the metadata? Their signatures are checked by the daemon."""
+    folder = config.node.state_dir / "trust"
+    root = config.trust.root
+    if not (folder / "root.json").is_file() and not (root is not None and root.is_file()):
+        text = "no root of trust: no release can be installed"
+        yield Finding(Level.FAIL, "trust", text, "edged trust init ROOT.json")
+        return
+    if not config.trust.repository:
+        text = "no release repository: nothing can be fetched"
+        yield Finding(Level.WARN, "trust", text, "set trust.repository")
+        return
+    expires = _expiry(folder / "metadata" / "timestamp.json")
+    now = _now()
+    if expires is None:
+        yield Finding(Level.WARN, "trust", "the repository was not verified yet", "edged trust refresh")
+    elif now >= expires + config.trust.offline_grace:
+        text = (
+            f"the metadata expired at {expires:%Y-%m-%d %H:%M} UTC, longer ago than trust.offline_grace_days"
+        )
+        yield Finding(Level.FAIL, "trust", text, "publish the repository again, and bring it to this node")
+    elif now >= expires:
+        text = f"the metadata expired at {expires:%Y-%m-%d %H:%M} UTC, within trust.offline_grace_days"
+        yield Finding(Level.WARN, "trust", text, "publish the repository again, and bring it to this node")
+    else:
+        yield Finding(
+            Level.OK, "trust", f"{config.trust.repository}, valid until {expires:%Y-%m-%d %H:%M} UTC"
+        )
+
+
+def _expiry(path: Path) -> datetime | None:
+    from edged.clock import from_text
+
+    try:
+        return from_text(json.loads(path.read_text(encoding="utf-8"))["signed"]["expires"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_clock(config: Config) -> Iterator[Finding]:
+    """Can the clock be right? It cannot be earlier than this version, nor than what a signature proved."""
+    from edged import BUILD_TIME
+    from edged.clock import from_text
+
+    now, floor = _now(), max(from_text(BUILD_TIME), _time_floor(config) or from_text(BUILD_TIME))
+    if now + timedelta(minutes=5) < floor:
+        text = f"the clock says {now:%Y-%m-%d %H:%M} UTC, it is at least {floor:%Y-%m-%d %H:%M}"
+        yield Finding(
+            Level.FAIL, "clock", text, "set the clock: timedatectl, an NTP server, the RTC's battery"
+        )
+    else:
+        yield Finding(Level.OK, "clock", f"{now:%Y-%m-%d %H:%M} UTC")
+
+
+def _time_floor(config: Config) -> datetime | None:
+    """The newest time that a signature proved, where the database can be read."""
+    import sqlite3
+
+    from edged.cli.files import open_database
+    from edged.store import Tx, floors
+
+    try:
+        with closing(open_database(config.node.state_dir / "edged.db")) as db:
+            return floors.get_time(Tx(db, _now()))
+    except sqlite3.Error:
+        return None
+
+
+def _now() -> datetime:
+    from edged.clock import SystemClock
+
+    return SystemClock().now()
+
+
+def check_disk(config: Config) -> Iterator[Finding]:
+    """Is there space for the database and an image?"""
+    folder = config.node.state_dir
+    while not folder.exists():
+        folder = folder.parent
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    text = f"{size_text(free)} free for {config.node.state_dir}"
+    if free < _LEAST_BYTES:
+        yield Finding(Level.FAIL, "disk", text, "free some space: jobs wait until there is")
+    elif free < _LOW_BYTES:
+        yield Finding(Level.WARN, "disk", text, "free some space, or lower storage.artifact_quota_bytes")
+    else:
+        yield Finding(Level.OK, "disk", text)
+
+
+def check_daemon(context: Context) -> Iterator[Finding]:
+    """Does the daemon answer, and what does it say is wrong?"""
+    from edged.cli.client import ApiError, Unreachable
+
+    try:
+        status = context.client().get("status")
+    except Unreachable as exc:
+        yield Finding(Level.WARN, "daemon", exc.detail, exc.cure)
+        return
+    except ApiError as exc:
+        yield Finding(Level.FAIL, "daemon", exc.detail, exc.cure)
+        return
+    yield Finding(
+        Level.OK, "daemon", f"edged {status['version']}, pid {status['pid']}, since {status['started']}"
+    )
+    for problem in status["problems"]:
+        if problem["part"] not in ("device", "plugin"):
+            yield Finding(Level.WARN, problem["part"], problem["detail"], problem["cure"])
