@@ -440,6 +440,21 @@ def test_what_cannot_be_trusted_is_opened_read_only(
     assert path.read_bytes() == before, "evidence is left as it was found"
 
 
+def test_the_log_of_a_database_that_must_not_be_written_stays_too(path: Path) -> None:
+    fill(path)
+    crashed = path.parent / "crashed"
+    crashed.mkdir()
+    with raw(path) as conn:
+        conn.execute("PRAGMA wal_autocheckpoint = 0")
+        conn.execute(f"PRAGMA user_version = {migrations.latest() + 1}")
+        for name in ("edged.db", "edged.db-wal"):
+            (crashed / name).write_bytes(path.with_name(name).read_bytes())
+    before = [(crashed / name).read_bytes() for name in ("edged.db", "edged.db-wal")]
+    assert len(before[1]) > 0
+    assert read(crashed / "edged.db", lambda tx: jobs.get(tx, "j1")) == make_job()
+    assert [(crashed / name).read_bytes() for name in ("edged.db", "edged.db-wal")] == before
+
+
 def test_a_newer_database_can_still_be_read(path: Path) -> None:
     fill(path)
     make_newer(path)
