@@ -27,7 +27,6 @@ FLASH: Final = b"F"
 
 _SYNC_TRIES: Final = 12
 _SYNC_S: Final = 0.12
-_SILENCE_S: Final = 0.03
 
 
 class Stk500v1:
@@ -47,12 +46,13 @@ class Stk500v1:
 
         Raises Transient(NO_RESPONSE).
         """
-        for _ in range(_SYNC_TRIES):
+        for earlier in range(_SYNC_TRIES):
             await self._link.send(GET_SYNC + EOP)
             answer = await self._link.receive(_sync_length, _SYNC_S)
             if answer is not None:
-                # the answers to the requests before this one may still come
-                await self._link.quiet(_SILENCE_S)
+                if earlier:
+                    # the requests before this one may be answered too, after this one was
+                    await self._link.quiet(_SYNC_S)
                 await self._ask(ENTER_PROGMODE, 0)
                 return
         raise Transient(

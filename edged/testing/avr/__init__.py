@@ -4,8 +4,8 @@ The peer for tests of the serial mappers: Debian's libsimavr runs Debian's optib
 the application is ours. It needs the packages that :func:`missing_packages` names and builds its host program
 into a cache folder at first use. ``host.c`` says what is modelled and what is not.
 
-Not a simulator for benchmarks of many ports: a board takes about a fifth of a core while bytes move, 2 to 3 %
-idle.
+Not for benchmarks of many ports: a board takes a fifth of a core while bytes move, a tenth while its flash
+is empty, and less than a hundredth while its application sleeps.
 """
 
 from __future__ import annotations
