@@ -367,23 +367,16 @@ def _check_floors(accepted: Accepted, seen: Seen) -> None:
     """Client workflow 5.4.3 and 5.5.5 for a cache that was lost or rolled back."""
     for role, signed in accepted.roles().items():
         floor = seen.get(role)
-        if floor is None or signed.version >= floor.version:
-            continue
-        if role != Root.type and _recovering(role, accepted.root, seen):
+        if floor is None or signed.version >= floor.version or _recovering(role, accepted.root, floor):
             continue
         raise Refused(
             Reason.METADATA_ROLLBACK, f"{role} version {signed.version} is below {floor.version}, seen before"
         )
 
 
-def _recovering(role: str, root: Root, seen: Seen) -> bool:
-    """Client workflow 5.3.11: was a key of the role taken away since the floor was seen?
-
-    Timestamp and snapshot count together, as they are dropped together.
-    """
-    pair = (Timestamp.type, Snapshot.type)
-    roles = pair if role in pair else (role,)
-    return any(set(seen[name].keyids) - set(root.roles[name].keyids) for name in roles if name in seen)
+def _recovering(role: str, root: Root, seen: SeenRole) -> bool:
+    """Client workflow 5.3.11: was a key of the role taken away since the floor was seen?"""
+    return role != Root.type and not set(seen.keyids) <= set(root.roles[role].keyids)
 
 
 def _report(request: TrustRequest, accepted: Accepted, now: datetime, online: bool) -> TrustReport:

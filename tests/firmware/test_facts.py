@@ -132,7 +132,9 @@ def test_no_facts_at_all_are_refused(custom: dict[str, object]) -> None:
         ReleaseFacts.from_custom(custom)
 
 
-@pytest.mark.parametrize("text", ["", "blink", "@1", "blink@", "a@b@c", "a/b@1", "..@1", "blink@../x", "blink@1 "])
+@pytest.mark.parametrize(
+    "text", ["", "blink", "@1", "blink@", "a@b@c", "a/b@1", "..@1", "blink@../x", "blink@1 "]
+)
 def test_a_reference_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(Refused):
         ReleaseRef.parse(text)
@@ -169,7 +171,13 @@ def test_whatever_json_stands_in_a_field_only_refused_is_raised(name: str, value
 
 @pytest.mark.parametrize(
     ("path", "length", "sha256"),
-    [("a/../b", 1, "ab" * 32), ("a", -1, "ab" * 32), ("a", True, "ab" * 32), ("a", 1, ""), ("a", 1, "zz" * 32)],
+    [
+        ("a/../b", 1, "ab" * 32),
+        ("a", -1, "ab" * 32),
+        ("a", True, "ab" * 32),
+        ("a", 1, ""),
+        ("a", 1, "zz" * 32),
+    ],
 )
 def test_a_signed_target_must_be_whole(path: str, length: int, sha256: str) -> None:
     with pytest.raises(Refused):

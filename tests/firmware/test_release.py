@@ -281,6 +281,16 @@ def test_a_root_that_others_wrote_is_not_followed(publisher: Publisher) -> None:
     fails(Reason.SIGNATURE_INVALID, publisher.publish)
 
 
+def test_a_root_that_does_not_sign_itself_is_not_followed(publisher: Publisher) -> None:
+    old = publisher.state().root.signed
+    signers = publisher.signers
+    publisher.rotate("root")
+    path = Folder(publisher.repo).role("root", 2)
+    path.write_bytes(sign_role(Metadata[Root].from_bytes(path.read_bytes()), [old], signers))
+    (publisher.keys / "trusted-root.json").write_bytes(publisher.root)
+    fails(Reason.SIGNATURE_INVALID, publisher.publish)
+
+
 def test_a_staged_file_that_changed_is_not_signed(publisher: Publisher) -> None:
     listed = publisher.add("blink@1.0")
     (image,) = (publisher.repo / "targets").rglob("*.image")
