@@ -1,0 +1,1 @@
+pytest_plugins = ["edged.testing.pytest_plugin"]

@@ -1,0 +1,73 @@
+"""A lamp on a TCP port of this machine: the protocol of ``edged_lamp.wire``, and a fake device behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from edged.testing.fake import FakeDevice
+
+
+class SimulatedLamp:
+    """``device`` is the hardware: its flash, and counts of what was done to it."""
+
+    def __init__(self, device: FakeDevice) -> None:
+        self.device = device
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+        self.port = 0
+
+    @property
+    def address(self) -> str:
+        return f"tcp:127.0.0.1:{self.port}"
+
+    async def plug(self) -> None:
+        """Listen, on the same port as before."""
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    async def unplug(self) -> None:
+        """Hang up, and listen no more."""
+        assert self._server is not None
+        self._server.close()
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer)
+        try:
+            while line := await reader.readline():
+                number, verb, *arguments = line.decode().split()
+                writer.write(f"{number} {self._answer(verb, arguments)}\n".encode())
+        except OSError:
+            pass
+        finally:
+            self._open.discard(writer)
+            writer.close()
+
+    def _answer(self, verb: str, arguments: list[str]) -> str:
+        device = self.device
+        match verb, arguments:
+            case "identify", []:
+                return f"{device.hardware_id} {device.name}"
+            case "version", []:
+                return device.app.version if device.app else "none"
+            case "read", [address, length]:
+                return device.read(0, int(address), int(length)).hex()
+            case "write", [address, data]:
+                device.write_page(int(address), bytes.fromhex(data))
+                return "done"
+            case "boot", []:
+                device.boot()
+                return "done"
+        return "what?"
+
+
+@asynccontextmanager
+async def simulated_lamp(device: FakeDevice) -> AsyncIterator[SimulatedLamp]:
+    """A lamp that is plugged in."""
+    lamp = SimulatedLamp(device)
+    await lamp.plug()
+    try:
+        yield lamp
+    finally:
+        await lamp.unplug()
