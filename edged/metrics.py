@@ -21,6 +21,7 @@ from edged.supervisor import UnitState
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FAST_BUCKETS_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0)
 DISK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 WIRE_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -111,12 +112,12 @@ class Metrics:
     def render(self, snapshot: Snapshot) -> tuple[bytes, str]:
         """The exposition of this moment, and its content type."""
         from prometheus_client import CollectorRegistry, ProcessCollector
-        from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+        from prometheus_client.exposition import generate_latest
 
         registry = CollectorRegistry()
         ProcessCollector(registry=registry)
         registry.register(_Collected([*self._counted(), *_asked(snapshot)]))
-        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+        return generate_latest(registry), CONTENT_TYPE
 
     def _counted(self) -> Iterator[Metric]:
         yield _counter(

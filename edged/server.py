@@ -134,12 +134,19 @@ class Site:
             web = await asyncio.to_thread(importlib.import_module, "aiohttp.web")
             self._runner = web.AppRunner(self._make(), access_log=None)
             await self._runner.setup()
-            await web.SockSite(self._runner, self._sock, shutdown_timeout=_CLOSE_S).start()
+            await web.SockSite(self._runner, self._sock).start()
             await asyncio.Event().wait()
         finally:
             if self._runner is not None:
-                await self._runner.cleanup()
+                await _clean_up(self._runner)
             self._sock.close()
+
+
+async def _clean_up(runner: web.AppRunner) -> None:
+    """Bounded here: where the library takes the bound has changed between the versions that we support."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_CLOSE_S):
+            await runner.cleanup()
 
 
 async def _readable(sock: socket.socket) -> None:

@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("edged.cli.trust:audit", "Read and check the audit trail."),
     "release": (
         "edged.cli.release:release",
-        "Make and sign a release repository: a folder for a web server or...",
+        "Make and sign a release repository: a folder for a web server or a USB stick.",
     ),
     "check-config": ("edged.cli.node:check_config", "Check the configuration files; list every fault."),
     "doctor": (

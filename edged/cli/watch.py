@@ -66,6 +66,11 @@ class _Watching:
         self._ended: dict[str, Job] = {}
 
     @property
+    def query(self) -> dict[str, str]:
+        """What restricts the events, where one device is watched."""
+        return {"device": next(iter(self._wanted))} if len(self._wanted) == 1 else {}
+
+    @property
     def done(self) -> bool:
         return len(self._ended) == len(self._wanted)
 
@@ -101,7 +106,7 @@ class _Watching:
 def _listen(client: Client, watching: _Watching, after: int) -> int:
     """Follow the events until all jobs have ended, or the connection has; returns the number of the last event."""
     try:
-        for event in client.events(after):
+        for event in client.events(after, **watching.query):
             if event is not None:
                 after = event.get("seq", after)
                 watching.see(event)

@@ -1,0 +1,333 @@
+"""Every command against a real daemon: what it says, as text and as JSON, and the exit code that it ends with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from daemon_kit import DEVICES, Place, eventually
+from engine_kit import Publisher, published
+
+from edged import cli
+
+
+@pytest.fixture(scope="module")
+def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    return published(tmp_path_factory.mktemp("publisher"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, publisher: Publisher) -> Iterator[Place]:
+    node = Place(tmp_path_factory.mktemp("node"), publisher).write()
+    with node.daemon():
+        eventually(lambda: node.client.get("status")["devices"]["running"] == 2)
+        eventually(lambda: node.client.get("trust")["online"])
+        yield node
+
+
+def test_status_says_where_the_node_stands(place: Place) -> None:
+    answer = place.run("status")
+    assert answer.code == 0
+    assert "devices   2 configured, 2 connected, 0 left out" in answer.out
+    assert "3 releases, online" in answer.out
+    found = place.run("status", "--json").json
+    assert found["problems"] == []
+    assert found["trust"]["releases"][0]["release"] == "app@1.0.0"
+
+
+def test_devices_lists_what_each_runs(place: Place) -> None:
+    assert [device["id"] for device in place.run("devices", "--json").json["devices"]] == ["one", "two"]
+    lines = place.run("devices").out.splitlines()
+    assert lines[0].split() == ["DEVICE", "MODEL", "STATE", "RUNS", "DESIRED", "JOB", "ADDRESS"]
+    assert lines[1].split()[:3] == ["one", "widget", "running"]
+
+
+def test_plan_then_deploy_then_show(place: Place) -> None:
+    plan = place.run("plan", "app@1.0.0", "--model", "widget")
+    assert plan.code == 0
+    assert "app@1.0.0: 2.0 KiB, counter 1, to download: 2." in plan.out
+    assert plan.out.count("install") == 2
+    done = place.run("deploy", "app@1.0.0", "--model", "widget", "--wait", "--yes")
+    assert done.code == 0, done.out + done.err
+    assert "one: succeeded: runs app@1.0.0 (version=1.0.0)" in done.out
+    assert "two: succeeded: runs app@1.0.0 (version=1.0.0)" in done.out
+    again = place.run("deploy", "app@1.0.0", "--to", "one", "--wait")
+    assert (again.code, again.out) == (0, "one: runs app@1.0.0 already\n")
+    assert place.run("plan", "app@1.0.0", "--to", "one", "--json").json["devices"][0]["action"] == "nothing"
+    shown = place.run("device", "show", "one")
+    assert "runs      app@1.0.0" in shown.out
+    assert "floor     release counter 1" in shown.out
+    assert place.run("device", "show", "one", "--json").json["jobs"][0]["state"] == "succeeded"
+
+
+def test_a_deployment_that_fails_its_health_check_ends_with_1_and_says_why(place: Place) -> None:
+    answer = place.run("deploy", "app@3.0.0", "--to", "two", "--wait", "--json")
+    assert answer.code == 1
+    job = answer.json["jobs"][0]
+    assert (job["state"], job["reason"]) == ("reverted", "health_failed")
+    assert "saw 'silence'" in job["detail"]
+    shown = place.run("job", "show", job["id"])
+    assert shown.code == 0
+    assert "health_failed" in shown.out
+    assert "reverting" in shown.out
+    watched = place.run("job", "watch", job["id"])
+    assert (watched.code, watched.out.count("\n")) == (1, 1)
+    retried = place.run("job", "retry", job["id"], "--json").json
+    assert retried["retry_of"] == job["id"]
+    lines = place.run("job", "watch", retried["id"], "--json")
+    assert lines.code == 1
+    assert json.loads(lines.out.splitlines()[-1])["state"] == "reverted"
+
+
+def test_a_refusal_ends_with_3_and_one_line_with_its_cure(place: Place) -> None:
+    answer = place.run("deploy", "ghost@1.0", "--to", "one")
+    assert (answer.code, answer.out) == (3, "")
+    assert answer.err.count("\n") == 1
+    assert answer.err.startswith("edged: refused (release_unknown): the repository ")
+    assert answer.err.endswith("; cure: publish the release, then edged trust refresh\n")
+    as_json = place.run("deploy", "ghost@1.0", "--to", "one", "--json")
+    assert as_json.code == 3
+    assert (as_json.json["code"], as_json.json["reason"]) == ("refused", "release_unknown")
+    plan = place.run("plan", "ghost@1.0", "--to", "one")
+    assert plan.code == 3
+    assert "one: refused (release_unknown)" in plan.out
+
+
+def test_twins_are_read_and_set(place: Place) -> None:
+    answer = place.run("twin", "set", "one", "level=5", 'name="7"', "mode=auto", "on=true")
+    assert (answer.code, answer.out) == (0, "one: noted.\n")
+    desired = place.run("twin", "get", "one", "--json").json["desired"]
+    assert {name: desired[name]["value"] for name in ("level", "name", "mode", "on")} == {
+        "level": 5,
+        "name": "7",
+        "mode": "auto",
+        "on": True,
+    }
+    assert desired["level"]["source"] == "root"
+    assert "level" in place.run("twin", "get", "one").out
+    job = place.run("twin", "set", "one", "firmware=app@2.0.0", "--json").json
+    assert job["outcome"] == "created"
+    assert place.run("job", "watch", job["job"]).code == 0
+    assert place.run("twin", "set", "one", "nonsense").code == 2
+    assert place.run("twin", "set", "one", "firmware=app").code == 2
+
+
+def test_jobs_are_listed_and_filtered(place: Place) -> None:
+    assert place.run("jobs", "--state", "active", "--json").json == {"jobs": []}
+    assert place.run("jobs", "--state", "active").out == "No jobs.\n"
+    ended = place.run("jobs", "--device", "one", "--state", "ended", "--json").json["jobs"]
+    assert {job["device"] for job in ended} == {"one"}
+    assert place.run("jobs").out.startswith("JOB ")
+    assert place.run("jobs", "--state", "odd").code == 2
+    assert place.run("jobs", "--device", "nine").code == 1
+    ended_id = ended[0]["id"]
+    cancelled = place.run("job", "cancel", ended_id)
+    assert cancelled.code == 1
+    assert f"job {ended_id} has ended already" in cancelled.err
+    assert place.run("job", "show", "01X").code == 1
+
+
+def test_mappers_are_listed_and_asked(place: Place) -> None:
+    assert place.run("mapper", "list", "--json").json["schemes"] == ["fake"]
+    assert place.run("mapper", "list").out.splitlines()[1].split() == ["fake", "fake", "yes"]
+    assert place.run("mapper", "probe", "fake", "fake:bus/two").out == "hardware  fake:1\nserial    two\n"
+    assert "runs 1.0.0, active" in place.run("mapper", "probe", "--device", "two").out
+    assert (
+        place.run("mapper", "probe", "--device", "two", "--json").json["identity"]["serial_number"] == "two"
+    )
+    missing = place.run("mapper", "probe", "fake", "fake:bus/nine")
+    assert missing.code == 1
+    assert "no_response" in missing.err
+    assert place.run("mapper", "probe").code == 2
+
+
+def test_trust_is_set_shown_and_refreshed(place: Place, publisher: Publisher, tmp_path: Path) -> None:
+    assert "app@2.0.0" in place.run("trust", "show").out
+    assert place.run("trust", "refresh", "--json").json["online"] is True
+    assert place.run("trust", "init", str(publisher.root), "--json").json["failure"] is None
+    assert (place.state / "trust" / "root.json").read_bytes() == publisher.root.read_bytes()
+    other = Publisher(tmp_path).init()
+    wrong = place.run("trust", "init", str(other.root))
+    assert wrong.code == 3
+    assert "signature_invalid" in wrong.err
+    assert (place.state / "trust" / "root.json").read_bytes() == publisher.root.read_bytes()
+    (tmp_path / "noise").write_bytes(b"\xff\xfe")
+    assert place.run("trust", "init", str(tmp_path / "noise")).code == 2
+
+
+def test_the_audit_trail_is_listed_and_checked_with_and_without_the_daemon(place: Place) -> None:
+    records = place.run("audit", "list", "--after", "0", "--limit", "3", "--json").json["records"]
+    assert [record["seq"] for record in records] == [1, 2, 3]
+    assert place.run("audit", "list", "--limit", "1").out.count("\n") == 1
+    online = place.run("audit", "verify", "--json").json
+    assert online["intact"]
+    assert online["signed_heads"] >= 1
+    assert place.run("audit", "verify", "--offline", "--json").json == online
+    assert place.run("audit", "verify", "--offline").out.startswith(f"Intact: {online['rows']} rows")
+
+
+def test_the_doctor_finds_a_node_well(place: Place) -> None:
+    answer = place.run("doctor", "--json")
+    findings = {finding["what"]: finding for finding in answer.json["findings"]}
+    wanted = ("config", "state", "database", "trust", "clock", "disk", "daemon")
+    assert {what: findings[what]["level"] for what in wanted} == dict.fromkeys(wanted, "ok")
+    # the mapper of the tests is not installed, so that the doctor, a process of its own, must miss it
+    assert findings["device"]["level"] == "fail"
+    assert answer.code == 1
+
+
+def test_the_python_module_is_the_same_command(place: Place) -> None:
+    command = [sys.executable, "-m", "edged", "--socket", str(place.socket), "status", "--json"]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(found.stdout)["node"] == "node-1"
+
+
+READ_ONLY = [
+    ["status"],
+    ["devices"],
+    ["device", "show", "one"],
+    ["twin", "get", "one"],
+    ["plan", "app@1.0.0", "--to", "one"],
+    ["jobs"],
+    ["job", "show", "01X"],
+    ["job", "watch", "01X"],
+    ["mapper", "list"],
+    ["trust", "show"],
+    ["audit", "list"],
+    ["audit", "verify"],
+]
+WRITING = [
+    ["twin", "set", "one", "x=1"],
+    ["deploy", "app@1.0.0", "--to", "one", "--yes"],
+    ["job", "cancel", "01X"],
+    ["job", "retry", "01X"],
+    ["mapper", "probe", "--device", "one"],
+    ["trust", "refresh"],
+]
+
+
+@pytest.mark.parametrize("words", READ_ONLY + WRITING, ids=" ".join)
+def test_without_a_daemon_a_command_ends_with_4_and_says_how_to_start_it(
+    tmp_path: Path, words: list[str]
+) -> None:
+    place = Place(tmp_path).write()
+    answer = place.run(*words)
+    assert (answer.code, answer.out) == (4, "")
+    assert answer.err == (
+        f"edged: unreachable: the daemon does not answer at {place.socket}: No such file or directory; "
+        "cure: start it (systemctl start edged), or name its socket with --socket\n"
+    )
+    assert place.run(*words, "--json").json["code"] == "unreachable"
+
+
+@pytest.mark.parametrize("command", ["run", "check-config"])
+def test_a_faulty_configuration_ends_with_2_and_every_fault_on_a_line(tmp_path: Path, command: str) -> None:
+    place = Place(tmp_path, extra=DEVICES + '[storage]\nkeep_jobs_days = "long"\n[nonsense]\nx = 1\n').write()
+    answer = place.run(command)
+    assert answer.code == 2
+    lines = answer.err.splitlines()
+    assert len(lines) == 2
+    assert any("keep_jobs_days: found 'long'; allowed: a number" in line for line in lines)
+    assert any("nonsense: found an unknown key" in line for line in lines)
+    missing = Place(tmp_path / "nowhere").run(command)
+    assert missing.code == 2
+    assert "cannot be read: No such file or directory" in missing.err
+
+
+def test_check_config_asks_the_mappers_too(tmp_path: Path) -> None:
+    place = Place(tmp_path).write()
+    answer = place.run("check-config", "--json")
+    assert answer.code == 2
+    assert answer.json["problems"][0].startswith("device 'one': no mapper 'fake'")
+    sound = Place(tmp_path / "sound", extra=DEVICES.partition("[[device]]")[0]).write()
+    assert sound.run("check-config", "--json").json == {"problems": [], "models": 1, "devices": 0}
+    assert sound.run("check-config").out.endswith(": 1 models, 0 devices, no fault.\n")
+
+
+def test_the_doctor_needs_no_daemon_and_says_the_cures(tmp_path: Path, publisher: Publisher) -> None:
+    serial = (
+        '[[device]]\nid = "plc"\nmodel = "widget"\nmapper = "none"\naddress = "serial:by-id/usb-nothing"\n'
+    )
+    place = Place(tmp_path, extra=DEVICES.partition("[[device]]")[0] + serial).write()
+    answer = place.run("doctor")
+    assert answer.code == 1
+    assert "warn  state     " in answer.out
+    assert (
+        "fail  trust     no root of trust: no release can be installed; cure: edged trust init ROOT.json"
+        in answer.out
+    )
+    assert (
+        "warn  port      plc: /dev/serial/by-id/usb-nothing is not there; cure: connect the device"
+        in answer.out
+    )
+    assert "warn  daemon    the daemon does not answer" in answer.out
+    place.config.write_text("[")
+    broken = place.run("doctor", "--json")
+    assert broken.code == 1
+    assert [finding["what"] for finding in broken.json["findings"]] == ["config"]
+
+
+def test_a_trail_that_was_changed_is_found_offline(tmp_path: Path, publisher: Publisher) -> None:
+    import sqlite3
+
+    place = Place(tmp_path, publisher).write()
+    with place.daemon():
+        assert place.run("deploy", "app@2.0.0", "--to", "one", "--wait").code == 0
+    with sqlite3.connect(place.state / "edged.db") as db:
+        db.execute("DROP TRIGGER audit_no_update")
+        db.execute("UPDATE audit SET actor = 'nobody' WHERE seq = 4")
+    db.close()
+    answer = place.run("audit", "verify", "--offline")
+    assert answer.code == 1
+    assert answer.err == "NOT INTACT at row 4: row 4 is not what was written\n"
+    assert place.run("audit", "verify", "--offline", "--json").json["first_bad_seq"] == 4
+    (place.state / "edged.db").write_bytes(b"no database at all, but some text that is long enough")
+    unreadable = place.run("audit", "verify", "--offline")
+    assert unreadable.code == 1
+    assert "file is not a database" in unreadable.err
+
+
+def _all_commands(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            if name == "demo":
+                continue
+            inner = command.get_command(context, name)
+            assert inner is not None
+            yield from _all_commands(inner, (*words, name))
+    else:
+        yield " ".join(words), command
+
+
+OURS = [(name, command) for name, command in _all_commands(cli.main) if not name.startswith("release")]
+
+
+@pytest.mark.parametrize(("name", "command"), OURS, ids=[name for name, _ in OURS])
+def test_every_command_has_json_and_an_example_that_names_it(name: str, command: click.Command) -> None:
+    assert any("--json" in parameter.opts for parameter in command.params)
+    assert f"edged {name}" in (command.help or "").replace("edged --config ./edged.toml", "edged")
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself() -> None:
+    for name, (_, line) in cli.COMMANDS.items():
+        if name == "demo":
+            continue
+        command = cli.main.get_command(click.Context(cli.main), name)
+        assert command is not None
+        assert " ".join((command.help or "").partition("\n\n")[0].split()).startswith(line), name
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from edged.cli import main;"
+        "assert CliRunner().invoke(main, ['--help']).exit_code == 0;"
+        "print([name for name in ('asyncio', 'aiohttp', 'rich', 'sqlite_utils', 'cattrs', 'tuf') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

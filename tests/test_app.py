@@ -1,0 +1,241 @@
+"""The daemon as a process: it starts without a network, ends quickly, is alone on its state, and outlives faults."""
+
+from __future__ import annotations
+
+import grp
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from daemon_kit import DEVICES, Place, eventually, hear
+from engine_kit import Publisher, published
+
+DEAD_SERVER = "http://127.0.0.1:1/repo"
+
+
+@pytest.fixture(scope="module")
+def publisher(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    return published(tmp_path_factory.mktemp("publisher"))
+
+
+def test_starts_and_is_ready_without_a_network_and_says_what_is_missing(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path, publisher, repository=DEAD_SERVER).write()
+    with place.daemon() as process:
+        assert place.told[0] == "READY=1"
+        problems = eventually(lambda: place.client.get("status")["problems"])
+        assert [problem["part"] for problem in problems] == ["trust"]
+        assert problems[0]["reason"] == "fetch_failed"
+        began = time.monotonic()
+        process.terminate()
+        assert process.wait(10) == 0
+        assert time.monotonic() - began < 2
+    assert not place.socket.exists()
+    assert stat.S_IMODE(place.state.stat().st_mode) == 0o750
+    assert stat.S_IMODE((place.state / "node-key.pem").stat().st_mode) == 0o600
+
+
+def test_ends_at_once_even_while_somebody_watches_and_a_job_works(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path, publisher, extra=_slow_device(tmp_path)).write()
+    with place.daemon() as process:
+        events = place.client.events()
+        next(events)
+        place.client.post("deployments", body={"release": "app@2.0.0", "devices": ["slow"]})
+        eventually(lambda: place.client.get("devices", "slow")["job"]["state"] == "staging")
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 0
+        assert time.monotonic() - began < 2
+        assert all(event is None or event["kind"] for event in events)
+    with place.daemon():
+        job = eventually(lambda: place.client.get("jobs", device="slow", state="succeeded")["jobs"])
+        assert job[0]["release"] == "app@2.0.0"
+
+
+def _slow_device(base: Path, speed: str = "slow") -> str:
+    return DEVICES.partition("[[device]]")[0] + (
+        f'[[device]]\nid = "slow"\nmodel = "widget"\nmapper = "fake"\naddress = "fake:{speed}/slow"\n'
+        f'config = {{app = "1.0.0", slot_count = 2, file = "{base / "slow.flash"}"}}\n'
+    )
+
+
+def test_a_job_goes_on_after_the_daemon_was_killed_and_whoever_watches_sees_its_end(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path, publisher, extra=_slow_device(tmp_path)).write()
+    with place.daemon() as process:
+        watcher = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "edged",
+                "--config",
+                place.config,
+                "deploy",
+                "app@2.0.0",
+                "--to",
+                "slow",
+                "--wait",
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        eventually(lambda: place.client.get("jobs", state="staging")["jobs"])
+        process.kill()
+        process.wait()
+    assert watcher.poll() is None
+    with place.daemon():
+        out, _ = watcher.communicate(timeout=30)
+        assert watcher.returncode == 0, out
+        assert "slow: succeeded: runs app@2.0.0" in out
+        assert place.client.get("audit", "verify")["intact"]
+
+
+def test_a_second_daemon_on_the_same_state_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="").write()
+    with place.daemon() as process:
+        second = place.spawn(fake=False)
+        _, err = second.communicate(timeout=15)
+        assert second.returncode == 1
+        assert err.count("\n") == 1
+        assert f"another edged (pid {process.pid}) uses {place.state}" in err
+        assert place.client.get("status")["pid"] == process.pid
+
+
+def test_the_socket_is_for_its_group_alone(tmp_path: Path) -> None:
+    group = next(item for item in grp.getgrall() if item.gr_gid != os.getgid())
+    place = Place(tmp_path, extra="", group=group.gr_name).write()
+    with place.daemon(fake=False):
+        status = place.socket.stat()
+        assert stat.S_IMODE(status.st_mode) == 0o660
+        assert status.st_gid == group.gr_gid
+
+
+def test_a_missing_group_is_said_and_does_not_stop_the_daemon(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="", group="no-such-group").write()
+    with place.daemon(fake=False):
+        assert stat.S_IMODE(place.socket.stat().st_mode) == 0o660
+        parts = {problem["part"]: problem["detail"] for problem in place.client.get("status")["problems"]}
+        assert "group 'no-such-group' does not exist" in parts["api"]
+
+
+def test_replaces_a_stale_socket_but_nothing_else(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="").write()
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(place.socket))
+    with place.daemon(fake=False):
+        assert place.client.get("status")["node"] == "node-1"
+    place.socket.write_text("somebody's file")
+    second = place.spawn(fake=False)
+    _, err = second.communicate(timeout=15)
+    assert second.returncode == 1
+    assert "is no socket" in err
+    assert place.socket.read_text() == "somebody's file"
+
+
+def test_does_not_take_the_socket_of_a_living_process(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="").write()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(place.socket))
+        other.listen()
+        second = place.spawn(fake=False)
+        _, err = second.communicate(timeout=15)
+        assert second.returncode == 1
+        assert "another process answers" in err
+
+
+def test_feeds_the_watchdog_while_store_and_engine_live(tmp_path: Path) -> None:
+    place = Place(tmp_path).write()
+    listener_path = tmp_path / "watchdog.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
+        listener.bind(str(listener_path))
+        listener.settimeout(0.1)
+        process = place.spawn(NOTIFY_SOCKET=str(listener_path), WATCHDOG_USEC="300000")
+        try:
+            heard = hear(listener, "READY=1", process)
+            for _ in range(3):
+                heard += hear(listener, "WATCHDOG=1", process, 2)
+        finally:
+            process.kill()
+            process.communicate()
+    assert "STATUS=2 devices" in heard
+
+
+def test_a_damaged_database_keeps_the_daemon_up_for_the_operator(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path, publisher).write()
+    with place.daemon():
+        pass
+    _damage(place.state / "edged.db")
+    with place.daemon(WATCHDOG_USEC="300000"):
+        status = place.client.get("status")
+        assert "damaged" in status["read_only"]
+        assert status["problems"][0]["part"] == "store"
+        assert status["problems"][0]["cure"]
+        answer = place.run("deploy", "app@2.0.0", "--to", "one", "--yes")
+        assert (answer.code, answer.out) == (1, "")
+        assert "storage_failed" in answer.err
+        assert place.run("mapper", "list").code == 0
+
+
+def _damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[100:4096] = bytes(3996)
+    path.write_bytes(data)
+
+
+def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_run(tmp_path: Path) -> None:
+    bad = (
+        '[[device]]\nid = "alien"\nmodel = "widget"\nmapper = "warp"\naddress = "fake:bus/alien"\n'
+        '[[device]]\nid = "typo"\nmodel = "widget"\nmapper = "fake"\naddress = "fake:bus/typo"\n'
+        "config = {slots = 2}\n"
+        '[[device]]\nid = "unwired"\nmodel = "widget"\nmapper = "fake"\naddress = "rope:1"\n'
+    )
+    place = Place(tmp_path, extra=DEVICES + bad).write()
+    with place.daemon():
+        eventually(lambda: place.client.get("status")["devices"]["running"] == 2)
+        devices = {device["id"]: device for device in place.client.get("devices")["devices"]}
+        assert {name for name, device in devices.items() if device["state"] == "left_out"} == {
+            "alien",
+            "typo",
+            "unwired",
+        }
+        assert "no mapper 'warp'; mappers: fake" in devices["alien"]["detail"]
+        assert "slots: found an unknown key" in devices["typo"]["detail"]
+        assert "no link for 'rope'" in devices["unwired"]["detail"]
+        answer = place.run("deploy", "app@2.0.0", "--to", "alien")
+        assert answer.code == 1
+        assert "alien is left out: no mapper 'warp'" in answer.err
+
+
+def test_the_wrong_hardware_is_seen_before_anything_is_sent(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra=DEVICES.replace('"fake:1"', '"fake:9"')).write()
+    with place.daemon():
+        device = eventually(lambda: [d for d in place.client.get("devices")["devices"] if d["reason"]])[0]
+        assert device["reason"] == "hardware_mismatch"
+        assert "hardware fake:1 answered at fake:bus/one; device one allows fake:9" in device["detail"]
+        assert device["cure"]
+
+
+def test_what_devices_report_is_kept_and_what_they_should_have_is_told_them(tmp_path: Path) -> None:
+    place = Place(tmp_path).write()
+    with place.daemon():
+        eventually(lambda: "app_version" in place.client.get("devices", "one", "twin")["reported"])
+        assert place.run("twin", "set", "one", "interval=5", "name=pump").code == 0
+        found = eventually(
+            lambda: (twin := place.client.get("devices", "one", "twin"))["delta"] == {} and twin
+        )
+        assert found["reported"]["interval"]["value"] == 5
+        assert found["reported"]["uptime"]["unit"] == "s"
+    with place.daemon():
+        assert place.client.get("devices", "one", "twin")["reported"]["interval"]["value"] == 5

@@ -1,0 +1,116 @@
+"""Reports of devices: the newest value wins, many are one commit, and a store that fails loses none."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from edged import reports
+from edged.api import Reported
+from edged.clock import SystemClock
+from edged.engine.events import Broadcast
+from edged.errors import Reason, Transient
+from edged.store import Store, Tx, twins
+
+T = TypeVar("T")
+
+
+class _Impatient(SystemClock):
+    """A clock that does not wait."""
+
+    def now(self) -> datetime:
+        return datetime(2026, 12, 1, tzinfo=UTC)
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(0)
+
+
+class _Counting:
+    """A store that counts its writes, and is full where it was told to be."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.writes = 0
+        self.full = 0
+
+    async def write(self, fn: Callable[[Tx], T]) -> T:
+        self.writes += 1
+        if self.full:
+            self.full -= 1
+            raise Transient(Reason.DISK_FULL, "no space")
+        return await self.inner.write(fn)
+
+
+def run(path: Path, body: Callable[[reports.Reports, _Counting, Broadcast], Any]) -> None:
+    async def life() -> None:
+        clock, broadcast = _Impatient(), Broadcast()
+        async with Store.open(path / "edged.db", clock) as store:
+            counting = _Counting(store)
+            await body(reports.Reports(counting, clock, broadcast), counting, broadcast)  # type: ignore[arg-type]
+
+    asyncio.run(life())
+
+
+async def reported(store: _Counting, device: str) -> dict[str, object]:
+    twin = await store.inner.read(lambda tx: twins.get(tx, device))
+    return {name: value.value for name, value in twin.reported.items()}
+
+
+def test_many_values_are_one_commit_and_the_newest_wins(tmp_path: Path) -> None:
+    async def body(taken: reports.Reports, store: _Counting, broadcast: Broadcast) -> None:
+        with broadcast.watch() as queue:
+            for number in range(100):
+                await taken.put("one", Reported("level", number))
+                await taken.put("two", Reported("level", -number))
+            await taken.flush()
+            await taken.flush()
+            assert store.writes == 1
+            assert await reported(store, "one") == {"level": 99}
+            assert await reported(store, "two") == {"level": -99}
+            assert [queue.get_nowait()["value"] for _ in range(2)] == [99, -99]
+            await taken.put("one", Reported("level", 99))
+            await taken.flush()
+            assert queue.empty()
+
+    run(tmp_path, body)
+
+
+def test_what_a_full_disk_did_not_take_is_stored_later_unless_it_is_old(tmp_path: Path) -> None:
+    async def body(taken: reports.Reports, store: _Counting, _: Broadcast) -> None:
+        store.full = 2
+        await taken.put("one", Reported("level", 1))
+        await taken.put("one", Reported("mode", "auto"))
+        await taken.flush()
+        await taken.put("one", Reported("level", 2))
+        task = asyncio.create_task(taken.run())
+        async with asyncio.timeout(5):
+            while await reported(store, "one") != {"level": 2, "mode": "auto"}:
+                await asyncio.sleep(0.01)
+        task.cancel()
+
+    run(tmp_path, body)
+
+
+def test_who_reports_more_names_than_fit_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "MOST_WAITING", 3)
+
+    async def body(taken: reports.Reports, store: _Counting, _: Broadcast) -> None:
+        for number in range(3):
+            await taken.put("one", Reported(f"p{number}", number))
+        await taken.put("one", Reported("p0", "again"))
+        waiting = asyncio.create_task(taken.put("one", Reported("p3", 3)))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        await taken.flush()
+        await waiting
+        await taken.flush()
+        assert await reported(store, "one") == {"p0": "again", "p1": 1, "p2": 2, "p3": 3}
+
+    run(tmp_path, body)
