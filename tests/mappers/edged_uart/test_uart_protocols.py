@@ -115,6 +115,55 @@ def test_v1_sends_the_words_of_the_application_note() -> None:
     ]
 
 
+def of_an_atmega(said: bytes) -> Answer:
+    """A part with a USART: says its signature, and ``said`` to everything else."""
+    return lambda data: b"\x14\x1e\x95\x0f\x10" if data[:1] == b"\x75" else said
+
+
+def test_v1_does_not_wait_between_address_and_page_where_the_part_hears_while_it_sends() -> None:
+    async def run() -> list[bytes]:
+        peer = Scripted(of_an_atmega(b"\x14\x10\x14\x10"))
+        async with peer as link:
+            loader = v1(link)
+            await loader.signature()
+            await loader.write(0x1200, b"\xaa\xbb")
+        return peer.got
+
+    assert asyncio.run(run()) == [b"\x75\x20", b"\x55\x00\x09\x20\x64\x00\x02F\xaa\xbb\x20"]
+
+
+def test_v1_waits_where_the_part_is_not_known() -> None:
+    async def run() -> int:
+        peer = Scripted(lambda data: b"\x14\x1e\x91\x0a\x10" if data[:1] == b"\x75" else b"\x14\x10")
+        async with peer as link:
+            loader = v1(link)
+            await loader.signature()
+            await loader.write(0x1200, b"\xaa\xbb")
+        return len(peer.got)
+
+    assert asyncio.run(run()) == 3
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "command"),
+    [
+        (b"", Reason.NO_RESPONSE, "0x55"),
+        (b"\x14\x10\x14", Reason.NO_RESPONSE, "0x55"),
+        (b"\x15\x10\x14\x10", Reason.PROTOCOL_ERROR, "0x55"),
+        (b"\x14\x10\x15\x10", Reason.PROTOCOL_ERROR, "0x64"),
+    ],
+)
+def test_v1_checks_both_answers(said: bytes, reason: Reason, command: str) -> None:
+    async def ask(link: SerialLink) -> None:
+        loader = v1(link)
+        await loader.signature()
+        await loader.write(0x1200, b"\xaa\xbb")
+
+    error = failure(of_an_atmega(said), ask)
+    assert isinstance(error, Transient) and error.reason is reason
+    assert command in error.detail
+
+
 def test_v2_sends_the_words_of_the_application_note() -> None:
     async def run() -> list[bytes]:
         peer = Scripted(lambda data: frame(data[1], bytes([data[5], 0])))
