@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -82,10 +83,12 @@ class Trust:
         Raises ``Refused`` where the repository does not verify against it; then nothing changes.
         """
         async with self._refreshing:
-            report = await self._verify(await self._request(root))
+            # another publisher counts his versions anew: what was seen of the last one binds only who has its keys,
+            # which the store checks
+            report = await self._verify(replace(await self._request(root), seen={}))
+            await self._accept(report, actor, "trust.init")
             await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
             await asyncio.to_thread(write_durably, self.root_path, root)
-            await self._accept(report, actor, "trust.init")
 
     async def refresh(self) -> TrustReport:
         """Verify the repository's metadata now.

@@ -28,6 +28,8 @@ from .database import Store, Tx
 __all__ = ["Artifact", "Artifacts", "Collected", "get", "pinned", "touch", "used_bytes"]
 
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_PARTIAL: Final = re.compile(r"[0-9a-f]{64}(\..+)?")
+"""A download, and what the downloader keeps beside it under the same name."""
 _HOLD: Final = timedelta(minutes=10)
 """What was used more recently stays: its job may be about to pin it."""
 _RESERVE_BYTES: Final = 16 * 1024 * 1024
@@ -136,8 +138,10 @@ class Artifacts:
                 return Collected()
             known, wanted = await self._store.write(lambda tx: (_drop_missing(tx, found), pinned(tx)))
             gone = [self._folder / name for name in found if name not in known.kept]
-            partials = await asyncio.to_thread(_sizes, self._folder / "partial")
-            gone += [self._folder / "partial" / name for name in partials if name not in wanted]
+            partials = await asyncio.to_thread(_sizes, self._folder / "partial", _PARTIAL)
+            gone += [
+                self._folder / "partial" / name for name in partials if name.partition(".")[0] not in wanted
+            ]
             freed = await asyncio.to_thread(_remove, gone)
             return Collected(len(gone), freed, known.dropped)
 
@@ -189,7 +193,7 @@ class Artifacts:
         return max(over, size_bytes + self._reserve_bytes - free) if size_bytes else over
 
     async def _levels(self) -> tuple[int, int]:
-        partials = await asyncio.to_thread(_sizes, self._folder / "partial")
+        partials = await asyncio.to_thread(_sizes, self._folder / "partial", _PARTIAL)
         used = await self._store.read(used_bytes) + sum(partials.values())
         return used, await asyncio.to_thread(_free_bytes, self._folder)
 
@@ -279,9 +283,9 @@ def _scan(folder: Path) -> dict[str, int]:
         raise Permanent(Reason.STORAGE_FAILED, f"{folder}: {error.strerror}") from error
 
 
-def _sizes(folder: Path) -> dict[str, int]:
+def _sizes(folder: Path, names: re.Pattern[str] = _SHA256) -> dict[str, int]:
     with os.scandir(folder) as entries:
-        return {e.name: e.stat().st_size for e in entries if _SHA256.fullmatch(e.name) and e.is_file()}
+        return {e.name: e.stat().st_size for e in entries if names.fullmatch(e.name) and e.is_file()}
 
 
 def _measure(path: Path) -> tuple[str, int]:
