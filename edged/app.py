@@ -271,8 +271,10 @@ def _status_line(daemon: Daemon) -> str:
     parts = daemon.parts
     if parts.store.read_only_reason is not None:
         return f"read-only: {parts.store.read_only_reason}"
+    if parts.trust.failure is not None and parts.trust.failure.reason is Reason.TRUST_MISSING:
+        return "unprovisioned: no root of trust"
     if not parts.config.device:
-        return "no device is configured"
+        return "unprovisioned: no device is configured"
     left_out = len(parts.devices.left_out)
     return f"{len(parts.config.device) - left_out} devices" + (f", {left_out} left out" if left_out else "")
 
@@ -284,6 +286,7 @@ async def _watchdog(daemon: Daemon, notifier: Notifier, period_s: float, *, engi
         if engine:
             await daemon.parts.engine.ping()
         notifier.watchdog()
+        notifier.status(_status_line(daemon))
         await daemon.parts.clock.sleep(period_s / 3)
 
 

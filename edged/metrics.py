@@ -110,7 +110,7 @@ class Metrics:
     # -- the scrape
 
     def render(self, snapshot: Snapshot) -> tuple[bytes, str]:
-        """The exposition of this moment, and its content type."""
+        """The exposition of this moment, and its content type. May run on another thread than the counting."""
         from prometheus_client import CollectorRegistry, ProcessCollector
         from prometheus_client.exposition import generate_latest
 
@@ -126,7 +126,7 @@ class Metrics:
             ("state", "reason"),
             {
                 (state.value, reason.value if reason else ""): count
-                for (state, reason), count in self._ended.items()
+                for (state, reason), count in self._ended.copy().items()
             },
         )
         yield _counter(
@@ -223,7 +223,7 @@ class _Collected:
 
 
 def _keyed(values: Mapping[str, float]) -> dict[tuple[str, ...], float]:
-    return {(key,): value for key, value in values.items()}
+    return {(key,): value for key, value in dict(values).items()}
 
 
 def _counter(name: str, text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:

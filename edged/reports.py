@@ -47,32 +47,33 @@ class Reports:
         self._filled.set()
 
     async def run(self) -> None:
-        """Store what waits, for ever."""
+        """Store what waits, for ever. What the store cannot take is tried again, unless something newer came."""
         while True:
             await self._filled.wait()
             await self._clock.sleep(FLUSH_S)
-            await self.flush()
+            if not await self.flush():
+                await self._clock.sleep(RETRY_S)
+                self._filled.set()
 
-    async def flush(self) -> None:
-        """Store what waits now. What the store cannot take stays and is tried again, unless something newer came."""
+    async def flush(self) -> bool:
+        """Store what waits now; False where the store could not take it, and it waits on."""
         batch, self._waiting = self._waiting, {}
         self._filled.clear()
         self._room.set()
         if not batch:
-            return
+            return True
         try:
             changed = await self._store.write(lambda tx: _store(tx, batch))
         except EdgedError as exc:
             log.warning("reports not stored", extra={"reason": exc.reason.value, "detail": exc.detail})
             self._waiting = batch | self._waiting
-            await self._clock.sleep(RETRY_S)
-            self._filled.set()
-            return
+            return False
         for device, values in changed.items():
             for name, value in values.items():
                 self._broadcast.send(
                     {"kind": "reported", "device": device, "name": name, "value": value.value}
                 )
+        return True
 
 
 def _store(tx: Tx, batch: Mapping[tuple[str, str], Reported]) -> dict[str, dict[str, Value]]:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from daemon_kit import DEVICES, Place, eventually, hear
+from cli_kit import DEVICES, Place, eventually, hear
 from engine_kit import Publisher, published
 
 DEAD_SERVER = "http://127.0.0.1:1/repo"
@@ -33,6 +33,7 @@ def test_starts_and_is_ready_without_a_network_and_says_what_is_missing(
         problems = eventually(lambda: place.client.get("status")["problems"])
         assert [problem["part"] for problem in problems] == ["trust"]
         assert problems[0]["reason"] == "fetch_failed"
+        _wishes_wait_for_the_network(place)
         began = time.monotonic()
         process.terminate()
         assert process.wait(10) == 0
@@ -40,6 +41,26 @@ def test_starts_and_is_ready_without_a_network_and_says_what_is_missing(
     assert not place.socket.exists()
     assert stat.S_IMODE(place.state.stat().st_mode) == 0o750
     assert stat.S_IMODE((place.state / "node-key.pem").stat().st_mode) == 0o600
+
+
+def _wishes_wait_for_the_network(place: Place) -> None:
+    """A wish stands though it cannot be checked now; another one follows it; an operator can end it."""
+    said = place.run("deploy", "app@1.0.0", "--to", "one")
+    assert said.code == 0
+    assert said.out.startswith("Not checked yet, the repository does not answer: ")
+    plan = place.run("plan", "app@1.0.0", "--to", "one")
+    assert (plan.code, "cannot be checked now" in plan.out, "join" in plan.out) == (0, True, True)
+    first = eventually(lambda: [job for job in place.client.get("jobs")["jobs"] if job["waiting"]])[0]
+    assert first["waiting"]["reason"] == "fetch_failed"
+    after = place.client.post("deployments", body={"release": "app@2.0.0", "devices": ["one"]})["devices"][0]
+    assert (after["outcome"], after["job"], after["after"]) == ("after_active", None, first["id"])
+    assert eventually(lambda: place.client.get("jobs", first["id"])["state"] == "cancelled")
+    assert place.client.get("jobs", first["id"])["reason"] == "superseded"
+    (second,) = eventually(lambda: place.client.get("jobs", state="active")["jobs"])
+    assert second["release"] == "app@2.0.0"
+    assert place.run("job", "cancel", second["id"]).code == 0
+    assert place.run("job", "watch", second["id"]).code == 1
+    assert place.client.get("jobs", second["id"])["reason"] == "cancelled"
 
 
 def test_ends_at_once_even_while_somebody_watches_and_a_job_works(

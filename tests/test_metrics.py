@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from daemon_kit import Place, eventually, free_port
+from cli_kit import Place, eventually, free_port
 from engine_kit import published
 from hypothesis import given
 from hypothesis import strategies as st

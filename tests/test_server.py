@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from daemon_kit import Place, eventually
+from cli_kit import Place, eventually
 from engine_kit import published
 
 from edged.cli.client import ApiError

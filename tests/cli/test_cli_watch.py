@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from daemon_kit import DEVICES, Place
+from cli_kit import DEVICES, Place
 from engine_kit import published
 
 from edged.cli import watch
