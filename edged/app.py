@@ -127,6 +127,7 @@ def _assemble(
         sign=key.sign,
     )
     engine = Engine(shop, devices.sessions)
+    devices.drifted = engine.device_changed
     parts = Parts(
         config=config,
         store=store,

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from edged.api import Desired, Device, Identity, MapperSpec, Session, SessionTraits, SupportsDesired
+from edged.api import (
+    Desired,
+    Device,
+    Identity,
+    MapperSpec,
+    Session,
+    SessionTraits,
+    Slots,
+    SupportsDesired,
+    SupportsFirmware,
+)
 from edged.clock import Clock
 from edged.config import Config, DeviceSettings, Model
 from edged.domain.admission import check_identity
-from edged.domain.reconcile import FIRMWARE
+from edged.domain.job import State
+from edged.domain.reconcile import FIRMWARE, release_of
 from edged.domain.twin import Value, delta
 from edged.errors import EdgedError, Permanent, Reason, Refused
 from edged.links import LinkPool, device_env
 from edged.plugins import Plugins
 from edged.reports import Reports
 from edged.sessions import DeviceUnit, Sessions, plugin_call
-from edged.store import twins
-from edged.store.database import Store
+from edged.store import audit, jobs, twins
+from edged.store.database import Store, Tx
+from edged_firmware.facts import VerifiedRelease
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +96,10 @@ def _parse(spec: MapperSpec, settings: DeviceSettings) -> object:
 
 
 class Devices:
-    """All devices of the configuration. ``sessions`` has the usable ones, ``left_out`` the others, by id."""
+    """All devices of the configuration. ``sessions`` has the usable ones, ``left_out`` the others, by id.
+
+    ``drifted`` is called with a device that came back with another image.
+    """
 
     def __init__(
         self, config: Config, plugins: Plugins, store: Store, reports: Reports, clock: Clock
@@ -91,6 +107,7 @@ class Devices:
         self.pool = LinkPool(plugins.links)
         self.left_out: dict[str, LeftOut] = {}
         self.attached: dict[str, Attached] = {}
+        self.drifted: Callable[[str], None] = lambda device: None
         self._store = store
         self._reports = reports
         self._clock = clock
@@ -135,6 +152,8 @@ class Devices:
             identity = await plugin_call(session.identify())
             check_identity(device, (), identity)
         self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, {})
+        if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
+            await self._notice_version(device, await plugin_call(session.slots()))
         twin = await self._store.read(lambda tx: twins.get(tx, device.id))
         wishes = {
             name: wish for name, wish in delta(twin.desired, twin.reported).items() if not is_firmware(name)
@@ -142,6 +161,16 @@ class Devices:
         if wishes and isinstance(session, SupportsDesired):
             rejected = await self._apply(device, session, wishes)
             self.attached[device.id] = replace(self.attached[device.id], rejected=rejected)
+
+    async def _notice_version(self, device: Device, slots: Slots) -> None:
+        """A device that came back with another image than the last job left in it: say that nobody knows what it runs, and
+        have it reconciled."""
+        runs = slots.active.runs if slots.active else None
+        if runs is None:
+            return
+        if await self._store.write(lambda tx: _forget_if_other(tx, device.id, runs)):
+            log.warning("device came back with another image", extra={"device": device.id, "runs": runs})
+            self.drifted(device.id)
 
     async def _apply(
         self, device: Device, session: SupportsDesired, wishes: Mapping[str, Value]
@@ -158,6 +187,20 @@ class Devices:
                 continue
             await self._reports.put(device.id, reported)
         return rejected
+
+
+def _forget_if_other(tx: Tx, device: str, runs: str) -> bool:
+    """Whether ``runs`` is not what the release identifies as that the twin reports; the report is then taken back."""
+    reported = twins.get(tx, device).reported.get(FIRMWARE)
+    release = release_of(reported.value) if reported else None
+    last = next(iter(jobs.find(tx, device=device, states=(State.SUCCEEDED,), limit=1)), None)
+    if release is None or last is None or last.verified is None or last.release != release:
+        return False
+    if VerifiedRelease.from_json(json.loads(last.verified)).facts.identifies_as == runs:
+        return False
+    twins.set_reported(tx, device, FIRMWARE, None, "device")
+    audit.append(tx, "engine", "device.drifted", {"device": device, "expected": release, "runs": runs})
+    return True
 
 
 def is_firmware(name: str) -> bool:

@@ -30,6 +30,7 @@ class Engine:
         self._sessions = sessions
         self._running: dict[str, JobRunner] = {}
         self._dirty: set[str] = {unit.device.id for unit in sessions.all()}
+        self._orphans: frozenset[str] = frozenset()
         self._wake = asyncio.Event()
         self.turns = 0
 
@@ -57,12 +58,20 @@ class Engine:
             await asyncio.sleep(0.02)
 
     async def run(self) -> None:
+        await self._find_orphans()
         async with asyncio.TaskGroup() as group:
             while True:
                 self._wake.clear()
                 pause = await self._turn(group)
                 self.turns += 1
                 await self._sleep(pause)
+
+    async def _find_orphans(self) -> None:
+        """Devices with an unfinished job that nobody configures any more: their jobs rest, and hold up nobody else's."""
+        active = await self._shop.store.read(jobs.active_devices)
+        self._orphans = active - {unit.device.id for unit in self._sessions.all()}
+        for device in sorted(self._orphans):
+            log.warning("job rests, its device is not configured", extra={"device": device})
 
     async def _turn(self, group: asyncio.TaskGroup) -> float:
         """One look at the store; returns the seconds until the next."""
@@ -94,13 +103,9 @@ class Engine:
                 self.job_changed(job)
 
     async def _due(self) -> Iterable[Job]:
-        now, running = self._shop.clock.now(), set(self._running)
-        free = self._shop.settings.parallel_jobs - len(running)
-        if free <= 0:
-            return ()
-        found = await self._shop.store.read(lambda tx: jobs.due(tx, now, free + len(running)))
-        known = {unit.device.id for unit in self._sessions.all()}
-        return [job for job in found if job.device in known and job.device not in running][:free]
+        now, busy = self._shop.clock.now(), self._running.keys() | self._orphans
+        free = self._shop.settings.parallel_jobs - len(self._running)
+        return await self._shop.store.read(lambda tx: jobs.due(tx, now, free, busy)) if free > 0 else ()
 
     def _start(self, group: asyncio.TaskGroup, job: Job) -> None:
         runner = JobRunner(self._shop, self._sessions[job.device], job)
@@ -113,10 +118,10 @@ class Engine:
         self.device_changed(device)
 
     async def _until_due(self) -> float:
-        running = set(self._running)
-        if len(running) >= self._shop.settings.parallel_jobs:
+        if len(self._running) >= self._shop.settings.parallel_jobs:
             return _LONGEST_SLEEP_S
-        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, besides=running))
+        busy = self._running.keys() | self._orphans
+        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, busy))
         if due is None:
             return _LONGEST_SLEEP_S
         return min(max((due - self._shop.clock.now()).total_seconds(), 0.01), _LONGEST_SLEEP_S)

@@ -17,10 +17,7 @@ from typing import ClassVar, TypeVar
 
 from edged.api import (
     Device,
-    Image,
-    JsonValue,
     Session,
-    Slots,
     SupportsFirmware,
     SupportsHealth,
     SupportsReadBack,
@@ -33,24 +30,21 @@ from edged.domain.job import Fallback, Job, State
 from edged.domain.reconcile import firmware_value, release_of
 from edged.domain.steps import Bounds, Do, Facts, Move, View, next_step
 from edged.engine.events import Broadcast
+from edged.engine.fallback import holds, is_blank, worth_keeping
 from edged.engine.images import ImageKey, Images
+from edged.engine.ledger import Effect, Ledger, log_fields
 from edged.engine.observer import Observer
-from edged.engine.transfer import Checkpoints, Meter, Status
+from edged.engine.transfer import Checkpoints, Interrupted, Meter, Status
 from edged.engine.trust import Trust
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged.sessions import DeviceUnit, Lease, plugin_call
-from edged.store import audit, floors, jobs, outbox, twins
-from edged.store.database import Store, Tx
+from edged.store import floors, jobs, twins
+from edged.store.database import Store
 from edged_firmware.facts import VerifiedRelease
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Effect = Callable[[Tx], object]
-
-_ERASE_BYTES = 4096
-"""A read-out is kept in multiples of this: no smaller than the page or sector that writing to its end erases."""
-
 _BAD_BYTES = frozenset(
     {Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH}
 )
@@ -80,10 +74,11 @@ class JobRunner:
     def __init__(self, shop: Workshop, unit: DeviceUnit, job: Job) -> None:
         self._shop = shop
         self._unit = unit
-        self._job = job
+        self._ledger = Ledger(job, shop.store, shop.sign, shop.broadcast, shop.observer)
         self._model = shop.models[unit.device.model]
         self._lease: Lease | None = None
         self._view: View | None = None
+        self._runs: str | None = None
         self._sound: set[ImageKey] = set()
         self._progressed = False
         self._stack = AsyncExitStack()
@@ -91,14 +86,15 @@ class JobRunner:
 
     @property
     def job(self) -> Job:
-        return self._job
+        """The row as it is now, with what this run counted since its last commit."""
+        return self._ledger.job
 
     async def run(self) -> Job:
         """Until the job has ended or waits; returns the row as it is then."""
         async with self._stack:
             while await self._turn():
                 pass
-        return self._job
+        return self.job
 
     async def _turn(self) -> bool:
         """One step, or what an error leads to; False where there is nothing more to do now."""
@@ -114,23 +110,27 @@ class JobRunner:
                 await self._give_back()
                 await self._stop_for(exc)
                 return True
-        except jobs.Conflict:
-            return await self._reload()
+        except (jobs.Conflict, Interrupted):
+            await self._give_back()
+            self.stop.clear()
+            return await self._ledger.reload()
 
     async def _step(self) -> bool:
-        step = next_step(self._job, await self._facts())
+        step = next_step(self.job, await self._facts())
         if step is None:
             return False
         if isinstance(step, Move):
+            if step.to is State.READY:
+                await self._check_bounds()
             await self._move(step)
         else:
             # in memory: the next commit brings the count to disk; a cut before it repeats an idempotent step
-            self._job = replace(self._job, steps=self._job.steps + 1, waiting=None)
+            self._ledger.job = replace(self.job, steps=self.job.steps + 1, waiting=None)
             await self._DOES[step](self)
         return True
 
     async def _give_back(self) -> None:
-        """After an error nobody knows the state of the wire: what follows begins with a fresh session."""
+        """Nobody knows the state of the wire after an error or an interruption: what follows begins with a fresh session."""
         if self._lease is not None:
             self._lease.intact = False
         self._lease = self._view = None
@@ -144,15 +144,15 @@ class JobRunner:
 
     @property
     def _release(self) -> VerifiedRelease:
-        assert self._job.verified is not None, "queued is left only with a verified release"
-        return VerifiedRelease.from_json(json.loads(self._job.verified))
+        assert self.job.verified is not None, "queued is left only with a verified release"
+        return VerifiedRelease.from_json(json.loads(self.job.verified))
 
     @property
     def _image_key(self) -> ImageKey:
         return ImageKey.of_release(self._release)
 
     async def _facts(self) -> Facts:
-        job = self._job
+        job = self.job
         image = job.verified is not None and await self._is_sound(self._image_key)
         fallback = job.fallback is not None and await self._is_sound(ImageKey.of_fallback(job.fallback))
         settings = self._shop.settings
@@ -170,36 +170,15 @@ class JobRunner:
             self._sound.add(key)
         return key in self._sound
 
-    # -- commits
-
-    async def _commit(self, new: Job, event: str, *effects: Effect, detail: str = "") -> None:
-        """Row, history, audit, outbox and whatever hangs on them: one transaction."""
-        old = self._job
-
-        def change(tx: Tx) -> Job:
-            saved = jobs.advance(tx, old, new, event, detail)
-            data = _summary(saved, event, detail)
-            audit.append(tx, "engine", f"job.{event.replace(' ', '_')}", data)
-            outbox.put(tx, "job", saved.device, saved.id, data, f"{saved.id}:{saved.revision}")
-            for effect in effects:
-                effect(tx)
-            if saved.state.ended:
-                audit.sign_head(tx, self._shop.sign)
-            return saved
-
-        self._job = await self._shop.store.write(change)
-        self._shop.broadcast.send(_summary(self._job, event, detail))
-        log.info("job %s", event, extra=_log_fields(self._job, detail))
-        if self._job.state.ended:
-            self._shop.observer.job_ended(self._job.state, self._job.reason)
+    # -- changes of state
 
     async def _move(self, move: Move, *effects: Effect) -> None:
         job = replace(
-            self._job,
+            self.job,
             state=move.to,
             waiting=None,
             attempts=0,
-            steps=self._job.steps + 1,
+            steps=self.job.steps + 1,
             reason=move.reason,
             detail=move.detail,
         )
@@ -214,30 +193,20 @@ class JobRunner:
             case State.REVERTED:
                 effects += (self._report(self._fallback_release(), "fallback"),)
         self._view = None if move.to is not State.STAGING else self._view
-        await self._commit(job, move.event, *effects, detail=move.detail)
+        await self._ledger.commit(job, move.event, *effects, detail=move.detail)
 
     def _fallback_release(self) -> str | None:
-        return self._job.fallback.release if self._job.fallback else None
+        return self.job.fallback.release if self.job.fallback else None
 
     def _report(self, release: str | None, source: str) -> Effect:
         value = firmware_value(release) if release else None
-        device, component = self._job.device, self._job.component
+        device, component = self.job.device, self.job.component
         return lambda tx: twins.set_reported(tx, device, component, value, source)
-
-    async def _reload(self) -> bool:
-        """Somebody changed the row: take theirs, and decide anew."""
-        job_id = self._job.id
-        fresh = await self._shop.store.read(lambda tx: jobs.get(tx, job_id))
-        if fresh is None:
-            return False
-        self._job = fresh
-        self.stop.clear()
-        return not fresh.state.ended
 
     # -- what an error leads to
 
     async def _try_again(self, error: Transient) -> bool:
-        job, settings = self._job, self._shop.settings
+        job, settings = self.job, self._shop.settings
         policy = retry.RetryPolicy(
             settings.max_attempts, settings.first_backoff_s, settings.longest_backoff_s
         )
@@ -250,12 +219,12 @@ class JobRunner:
             await self._stop_for(Permanent(Reason.ATTEMPTS_EXHAUSTED, text))
             return True
         waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting)
-        await self._commit(waiting, "waiting", detail=str(error))
+        await self._ledger.commit(waiting, "waiting", detail=str(error))
         return False
 
     async def _stop_for(self, error: Permanent | Refused) -> None:
         """Before the first change an end; after it the way back; while reverting the end that says so."""
-        job = self._job
+        job = self.job
         if job.state is State.REVERTING:
             text = f"{error}; the revert was for {job.reason}: {job.detail}"
             await self._move(Move(State.FAILED, "ended", Reason.REVERT_FAILED, text))
@@ -267,25 +236,27 @@ class JobRunner:
     # -- steps
 
     async def _resolve(self) -> None:
-        release = await self._shop.trust.resolve(self._job.release)
+        release = await self._shop.trust.resolve(self.job.release)
         counters = await self._shop.store.read(lambda tx: floors.counters(tx, self._device.id))
         known = admission.Admission(
             device=self._device,
-            floor=counters.get(self._job.component, 0),
+            floor=counters.get(self.job.component, 0),
             component_counters=counters,
             flash_protocols=self._unit.spec.flash_protocols,
         )
         admission.admit(release.facts, known)
         job = replace(
-            self._job,
+            self.job,
             state=State.FETCHING,
             verified=json.dumps(release.to_json(), sort_keys=True),
             total_bytes=release.image.length,
         )
-        await self._commit(job, "admitted", detail=f"release counter {release.facts.release_counter}")
+        await self._ledger.commit(job, "admitted", detail=f"release counter {release.facts.release_counter}")
 
     async def _fetch(self) -> None:
         await self._shop.images.fetch(self._release, self._tick_fetch)
+
+    async def _check_bounds(self) -> None:
         async with self._shop.images.open(self._image_key) as image:
             admission.check_bounds(self._device, image.segments)
 
@@ -296,18 +267,13 @@ class JobRunner:
         session, slots = await self._firmware_session()
         firmware = await plugin_call(slots.slots())
         active = firmware.active
+        self._runs = active.runs if active else None
         self._view = View(
             slot_count=session.traits.slot_count,
-            runs_new=self._compare(firmware),
+            runs_new=None if self._runs is None else self._runs == self._release.facts.identifies_as,
             confirmed=active.confirmed if active else True,
             pending=any(slot.pending for slot in firmware.slots),
         )
-
-    def _compare(self, slots: Slots) -> bool | None:
-        active = slots.active
-        if active is None or active.runs is None:
-            return None
-        return active.runs == self._release.facts.identifies_as
 
     async def _firmware_session(self) -> tuple[Session, SupportsFirmware]:
         session = self._lease.session if self._lease else await self._connect()
@@ -336,9 +302,7 @@ class JobRunner:
         elif known is not None:
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "by record")
         elif self._model.policy.without_fallback:
-            await self._commit(
-                replace(self._job, no_fallback=True), "no fallback", detail="allowed by policy"
-            )
+            await self._go_without_fallback("allowed by policy")
         else:
             raise Refused(
                 Reason.NO_FALLBACK,
@@ -346,87 +310,75 @@ class JobRunner:
             )
 
     async def _known_release(self) -> VerifiedRelease | None:
-        """What our record says that the device runs, where its image can still be had."""
+        """What our record says that the device runs, where the device does not deny it and its image can still be had."""
         twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
-        reported = twin.reported.get(self._job.component)
+        reported = twin.reported.get(self.job.component)
         release = release_of(reported.value) if reported else None
         if release is None:
             return None
         try:
             known = await self._shop.trust.known(release)
+            if self._runs not in (None, known.facts.identifies_as):
+                return None
             await self._shop.images.fetch(known, self._tick_fetch)
         except (Refused, Transient) as exc:
-            log.info("fallback not to be had", extra=_log_fields(self._job, f"{release}: {exc}"))
+            log.info("fallback not to be had", extra=log_fields(self.job, f"{release}: {exc}"))
             return None
         return known
 
     async def _read_out(self, session: SupportsReadBack, known: VerifiedRelease | None) -> None:
         """The flash is the truth: it confirms our record, or is kept itself."""
-        device = self._device
-        assert device.flash_size_bytes is not None
+        base, size = self._device.flash_base, self._device.flash_size_bytes
+        assert size is not None
         meter = self._meter()
-        flash = await self._watched(
-            meter, plugin_call(session.read_flash(device.flash_base, device.flash_size_bytes, meter))
-        )
-        if flash is None:
-            return
-        if await self._holds(flash, self._image_key):
+        flash = await self._watched(meter, plugin_call(session.read_flash(base, size, meter)))
+        async with self._shop.images.open(self._image_key) as image:
+            runs_already = await holds(flash, base, image)
+            kept = worth_keeping(flash, base, image)
+        if runs_already:
             await self._move(Move(State.VERIFYING, "runs already", None, "its flash holds the release"))
-        elif known is not None and await self._holds(flash, ImageKey.of_release(known)):
+        elif known is not None and await self._is_held(flash, known):
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "proved by read-back")
-        elif flash.count(0xFF) == len(flash):
-            await self._commit(
-                replace(self._job, no_fallback=True), "no fallback", detail="the device is blank"
-            )
+        elif is_blank(flash):
+            await self._go_without_fallback("the device is blank")
         else:
-            kept = flash[: await self._worth_keeping(flash)]
-            key = await self._shop.images.keep([(device.flash_base, kept)], f"flash of {device.id}")
+            key = await self._shop.images.keep([(base, kept)], f"flash of {self._device.id}")
             await self._commit_fallback(key, None, f"{len(kept)} bytes read out")
 
-    async def _worth_keeping(self, flash: bytes) -> int:
-        """All that is programmed, and all that the new image will overwrite; not the erased rest, which would be
-        written again, page by page, on the way back."""
-        async with self._shop.images.open(self._image_key) as image:
-            overwritten = max(segment.address + segment.length for segment in image.segments)
-        end = max(len(flash.rstrip(b"\xff")), overwritten - self._device.flash_base)
-        return min(-(-end // _ERASE_BYTES) * _ERASE_BYTES, len(flash))
+    async def _is_held(self, flash: bytes, release: VerifiedRelease) -> bool:
+        async with self._shop.images.open(ImageKey.of_release(release)) as image:
+            return await holds(flash, self._device.flash_base, image)
 
-    async def _holds(self, flash: bytes, key: ImageKey) -> bool:
-        base = self._device.flash_base
-        async with self._shop.images.open(key) as image:
-            for number, segment in enumerate(image.segments):
-                start = segment.address - base
-                if start < 0 or flash[start : start + segment.length] != await image.read(
-                    number, 0, segment.length
-                ):
-                    return False
-        return True
+    async def _go_without_fallback(self, why: str) -> None:
+        await self._ledger.commit(replace(self.job, no_fallback=True), "no fallback", detail=why)
 
     async def _commit_fallback(self, key: ImageKey, release: str | None, detail: str) -> None:
         fallback = Fallback(key.image_sha256, key.index_sha256, key.opaque, release)
         text = f"{release or 'read-out'}, {detail}"
-        await self._commit(replace(self._job, fallback=fallback), "fallback secured", detail=text)
+        await self._ledger.commit(replace(self.job, fallback=fallback), "fallback secured", detail=text)
 
     async def _fetch_fallback(self) -> None:
         """The recorded fallback was damaged on disk: only a release can be had again."""
-        fallback = self._job.fallback
+        fallback = self.job.fallback
         assert fallback is not None
         if fallback.release is None:
             raise Permanent(Reason.NO_FALLBACK, "the flash that was read out is damaged on disk")
         await self._shop.images.fetch(await self._shop.trust.known(fallback.release), self._tick_fetch)
 
     async def _stage(self) -> None:
-        if await self._send(self._image_key):
-            await self._move(Move(State.ACTIVATING, "staged", detail=self._transferred))
+        await self._send(self._image_key)
+        await self._move(Move(State.ACTIVATING, "staged", detail=f"{self.job.total_bytes} bytes"))
 
-    async def _send(self, key: ImageKey) -> bool:
-        """Stage the image ``key`` on the device; False where it was interrupted from outside."""
+    async def _send(self, key: ImageKey) -> None:
+        """Stage the image ``key`` on the device, and account for what it moved, however it ends."""
         session, firmware = await self._firmware_session()
-        meter = self._meter()
         try:
             async with self._shop.images.open(key) as image:
                 meter = self._meter(image.size_bytes)
-                staged = await self._watched(meter, self._staging(firmware, image, meter))
+                try:
+                    await self._watched(meter, plugin_call(firmware.stage(image, meter)))
+                finally:
+                    self._account(session, meter)
         except Refused as exc:
             if exc.reason not in _BAD_BYTES:
                 raise
@@ -434,22 +386,11 @@ class JobRunner:
             self._sound.discard(key)
             await self._shop.images.discard(key)
             raise Transient(Reason.STORAGE_FAILED, f"the image on disk is damaged: {exc.detail}") from exc
-        finally:
-            self._account(session, meter)
-        return bool(staged)
-
-    async def _staging(self, firmware: SupportsFirmware, image: Image, meter: Meter) -> bool:
-        await plugin_call(firmware.stage(image, meter))
-        return True
-
-    @property
-    def _transferred(self) -> str:
-        return f"{self._job.total_bytes} bytes"
 
     async def _activate(self) -> None:
         _, firmware = await self._firmware_session()
-        booting = replace(self._job, trial_boots=self._job.trial_boots + 1)
-        await self._commit(booting, "booting", detail=f"trial boot {booting.trial_boots}")
+        booting = replace(self.job, trial_boots=self.job.trial_boots + 1)
+        await self._ledger.commit(booting, "booting", detail=f"trial boot {booting.trial_boots}")
         await plugin_call(firmware.activate())
         await self._move(Move(State.VERIFYING, "booted"))
 
@@ -469,7 +410,7 @@ class JobRunner:
         await self._succeed(release, evidence)
 
     async def _succeed(self, release: VerifiedRelease, evidence: str) -> None:
-        device, component = self._job.device, self._job.component
+        device, component = self.job.device, self.job.component
         counter = release.facts.release_counter
         await self._move(
             Move(State.SUCCEEDED, "succeeded", detail=evidence),
@@ -489,12 +430,12 @@ class JobRunner:
             raise Transient(Reason.DEVICE_ERROR, "the device still runs the image that it was told to leave")
 
     async def _stage_fallback(self) -> None:
-        fallback = self._job.fallback
+        fallback = self.job.fallback
         assert fallback is not None
         _, firmware = await self._firmware_session()
-        if await self._send(ImageKey.of_fallback(fallback)):
-            await plugin_call(firmware.activate())
-            await self._move(Move(State.REVERTED, "reverted", self._job.reason, self._job.detail))
+        await self._send(ImageKey.of_fallback(fallback))
+        await plugin_call(firmware.activate())
+        await self._move(Move(State.REVERTED, "reverted", self.job.reason, self.job.detail))
 
     _DOES: ClassVar[dict[Do, Callable[[JobRunner], Awaitable[None]]]] = {
         Do.RESOLVE: _resolve,
@@ -521,21 +462,14 @@ class JobRunner:
             observe_write=self._shop.observer.chunk_written,
         )
 
-    async def _watched(self, meter: Meter, call: Awaitable[T]) -> T | None:
-        """The result of ``call``; None where the row was changed meanwhile, which is then read again."""
-        result = await meter.watch(call, checkpoint=self._checkpoint, tick=self._tick, stop=self.stop)
-        if result is None and self.stop.is_set():
-            await self._reload()
-        return result
+    async def _watched(self, meter: Meter, call: Awaitable[T]) -> T:
+        """The result of ``call``. Raises ``Interrupted`` where the row was changed meanwhile."""
+        return await meter.watch(call, checkpoint=self._checkpoint, tick=self._tick, stop=self.stop)
 
     async def _checkpoint(self, done_bytes: int) -> None:
-        job = self._job
-        if done_bytes <= job.done_bytes:
-            return
-        self._progressed = True
-        self._job = await self._shop.store.write(
-            lambda tx: jobs.checkpoint(tx, job, done_bytes, job.total_bytes)
-        )
+        if done_bytes > self.job.done_bytes:
+            self._progressed = True
+            await self._ledger.checkpoint(done_bytes)
 
     def _tick(self, status: Status) -> None:
         self._send_progress(status.phase.value, status.done_bytes, status.total_bytes, status.bytes_per_s)
@@ -544,9 +478,9 @@ class JobRunner:
         self._shop.broadcast.send(
             {
                 "kind": "progress",
-                "job": self._job.id,
-                "device": self._job.device,
-                "state": self._job.state.value,
+                "job": self.job.id,
+                "device": self.job.device,
+                "state": self.job.state.value,
                 "phase": phase,
                 "done_bytes": done,
                 "total_bytes": total,
@@ -556,38 +490,11 @@ class JobRunner:
 
     def _account(self, session: Session, meter: Meter) -> None:
         """What the transfer moved, for the metrics and for the count of attempts."""
-        if meter.reached_bytes > self._job.done_bytes:
+        if meter.reached_bytes > self.job.done_bytes:
             self._progressed = True
-            self._job = replace(self._job, done_bytes=meter.reached_bytes)
-        observer, device = self._shop.observer, self._job.device
+            self._ledger.job = replace(self.job, done_bytes=meter.reached_bytes)
+        observer, device = self._shop.observer, self.job.device
         observer.sent(device, meter.written_bytes)
         if meter.written_bytes and meter.write_seconds > 0:
             speed = meter.written_bytes / meter.write_seconds
             observer.utilisation(device, speed / session.traits.ceiling_bytes_per_s)
-
-
-def _summary(job: Job, event: str, detail: str) -> dict[str, JsonValue]:
-    """What history, audit, outbox and watchers are told of a change."""
-    return {
-        "kind": "job",
-        "event": event,
-        "job": job.id,
-        "device": job.device,
-        "component": job.component,
-        "release": job.release,
-        "state": job.state.value,
-        "reason": job.reason.value if job.reason else None,
-        "waiting": job.waiting.reason.value if job.waiting else None,
-        "detail": detail,
-    }
-
-
-def _log_fields(job: Job, detail: str) -> dict[str, object]:
-    return {
-        "job": job.id,
-        "device": job.device,
-        "release": job.release,
-        "state": job.state.value,
-        "reason": job.reason.value if job.reason else "",
-        "detail": detail,
-    }

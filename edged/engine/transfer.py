@@ -15,6 +15,10 @@ T = TypeVar("T")
 TICK_S = 0.2
 
 
+class Interrupted(Exception):
+    """The transfer was cancelled on request. Not an error of the device: somebody wants the job looked at."""
+
+
 @dataclass(frozen=True, slots=True)
 class Status:
     """A transfer as a person wants to see it. ``bytes_per_s`` is of the present phase."""
@@ -108,12 +112,12 @@ class Meter:
         checkpoint: Callable[[int], Awaitable[None]],
         tick: Callable[[Status], None],
         stop: asyncio.Event,
-    ) -> T | None:
+    ) -> T:
         """Await ``call`` while it reports to this meter.
 
         ``checkpoint`` is awaited with the bytes of the image that the device has, when a checkpoint is due; ``tick`` is
-        called a few times a second. Returns None when ``stop`` was set: the call was cancelled then. Raises
-        ``Transient(STALLED)`` where nothing moved for the stall time, and whatever the call raises.
+        called a few times a second. Raises :class:`Interrupted` when ``stop`` was set: the call was cancelled then.
+        Raises ``Transient(STALLED)`` where nothing moved for the stall time, and whatever the call raises.
         """
         self._moved = self._clock.monotonic()
         task = asyncio.ensure_future(call)
@@ -125,7 +129,9 @@ class Meter:
                     tick(self._status)
                     self._check_stall()
                     await self._save_if_due(checkpoint)
-            return task.result() if task.done() else None
+            if not task.done():
+                raise Interrupted
+            return task.result()
         finally:
             stopping.cancel()
             task.cancel()

@@ -20,6 +20,7 @@ from .database import Tx
 __all__ = [
     "Conflict",
     "Entry",
+    "active_devices",
     "active_for",
     "add",
     "advance",
@@ -93,14 +94,23 @@ def find(
     return [_job(row) for row in rows]
 
 
-def due(tx: Tx, now: datetime, limit: int = 100) -> list[Job]:
-    """Active jobs that do not wait, or whose wait is over at ``now``; oldest first."""
+def due(tx: Tx, now: datetime, limit: int = 100, besides: Collection[str] = ()) -> list[Job]:
+    """Active jobs that do not wait, or whose wait is over at ``now``, leaving out the devices ``besides``; oldest first."""
     rows = tx.db.execute(
         "SELECT * FROM job WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
-        " AND (waiting_until IS NULL OR waiting_until <= ?) ORDER BY seq LIMIT ?",
-        [to_text(now), limit],
+        " AND (waiting_until IS NULL OR waiting_until <= ?)"
+        " AND device NOT IN (SELECT value FROM json_each(?)) ORDER BY seq LIMIT ?",
+        [to_text(now), json.dumps(sorted(besides)), limit],
     )
     return [_job(row) for row in rows]
+
+
+def active_devices(tx: Tx) -> frozenset[str]:
+    """The devices that have a job that is not ended."""
+    rows = tx.db.execute(
+        "SELECT DISTINCT device FROM job WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
+    )
+    return frozenset(row["device"] for row in rows)
 
 
 def next_due_at(tx: Tx, besides: Collection[str] = ()) -> datetime | None:

@@ -11,9 +11,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from edged.api import Device, Reported, Session
 from edged.clock import SystemClock
-from edged.config import Config, DeviceSettings, Model
+from edged.config import Config
+from edged.devices import Devices
 from edged.domain.job import Job
 from edged.domain.reconcile import FIRMWARE, firmware_value
 from edged.engine.events import Broadcast
@@ -22,9 +22,9 @@ from edged.engine.loop import Engine
 from edged.engine.observer import Observer, Silent
 from edged.engine.runner import Workshop
 from edged.engine.trust import Trust
-from edged.links import LinkPool, device_env
 from edged.plugins import Plugins
-from edged.sessions import DeviceUnit, Sessions
+from edged.reports import Reports
+from edged.sessions import Sessions
 from edged.store import jobs, twins
 from edged.store.database import Store
 from edged.store.node_key import NodeKey
@@ -73,20 +73,6 @@ class TestNode:
         return twin.reported[name].value if name in twin.reported else None
 
 
-def configured_device(settings: DeviceSettings, model: Model, config: object) -> Device:
-    """The mapper's view of a configured device."""
-    return Device(
-        id=settings.id,
-        model=settings.model,
-        mapper=settings.mapper,
-        address=settings.address,
-        hardware_ids=model.hardware_ids,
-        flash_base=model.flash_base,
-        flash_size_bytes=model.flash_size,
-        config=config,
-    )
-
-
 async def _verify_here(request: TrustRequest) -> TrustReport:
     """In this process: a test starts hundreds of lives, and a child each would be most of its time."""
     return await asyncio.to_thread(verify, request)
@@ -125,7 +111,9 @@ async def life(
             _verify_here,
         )
         images = Images(artifacts, fetcher, config.trust.repository, observer)
-        sessions = _sessions(config, plugins, store, clock)
+        broadcast = Broadcast()
+        reports = Reports(store, clock, broadcast)
+        devices = Devices(config, plugins, store, reports, clock)
         shop = Workshop(
             store=store,
             clock=clock,
@@ -134,14 +122,16 @@ async def life(
             models=config.models,
             settings=config.engine,
             observer=observer,
-            broadcast=Broadcast(),
+            broadcast=broadcast,
             sign=key.sign,
         )
-        engine = Engine(shop, sessions)
+        engine = Engine(shop, devices.sessions)
+        devices.drifted = engine.device_changed
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(unit.run()) for unit in sessions.all()]
+            tasks = [group.create_task(reports.run())]
+            tasks += [group.create_task(unit.run()) for unit in devices.sessions.all()]
             tasks.append(group.create_task(engine.run()))
-            yield TestNode(store, engine, sessions, trust, images, key)
+            yield TestNode(store, engine, devices.sessions, trust, images, key)
             for task in reversed(tasks):
                 task.cancel()
 
@@ -152,32 +142,3 @@ async def _fetcher(observer: Observer) -> AsyncIterator[Fetcher]:
 
     async with aiohttp.ClientSession() as session:
         yield Fetcher(session, cap=None, count=observer.fetched)
-
-
-def _sessions(config: Config, plugins: Plugins, store: Store, clock: SystemClock) -> Sessions:
-    pool = LinkPool(plugins.links)
-    return Sessions(
-        {settings.id: _unit(settings, config, plugins, pool, store, clock) for settings in config.device}
-    )
-
-
-def _unit(
-    settings: DeviceSettings,
-    config: Config,
-    plugins: Plugins,
-    pool: LinkPool,
-    store: Store,
-    clock: SystemClock,
-) -> DeviceUnit:
-    spec = plugins.mapper(settings.mapper)
-    device = configured_device(settings, config.models[settings.model], spec.parse_config(settings.config))
-
-    async def report(reported: Reported) -> None:
-        return None
-
-    async def attached(session: Session) -> None:
-        return None
-
-    return DeviceUnit(
-        device, spec, device_env(device.id, pool), report, attached, clock, watch=settings.watch
-    )

@@ -98,25 +98,55 @@ def test_there_and_back_is_refused_by_the_counter(place: Place) -> None:
 
 
 def test_a_device_that_comes_back_with_another_version_is_brought_back(place: Place) -> None:
+    """Somebody swapped the board for one with the old image: noticed when its session is opened again."""
     device = place.device(slot_count=2)
+    bus = place.plugin.bus("bus")
 
     async def run() -> None:
         async with life(place.config, place.plugins) as node:
             await node.want("dev-1", "app@2.0.0")
             await node.ended("dev-1")
+            bus.lost = True
+            await asyncio.sleep(0.1)
             device.install(fake_app("1.0.0"))
-            from edged.store import twins
-
-            value = {"name": "app", "version": "1.0.0"}
-            await node.store.write(lambda tx: twins.set_reported(tx, "dev-1", "firmware", value, "device"))  # type: ignore[arg-type]
-            node.engine.device_changed("dev-1")
+            bus.lost = False
             async with asyncio.timeout(10):
                 while len(await node.jobs("dev-1")) < 2:
                     await asyncio.sleep(0.01)
             job = await node.ended("dev-1")
             assert (job.run, job.source, job.state) == (2, "drift", State.SUCCEEDED)
             assert device.app is not None and device.app.version == "2.0.0"
+            rows = await node.store.read(lambda tx: audit.list(tx, 0, 1000))
+            assert "device.drifted" in [row.event for row in rows]
 
+    asyncio.run(run())
+
+
+def test_a_job_of_a_device_that_is_gone_from_the_configuration_holds_up_nobody(place: Place) -> None:
+    gone = [place.device(f"gone-{number}") for number in range(3)]
+    for device in gone:
+        device.absent = True
+
+    async def leave() -> None:
+        async with life(place.config, place.plugins) as node:
+            for device in gone:
+                await node.want(device.name, "app@2.0.0")
+            async with asyncio.timeout(10):
+                while not all([await node.jobs(device.name) for device in gone]):
+                    await asyncio.sleep(0.01)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            assert (await node.ended("dev-1")).state is State.SUCCEEDED
+            turns = node.engine.turns
+            await asyncio.sleep(0.3)
+            assert node.engine.turns <= turns + 2, "the loop spins over jobs that nobody can run"
+
+    asyncio.run(leave())
+    place.devices.clear()
+    place.device("dev-1")
+    place.engine = attrs.evolve(place.engine, parallel_jobs=2)
     asyncio.run(run())
 
 
