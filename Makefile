@@ -21,7 +21,7 @@ demo:
 test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
 	$(BIN)/python -m pytest
-	.venv-floors/bin/python -m pytest -q -m "not slow"
+	.venv-floors/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
 lint: setup
 	$(BIN)/ruff check .

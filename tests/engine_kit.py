@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,12 +93,16 @@ class Place:
     health: bool = True
     devices: list[DeviceSettings] = field(default_factory=list)
 
-    def device(self, name: str = "dev-1", *, app: str | None = "1.0.0", bus: str = "bus", **options: Any) -> FakeDevice:
+    def device(
+        self, name: str = "dev-1", *, app: str | None = "1.0.0", bus: str = "bus", **options: Any
+    ) -> FakeDevice:
         """Put a device on a bus, as it left the factory with version ``app``, and configure it."""
         device = self.plugin.add(bus, FakeDevice(name, **options))
         if app is not None:
             device.install(fake_app(app, IMAGE_BYTES))
-        self.devices.append(DeviceSettings(id=name, model="widget", mapper="fake", address=f"fake:{bus}/{name}"))
+        self.devices.append(
+            DeviceSettings(id=name, model="widget", mapper="fake", address=f"fake:{bus}/{name}")
+        )
         return device
 
     @property
@@ -123,5 +126,3 @@ class Place:
             model=(model,),
             device=tuple(self.devices),
         )
-
-
