@@ -1,0 +1,96 @@
+"""One job's row, and the only way to change it: row, history, audit, outbox and what hangs on them in ONE transaction."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from edged.api import JsonValue
+from edged.domain.job import Job
+from edged.engine.events import Broadcast
+from edged.engine.observer import Observer
+from edged.store import audit, jobs, outbox
+from edged.store.database import Store, Tx
+
+log = logging.getLogger(__name__)
+
+Effect = Callable[[Tx], object]
+
+
+class Ledger:
+    """``job`` is the row as it was committed last. ``sign`` signs the audit head when the job ends."""
+
+    def __init__(
+        self, job: Job, store: Store, sign: Callable[[bytes], bytes], broadcast: Broadcast, observer: Observer
+    ) -> None:
+        self.job = job
+        self._store = store
+        self._sign = sign
+        self._broadcast = broadcast
+        self._observer = observer
+
+    async def commit(self, new: Job, event: str, *effects: Effect, detail: str = "") -> None:
+        """Replace the row by ``new``; ``effects`` happen with it or not at all.
+
+        Raises ``jobs.Conflict`` where somebody else changed the row; nothing is written then.
+        """
+        old = self.job
+
+        def change(tx: Tx) -> Job:
+            saved = jobs.advance(tx, old, new, event, detail)
+            data = summary(saved, event, detail)
+            audit.append(tx, "engine", f"job.{event.replace(' ', '_')}", data)
+            outbox.put(tx, "job", saved.device, saved.id, data, f"{saved.id}:{saved.revision}")
+            for effect in effects:
+                effect(tx)
+            if saved.state.ended:
+                audit.sign_head(tx, self._sign)
+            return saved
+
+        self.job = await self._store.write(change)
+        self._broadcast.send(summary(self.job, event, detail))
+        log.info("job %s", event, extra=log_fields(self.job, detail))
+        if self.job.state.ended:
+            self._observer.job_ended(self.job.state, self.job.reason)
+
+    async def checkpoint(self, done_bytes: int) -> None:
+        """Commit progress alone. Raises ``jobs.Conflict``."""
+        old = self.job
+        self.job = await self._store.write(lambda tx: jobs.checkpoint(tx, old, done_bytes, old.total_bytes))
+
+    async def reload(self) -> bool:
+        """Take the row as somebody else left it; False where nothing is to be done with it."""
+        job_id = self.job.id
+        fresh = await self._store.read(lambda tx: jobs.get(tx, job_id))
+        if fresh is None:
+            return False
+        self.job = fresh
+        return not fresh.state.ended
+
+
+def summary(job: Job, event: str, detail: str) -> dict[str, JsonValue]:
+    """What audit, outbox and watchers are told of a change."""
+    return {
+        "kind": "job",
+        "event": event,
+        "job": job.id,
+        "device": job.device,
+        "component": job.component,
+        "release": job.release,
+        "state": job.state.value,
+        "reason": job.reason.value if job.reason else None,
+        "waiting": job.waiting.reason.value if job.waiting else None,
+        "detail": detail,
+    }
+
+
+def log_fields(job: Job, detail: str) -> dict[str, object]:
+    """The fields of a log line about ``job``."""
+    return {
+        "job": job.id,
+        "device": job.device,
+        "release": job.release,
+        "state": job.state.value,
+        "reason": job.reason.value if job.reason else "",
+        "detail": detail,
+    }
