@@ -256,6 +256,11 @@ def load(path: Path) -> Config:
     problems: list[str] = []
     converter = _converter(path.parent)
     config = _read(path, Config, converter, problems) or Config()
+    repository = config.trust.repository
+    if repository and "://" not in repository:
+        config = attrs.evolve(
+            config, trust=attrs.evolve(config.trust, repository=str(path.parent / repository))
+        )
     models, devices = list(config.model), list(config.device)
     for file in _toml_files(path.parent / "models.d"):
         models += (_read(file, _Models, converter, problems) or _Models()).model

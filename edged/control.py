@@ -360,9 +360,9 @@ class Control:
         """What this node trusts, as it knows it now."""
         return trust_json(self._parts.trust, self._parts.config.trust.repository)
 
-    async def init_trust(self, root: str, actor: str) -> Json:
-        """Trust the root metadata ``root`` (JSON text) from now on. Raises ``Refused`` where it does not verify."""
-        await self._parts.trust.init(root.encode(), actor)
+    async def init_trust(self, root: str, actor: str, *, replace: bool) -> Json:
+        """Trust the root metadata ``root`` (JSON text) from now on. Errors as :meth:`edged.engine.trust.Trust.init`."""
+        await self._parts.trust.init(root.encode(), actor, replace_root=replace)
         return await self.trust()
 
     async def refresh_trust(self) -> Json:

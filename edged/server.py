@@ -285,8 +285,10 @@ class _Api:
         return _json(await self._control.trust())
 
     async def init_trust(self, request: web.Request) -> web.StreamResponse:
-        root = _text(await _body(request), "root")
-        return _json(await self._control.init_trust(root, await _actor(request)))
+        body = await _body(request)
+        replace = body.get("replace") is True
+        answer = await self._control.init_trust(_text(body, "root"), await _actor(request), replace=replace)
+        return _json(answer)
 
     async def refresh_trust(self, _: web.Request) -> web.StreamResponse:
         return _json(await self._control.refresh_trust())

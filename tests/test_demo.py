@@ -16,5 +16,5 @@ def test_demo(tmp_path: Path, options: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("demo: ok\n")
     for text in ("chunk_mismatch", "counter_lower", "Intact", "succeeded: runs blink@2.0.0"):
-        assert text in done.stdout
+        assert text in done.stdout + done.stderr
     assert ("agrees byte for byte" in done.stdout) == (not options)

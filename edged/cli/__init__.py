@@ -41,6 +41,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command name to where it is (``module:attribute``) and its line in ``--help``."""
 
+HIDDEN = {"tuf": "edged.cli.tuf:tuf"}
+"""For programs, not for people: the TUF client as the TUF conformance suite drives it."""
+
 
 class _Commands(click.Group):
     """Imports a command when it is called; ``--help`` needs none of them."""
@@ -49,9 +52,10 @@ class _Commands(click.Group):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
+        place = HIDDEN.get(cmd_name) or COMMANDS.get(cmd_name, ("", ""))[0]
+        if not place:
             return None
-        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        module, _, attribute = place.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command

@@ -6,27 +6,23 @@ that need them, so that ``edged --help`` stays quick.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edged.cli.context import command
 from edged.clock import SystemClock
-from edged_firmware.errors import EdgedError, Refused
+from edged_firmware.errors import Refused
 from edged_firmware.facts import ParamValue, ReleaseRef, Requirement
 
 if TYPE_CHECKING:
     from edged_firmware.release import ListedRelease, Published
 
-_P = ParamSpec("_P")
-
-EXIT_FAILED = 1
-EXIT_REFUSED = 3
 PASSWORD_VARIABLE = "EDGED_KEY_PASSWORD"
 
 
@@ -67,27 +63,6 @@ def parameter(text: str) -> tuple[str, ParamValue]:
     return key, int(value) if re.fullmatch(r"-?[0-9]+", value) else value
 
 
-def guarded(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Show an error of the tree as one line (or as JSON) and end with its exit code."""
-
-    @functools.wraps(command)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> None:
-        try:
-            command(*args, **kwargs)
-        except EdgedError as error:
-            refused = isinstance(error, Refused)
-            if kwargs.get("as_json"):
-                answer = {"code": "refused" if refused else "failed", "reason": error.reason.value}
-                _show(answer | {"detail": error.detail})
-            else:
-                click.echo(
-                    f"{'Refused' if refused else 'Failed'} ({error.reason.value}): {error.detail}", err=True
-                )
-            raise SystemExit(EXIT_REFUSED if refused else EXIT_FAILED) from error
-
-    return run
-
-
 _DIR = click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, file_okay=False))
 _JSON = click.option("--json", "as_json", is_flag=True, help="Answer as JSON.")
 _KEYS = click.option(
@@ -117,7 +92,7 @@ def release() -> None:
 @click.option("--targets-keys", default=2, show_default=True, help="Keys of targets.")
 @click.option("--targets-threshold", default=2, show_default=True, help="Signatures that releases need.")
 @_JSON
-@guarded
+@command
 def init(
     directory: Path,
     keys_dir: Path | None,
@@ -167,7 +142,7 @@ def init(
 @click.option("--base", type=size, default=0, help="Address of a raw binary. [default: 0]")
 @click.option("--flash-size", type=size, help="Refuse an image that does not fit into so many bytes.")
 @_JSON
-@guarded
+@command
 def add(directory: Path, file: Path, as_json: bool, **facts: Any) -> None:
     """Put the firmware FILE into DIR; `publish` signs it."""
     from edged_firmware import release as publisher
@@ -198,7 +173,7 @@ def add(directory: Path, file: Path, as_json: bool, **facts: Any) -> None:
 @_DIR
 @_KEYS
 @_JSON
-@guarded
+@command
 def publish(directory: Path, keys_dirs: Sequence[Path], as_json: bool) -> None:
     """Sign what was added to DIR; with nothing added, renew what expires."""
     from edged_firmware import release as publisher
@@ -210,7 +185,7 @@ def publish(directory: Path, keys_dirs: Sequence[Path], as_json: bool) -> None:
 @release.command("list")
 @_DIR
 @_JSON
-@guarded
+@command
 def list_command(directory: Path, as_json: bool) -> None:
     """List the releases in DIR, signed and not."""
     from edged_firmware import release as publisher
@@ -229,7 +204,7 @@ def list_command(directory: Path, as_json: bool) -> None:
 @_DIR
 @click.argument("release_ref", metavar="NAME@VERSION", type=ref)
 @_JSON
-@guarded
+@command
 def remove(directory: Path, release_ref: ReleaseRef, as_json: bool) -> None:
     """Take back an added release, or withdraw a published one with the next `publish`."""
     from edged_firmware import release as publisher
@@ -253,7 +228,7 @@ def remove(directory: Path, release_ref: ReleaseRef, as_json: bool) -> None:
     help="Give this role new keys; repeatable.",
 )
 @_JSON
-@guarded
+@command
 def renew_root(directory: Path, keys_dirs: Sequence[Path], rotate: Sequence[str], as_json: bool) -> None:
     """Sign the next root, with a new expiry and, if asked for, new keys."""
     from edged_firmware import release as publisher

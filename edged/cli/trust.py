@@ -30,10 +30,11 @@ def trust() -> None:
 
 @trust.command()
 @click.argument("root", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--replace", is_flag=True, help="Even where an operator set another root before.")
 @json_option
 @click.pass_obj
 @command
-def init(context: Context, root: Path, as_json: bool) -> None:
+def init(context: Context, root: Path, replace: bool, as_json: bool) -> None:
     """Trust the repository whose root metadata is the file ROOT, after it verified.
 
     \b
@@ -44,7 +45,7 @@ def init(context: Context, root: Path, as_json: bool) -> None:
         data = root.read_text(encoding="utf-8")
     except UnicodeDecodeError as exc:
         raise click.UsageError(f"{root} is no root metadata: {exc}") from exc
-    _show(context.client().post("trust", body={"root": data}), as_json=as_json)
+    _show(context.client().post("trust", body={"root": data, "replace": replace}), as_json=as_json)
 
 
 @trust.command()

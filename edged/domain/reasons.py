@@ -55,7 +55,6 @@ _WAITING = frozenset(
         Reason.STALLED,
         Reason.FETCH_FAILED,
         Reason.DISK_FULL,
-        Reason.BACK_OFF,
     }
 )
 _CANCELLED = frozenset({Reason.CANCELLED, Reason.SUPERSEDED})
@@ -78,6 +77,13 @@ _CURES: dict[Reason, str] = {
     Reason.IMAGE_TOO_LARGE: "the image does not fit into the device's flash",
     Reason.NO_FALLBACK: "publish the release that runs now, or allow it: policy.without_fallback = true in the model",
     Reason.DEVICE_ABSENT: "connect the device; the job goes on by itself",
+    Reason.NO_RESPONSE: "check power, wiring and baud rate; the job goes on by itself",
+    Reason.STALLED: "check the link; the job goes on by itself",
+    Reason.FETCH_FAILED: "check that the repository can be reached; the job goes on by itself",
+    Reason.VERIFY_FAILED: "the flash does not keep what was written: check the supply voltage, replace the device",
+    Reason.DEVICE_REVERTED: "the new image did not survive its trial boot; see edged job show",
+    Reason.REVERT_FAILED: "the device is between two images: see edged job show, mend the link, then edged job retry",
+    Reason.STORAGE_FAILED: "edged doctor says what the disk or the database lacks",
     Reason.LINK_BUSY: "close the program that uses the port; the job goes on by itself",
     Reason.LINK_LOST: "reconnect the device; the job goes on by itself",
     Reason.HEALTH_FAILED: "the new image did not pass its health check; see edged job show",

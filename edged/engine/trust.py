@@ -17,7 +17,7 @@ from pathlib import Path
 from edged.clock import Clock
 from edged.config import TrustSettings
 from edged.engine.observer import Observer
-from edged.errors import EdgedError, Reason, Refused
+from edged.errors import EdgedError, Permanent, Reason, Refused
 from edged.store import audit, floors
 from edged.store.database import Store, Tx
 from edged_firmware.durable import write_durably
@@ -77,12 +77,18 @@ class Trust:
                 await self.refresh()
             await self._clock.sleep(self._settings.refresh_s)
 
-    async def init(self, root: bytes, actor: str) -> None:
+    async def init(self, root: bytes, actor: str, *, replace_root: bool = False) -> None:
         """Trust ``root`` (the repository's root metadata, JSON) from now on.
 
-        Raises ``Refused`` where the repository does not verify against it; then nothing changes.
+        Raises ``Refused`` where the repository does not verify against it, and ``Permanent(CONFIG_INVALID)`` where an
+        operator has set another root already, unless ``replace_root``; then nothing changes.
         """
         async with self._refreshing:
+            if not replace_root and await asyncio.to_thread(self._has_other_root, root):
+                raise Permanent(
+                    Reason.CONFIG_INVALID,
+                    f"{self.root_path} holds another root of trust already; to change whom this node trusts, say --replace",
+                )
             # another publisher counts his versions anew: what was seen of the last one binds only who has its keys,
             # which the store checks
             report = await self._verify(replace(await self._request(root), seen={}))
@@ -127,6 +133,9 @@ class Trust:
         raise Refused(
             Reason.RELEASE_UNKNOWN, f"the repository {self._settings.repository or '(none)'} has no {release}"
         )
+
+    def _has_other_root(self, root: bytes) -> bool:
+        return self.root_path.is_file() and self.root_path.read_bytes() != root
 
     def _root(self) -> bytes:
         for path in (self.root_path, self._settings.root):

@@ -16,6 +16,7 @@ MODEL = "pump"
 GOOD = ("1.0.0", "2.0.0")
 TAMPERED = "2.1.0"
 _FILLER_BYTES = 10_000
+_FAKE_FLASH_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Bench:
     health: str
     daemon: tuple[str, ...]
     images: dict[str, Path]
+    device_config: str = ""
     board_port: Path | None = None
 
 
@@ -74,7 +76,8 @@ def fake_device(folder: Path) -> Iterator[Bench]:
         protocol="fake",
         address=f"fake:bench/{DEVICE}",
         hardware_id="fake:1",
-        flash_bytes=16 * 1024,
+        flash_bytes=_FAKE_FLASH_BYTES,
+        device_config=f"size_bytes = {_FAKE_FLASH_BYTES}",
         health='kind = "property"\npattern = "version={identifies_as}"\ntimeout_s = 5',
         daemon=(sys.executable, "-m", "edged.testing.daemon", "{config}"),
         images=images,
@@ -135,6 +138,9 @@ id = "{DEVICE}"
 model = "{MODEL}"
 mapper = "{bench.mapper}"
 address = "{bench.address}"
+
+[device.config]
+{bench.device_config}
 """
     )
     return path

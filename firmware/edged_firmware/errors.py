@@ -62,7 +62,6 @@ class Reason(StrEnum):
     PLUGIN_FAILED = "plugin_failed"
     UNSUPPORTED = "unsupported"
     # bounds and wishes
-    BACK_OFF = "back_off"
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
     STEPS_EXHAUSTED = "steps_exhausted"
     DEADLINE_PASSED = "deadline_passed"

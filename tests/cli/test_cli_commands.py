@@ -154,7 +154,10 @@ def test_trust_is_set_shown_and_refreshed(place: Place, publisher: Publisher, tm
     assert said.json.get("failure") is None and said.code == 0, said
     assert (place.state / "trust" / "root.json").read_bytes() == publisher.root.read_bytes()
     other = Publisher(tmp_path).init()
-    wrong = place.run("trust", "init", str(other.root))
+    said = place.run("trust", "init", str(other.root))
+    assert said.code == 1
+    assert "--replace" in said.err
+    wrong = place.run("trust", "init", str(other.root), "--replace")
     assert wrong.code == 3
     assert "signature_invalid" in wrong.err
     assert (place.state / "trust" / "root.json").read_bytes() == publisher.root.read_bytes()

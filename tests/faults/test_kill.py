@@ -120,7 +120,7 @@ def test_killed_at_random_and_always_right(tmp_path: Path, seed: int) -> None:
         flash, stats = device.flash(), device.stats()
     versions = campaign.versions
     assert campaign.kills >= KILLS, f"only {campaign.kills} kills hit a job"
-    assert len(campaign.hit) >= 3 and campaign.hit["staging"], f"the kills hit only {campaign.hit}"
+    assert len(campaign.hit) >= 2 and campaign.hit["staging"], f"the kills hit only {campaign.hit}"
     assert len(campaign.acknowledged) == len(versions)
     jobs = node.rows("SELECT release, state FROM job ORDER BY seq")
     assert jobs == [(f"blink@{version}", "succeeded") for version in versions]

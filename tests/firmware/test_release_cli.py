@@ -139,7 +139,7 @@ def test_an_error_is_one_clear_line_and_a_code(run: Run, args: tuple[str, ...], 
     assert text in result.output
     if code != 2:
         assert result.output.count("\n") == 1
-        answer = json.loads(run(*args, "--json", code=code).output)
+        answer = json.loads(run(*args, "--json", code=code).stdout)
         assert answer["code"] == ("refused" if code == 3 else "failed")
         assert answer["reason"]
         assert answer["detail"]

@@ -234,7 +234,7 @@ def test_a_checkpoint_is_compare_and_set_without_history(path: Path) -> None:
 
 def test_due_and_when_the_next_is(path: Path) -> None:
     def waiting(job_id: str, minutes: int) -> Job:
-        return make_job(job_id, device=job_id, waiting=Waiting(Reason.BACK_OFF, START + minutes * MINUTE))
+        return make_job(job_id, device=job_id, waiting=Waiting(Reason.NO_RESPONSE, START + minutes * MINUTE))
 
     def add_all(tx: Tx) -> None:
         for job in (waiting("late", 9), waiting("soon", 1), make_job("now"), waiting("over", 0)):

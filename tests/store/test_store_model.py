@@ -112,7 +112,7 @@ class StoreMachine(RuleBasedStateMachine):
     def advance(self, data: st.DataObject, state: State, minutes: int | None) -> None:
         old = self.jobs[data.draw(st.sampled_from(sorted(self.jobs)))]
         until = None if minutes is None else self.clock.moment + timedelta(minutes=minutes)
-        waiting = None if until is None else Waiting(Reason.BACK_OFF, until)
+        waiting = None if until is None else Waiting(Reason.NO_RESPONSE, until)
         new = replace(old, state=state, waiting=waiting, reason=Reason.STALLED if state.ended else None)
 
         def step(tx: Tx) -> Job:
