@@ -18,7 +18,7 @@ FIGURES = {
     "flash": ["whole", "transfer", "avrdude_utilisation", "edged_utilisation", "job"],
     "engine": ["read", "stage"],
     "fleet": [
-        *("stk500.utilisation", "stk500.cpu", "stk500.simulator_cpu"),
+        *("stk500.utilisation", "stk500.cpu", "stk500.simulator_cpu", "stk500.stop_and_wait"),
         *("window.utilisation", "window.cpu", "window.simulator_cpu"),
     ],
     "daemon": ["start", "memory_idle", "memory_flashing", "memory_after"],
