@@ -51,6 +51,7 @@ class Trust:
         self._verify = verify
         self._report: TrustReport | None = None
         self._refreshed = 0.0
+        self._began = 0.0
         self._failure: EdgedError | None = None
         self._refreshing = asyncio.Lock()
 
@@ -97,17 +98,22 @@ class Trust:
             await asyncio.to_thread(write_durably, self.root_path, root)
 
     async def refresh(self) -> TrustReport:
-        """Verify the repository's metadata now.
+        """Verify the repository's metadata now. Who asks while another refresh runs shares the next one.
 
         Raises ``Refused`` (not trusted; one audit row per change of cause) or ``Transient`` (no metadata at all).
         """
+        asked = self._clock.monotonic()
         async with self._refreshing:
+            if self._report is not None and self._began > asked:
+                return self._report
+            began = self._clock.monotonic()
             try:
                 report = await self._verify(await self._request(await asyncio.to_thread(self._root)))
             except EdgedError as exc:
                 await self._refuse(exc)
                 raise
             await self._accept(report, "engine", "trust.refresh")
+            self._began = began
             return report
 
     async def resolve(self, release: str) -> VerifiedRelease:
