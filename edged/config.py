@@ -129,7 +129,8 @@ class Storage:
 class EngineSettings:
     """``[engine]``: bounds of the job engine.
 
-    ``stall_s``: no new byte from a device for that long is a transient error. ``checkpoint_bytes`` and
+    ``stall_s``: no new byte from a device for that long is a transient error. ``call_s``: so long may a mapper take to
+    connect, and for any call that is no transfer. ``checkpoint_bytes`` and
     ``checkpoint_s``: progress is committed when both have passed.
     """
 
@@ -143,6 +144,7 @@ class EngineSettings:
     deadline_s: float = attrs.field(default=7 * 86_400.0, validator=_between(1, 365 * 86_400))
     stall_s: float = attrs.field(default=30.0, validator=_between(0.1, 3600))
     lease_s: float = attrs.field(default=30.0, validator=_between(0.1, 3600))
+    call_s: float = attrs.field(default=120.0, validator=_between(0.1, 3600))
     checkpoint_bytes: int = attrs.field(default=64 * 1024, validator=_between(1, 1024**3))
     checkpoint_s: float = attrs.field(default=1.0, validator=_between(0, 3600))
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import TypeVar, cast
 
 from edged import BUILD_TIME, __version__
-from edged.api import JsonValue, SupportsFirmware
+from edged.api import Identity, JsonValue, SupportsFirmware
 from edged.clock import Clock, from_text, to_text
 from edged.config import Config, DeviceSettings
 from edged.deployments import BadRequest, Deployments
@@ -31,7 +31,7 @@ from edged.errors import EdgedError, Permanent, Reason
 from edged.links import device_env
 from edged.metrics import Snapshot
 from edged.plugins import Plugins
-from edged.sessions import plugin_call
+from edged.sessions import expect, plugin_call
 from edged.store import audit, floors, jobs, outbox, twins
 from edged.store.database import Store, Tx
 from edged.store.node_key import NodeKey
@@ -328,11 +328,11 @@ class Control:
         if spec.probe is None:
             raise Permanent(Reason.UNSUPPORTED, f"mapper {mapper} cannot probe")
         async with _probe_limit():
-            identity = await plugin_call(
-                spec.probe(address, device_env(f"probe {address}", self._parts.devices.pool))
-            )
+            env = device_env(f"probe {address}", self._parts.devices.pool)
+            identity = await plugin_call(PROBE_TIMEOUT_S, spec.probe, address, env)
         found: Json = {"mapper": mapper, "address": address, "identity": None}
         if identity is not None:
+            identity = expect(Identity, identity)
             found["identity"] = _identity(identity.hardware_id, identity.serial_number, identity.detail)
         return found
 
@@ -340,12 +340,12 @@ class Control:
         """Borrow the device's session and ask who it is and what it runs. Disturbs the device. Raises as the mapper."""
         unit = self._parts.devices.unit(device)
         async with unit.lease(self._parts.config.engine.lease_s) as lease, _probe_limit():
-            identity = await plugin_call(lease.session.identify())
+            identity = expect(Identity, await plugin_call(PROBE_TIMEOUT_S, lease.session.identify))
             slots: list[JsonValue] = []
             if isinstance(lease.session, SupportsFirmware):
                 slots = [
                     {"name": slot.name, "active": slot.active, "runs": slot.runs, "confirmed": slot.confirmed}
-                    for slot in (await plugin_call(lease.session.slots())).slots
+                    for slot in (await plugin_call(PROBE_TIMEOUT_S, lease.session.slots)).slots
                 ]
         return {
             "mapper": unit.spec.name,

@@ -13,6 +13,7 @@ from edged.api import (
     Device,
     Identity,
     MapperSpec,
+    Reported,
     Session,
     SessionTraits,
     Slots,
@@ -29,7 +30,7 @@ from edged.errors import EdgedError, Permanent, Reason, Refused
 from edged.links import LinkPool, device_env
 from edged.plugins import Plugins
 from edged.reports import Reports
-from edged.sessions import DeviceUnit, Sessions, plugin_call
+from edged.sessions import DeviceUnit, Sessions, expect, plugin_call
 from edged.store import audit, jobs, twins
 from edged.store.database import Store, Tx
 from edged_firmware.facts import VerifiedRelease
@@ -111,6 +112,7 @@ class Devices:
         self._store = store
         self._reports = reports
         self._clock = clock
+        self._call_s = config.engine.call_s
         units: dict[str, DeviceUnit] = {}
         for settings in config.device:
             found = resolve(settings, config, plugins)
@@ -133,6 +135,7 @@ class Devices:
             lambda session: self._attach(device, session),
             self._clock,
             watch=watch,
+            call_s=self._call_s,
         )
 
     def unit(self, device: str) -> DeviceUnit:
@@ -149,11 +152,11 @@ class Devices:
         """
         identity = None
         if not session.traits.identify_disturbs:
-            identity = await plugin_call(session.identify())
+            identity = expect(Identity, await plugin_call(self._call_s, session.identify))
             check_identity(device, (), identity)
         self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, {})
         if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
-            await self._notice_version(device, await plugin_call(session.slots()))
+            await self._notice_version(device, expect(Slots, await plugin_call(self._call_s, session.slots)))
         twin = await self._store.read(lambda tx: twins.get(tx, device.id))
         wishes = {
             name: wish for name, wish in delta(twin.desired, twin.reported).items() if not is_firmware(name)
@@ -177,8 +180,9 @@ class Devices:
     ) -> dict[str, str]:
         rejected: dict[str, str] = {}
         for name, wish in wishes.items():
+            wanted = Desired(name, wish.value, wish.version)
             try:
-                reported = await plugin_call(session.apply(Desired(name, wish.value, wish.version)))
+                reported = expect(Reported, await plugin_call(self._call_s, session.apply, wanted))
             except (Permanent, Refused) as exc:
                 rejected[name] = str(exc)
                 log.warning(

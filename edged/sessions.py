@@ -6,28 +6,88 @@ Knows no protocol and no job. The session is opened and closed in the unit's own
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from edged.api import Device, Env, MapperSpec, Reported, Session
 from edged.clock import Clock
 from edged.errors import EdgedError, Permanent, Reason, Transient
-from edged.supervisor import RestartPolicy, Unit
+from edged.supervisor import RestartPolicy, Unit, is_cancelled
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+LET_GO_S = 5.0
+"""So long may a plugin's call take to end when it is cancelled. It is left behind then, and the session is closed under it:
+that is how a call that does not listen is stopped."""
 
 
-async def plugin_call(call: Awaitable[T]) -> T:
-    """Await a plugin's call; what it should not raise becomes ``Permanent(PLUGIN_FAILED)``."""
+def meaning(error: BaseException) -> EdgedError:
+    """What a plugin raised, as the core takes it: an ``EdgedError`` that is whole, or ``Permanent(PLUGIN_FAILED)``."""
+    if (
+        isinstance(error, EdgedError)
+        and isinstance(getattr(error, "reason", None), Reason)
+        and isinstance(getattr(error, "detail", None), str)
+    ):
+        return error
+    return Permanent(Reason.PLUGIN_FAILED, repr(error))
+
+
+async def translated(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a plugin; what it should not raise becomes ``Permanent(PLUGIN_FAILED)``."""
     try:
-        return await call
-    except EdgedError:
-        raise
-    except Exception as exc:
-        raise Permanent(Reason.PLUGIN_FAILED, repr(exc)) from exc
+        return await call(*args, **kwargs)
+    except (Exception, SystemExit, asyncio.CancelledError) as exc:
+        known = meaning(exc)
+        if known is exc or (isinstance(exc, asyncio.CancelledError) and is_cancelled()):
+            raise
+        raise known from exc
+
+
+async def plugin_call(
+    limit_s: float, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """:func:`translated`, for ``limit_s`` seconds at most: ``Transient(NO_RESPONSE)`` then.
+
+    In a task of its own, so that nothing that a plugin makes of a cancellation reaches the caller.
+    """
+    task = asyncio.create_task(translated(call, *args, **kwargs))
+    try:
+        await asyncio.wait([task], timeout=limit_s)
+        if not task.done():
+            name = getattr(call, "__name__", "call")
+            raise Transient(Reason.NO_RESPONSE, f"{name}() took longer than {limit_s:g} s")
+        return task.result()
+    finally:
+        await let_go(task)
+
+
+async def let_go(task: asyncio.Task[T]) -> bool:
+    """Cancel a plugin's call and wait for its end; False where it does not end, and was left behind.
+
+    An error that the task ended with is its reader's to see, not ours.
+    """
+    task.cancel()
+    await asyncio.wait([task], timeout=LET_GO_S)
+    if not task.done():
+        log.error("a plugin's call does not end when it is cancelled", extra={"call": repr(task.get_coro())})
+        return False
+    if not task.cancelled():
+        task.exception()
+    return True
+
+
+def expect(kind: type[T], answer: object) -> T:
+    """A plugin's answer, where it is a ``kind``. Raises ``Permanent(PLUGIN_FAILED)``."""
+    if not isinstance(answer, kind):
+        raise Permanent(Reason.PLUGIN_FAILED, f"expected {kind.__name__}, found {type(answer).__name__}")
+    return answer
 
 
 @dataclass(eq=False, slots=True)
@@ -50,6 +110,7 @@ class DeviceUnit:
     """The owner of one device's session.
 
     ``report`` stores what the device says; ``attached`` is awaited with each fresh session, before reports are read.
+    ``call_s`` bounds connecting and closing.
     """
 
     def __init__(
@@ -63,6 +124,7 @@ class DeviceUnit:
         *,
         watch: bool = True,
         policy: RestartPolicy | None = None,
+        call_s: float = 120.0,
     ) -> None:
         self.device = device
         self.spec = spec
@@ -71,6 +133,7 @@ class DeviceUnit:
         self._report = report
         self._attached = attached
         self._watch = watch
+        self._call_s = call_s
         self._loans: deque[_Loan] = deque()
         self._wanted = asyncio.Event()
         self._refresh = False
@@ -121,16 +184,46 @@ class DeviceUnit:
         if not self._watch:
             await self._wanted.wait()
         try:
-            async with self.spec.connect(self.device, self._env) as session:
+            async with self._session() as session:
                 unit.running()
                 self._refresh = True
                 await self._serve(session)
-        except EdgedError as exc:
-            self._turn_away(exc)
+        except (Exception, SystemExit, asyncio.CancelledError) as exc:
+            known = meaning(exc)
+            if not is_cancelled():
+                self._turn_away(known)
+            if known is exc or is_cancelled():
+                raise
+            raise known from exc
+
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Session]:
+        manager = self.spec.connect(self.device, self._env)
+        async with self._limited("connecting"):
+            session = await manager.__aenter__()
+        try:
+            yield session
+        except BaseException as exc:
+            await self._close(manager, exc)
             raise
-        except Exception as exc:
-            self._turn_away(Permanent(Reason.PLUGIN_FAILED, f"{self.spec.name}: {exc!r}"))
-            raise
+        await self._close(manager, None)
+
+    async def _close(self, manager: AbstractAsyncContextManager[Session], exc: BaseException | None) -> None:
+        async with self._limited("closing"):
+            # what it returns does not matter: a mapper must not hide an error or a cancellation
+            await manager.__aexit__(type(exc) if exc else None, exc, exc.__traceback__ if exc else None)
+
+    @asynccontextmanager
+    async def _limited(self, what: str) -> AsyncIterator[None]:
+        limit = asyncio.timeout(self._call_s)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            text = f"{what} {self.device.id} took longer than {self._call_s:g} s"
+            raise Transient(Reason.NO_RESPONSE, text) from exc
 
     def _turn_away(self, error: EdgedError) -> None:
         while self._loans:
@@ -150,7 +243,10 @@ class DeviceUnit:
                     await self._attached(session)
                 if self._loans:
                     if reports is not None and not session.traits.concurrent:
-                        await _stop(reports)
+                        if not await let_go(reports):
+                            raise Permanent(
+                                Reason.PLUGIN_FAILED, "reports() does not end when it is cancelled"
+                            )
                         reports = None
                     if not await self._lend(session, self._loans.popleft()):
                         return
@@ -162,7 +258,7 @@ class DeviceUnit:
                     await self._until_wanted(reports)
         finally:
             if reports is not None:
-                await _stop(reports)
+                await let_go(reports)
 
     async def _lend(self, session: Session, loan: _Loan) -> bool:
         if loan.granted.done():
@@ -177,20 +273,21 @@ class DeviceUnit:
         try:
             await asyncio.wait([wanted, reports], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await _stop(wanted)
+            await let_go(wanted)
         if reports.done():
             reports.result()
 
     async def _read_reports(self, session: Session) -> None:
-        async for reported in session.reports():
-            await self._report(reported)
+        reports = session.reports()
+        try:
+            async for reported in reports:
+                await self._report(reported)
+                # one that never waits would keep the loop for itself
+                await asyncio.sleep(0)
+        finally:
+            if isinstance(reports, AsyncGenerator):
+                await reports.aclose()
         raise Transient(Reason.LINK_LOST, f"{self.device.id} stopped reporting")
-
-
-async def _stop(task: asyncio.Task[T]) -> None:
-    """Cancel and wait; an error that the task ended with is its reader's to see, not ours."""
-    task.cancel()
-    await asyncio.wait([task])
 
 
 class Sessions:

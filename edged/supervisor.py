@@ -18,6 +18,13 @@ from edged.errors import EdgedError, Reason
 log = logging.getLogger(__name__)
 
 
+def is_cancelled() -> bool:
+    """Whether somebody wants the present task to end. A plugin may raise ``CancelledError`` though nobody does, and may
+    turn one into something else though somebody does."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 class UnitState(StrEnum):
     """Where a unit stands."""
 
@@ -29,7 +36,8 @@ class UnitState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
-    """``crashes`` faults of the plugin itself in a row end the unit; errors of the world (``EdgedError``) never do.
+    """``crashes`` faults of the plugin itself in a row end the unit; errors of the world (any other ``EdgedError`` than
+    ``PLUGIN_FAILED``) never do.
 
     A run of ``healthy_s`` or longer starts the counts anew.
     """
@@ -57,7 +65,7 @@ class Unit:
         self._wake = asyncio.Event()
 
     def running(self) -> None:
-        """Called by the body when it is up: the back-off starts small again after the next failure."""
+        """Called by the body when it is up. Only a run of ``healthy_s`` makes the back-off start small again."""
         self.state, self.reason, self.detail = UnitState.RUNNING, None, ""
 
     def wake(self) -> None:
@@ -72,15 +80,16 @@ class Unit:
             self.state = UnitState.STARTING
             try:
                 await self._body(self)
-                failures = crashes = 0
-                continue
+                if not is_cancelled():
+                    failures = crashes = 0
+                    continue
+                raise asyncio.CancelledError
             except EdgedError as exc:
-                failures += 1
-                self._note(exc.reason, exc.detail)
-            except Exception as exc:
+                failures, crashes = failures + 1, crashes + (exc.reason is Reason.PLUGIN_FAILED)
+                self._failed(exc.reason, exc.detail, exc)
+            except (Exception, asyncio.CancelledError) as exc:  # noqa: BLE001 - the plugin boundary
                 failures, crashes = failures + 1, crashes + 1
-                self._note(Reason.PLUGIN_FAILED, repr(exc))
-                log.warning("unit crashed", extra={"unit": self.name, "error": repr(exc)}, exc_info=exc)
+                self._failed(Reason.PLUGIN_FAILED, repr(exc), exc)
             if self._clock.monotonic() - begun >= self._policy.healthy_s:
                 failures, crashes = min(failures, 1), min(crashes, 1)
             if crashes >= self._policy.crashes:
@@ -96,6 +105,13 @@ class Unit:
         await self._wake.wait()
         self._wake.clear()
 
+    def _failed(self, reason: Reason, detail: str, exc: BaseException) -> None:
+        if is_cancelled():
+            raise asyncio.CancelledError from exc
+        self._note(reason, detail)
+        if reason is Reason.PLUGIN_FAILED:
+            log.warning("unit crashed", extra={"unit": self.name, "error": detail}, exc_info=exc)
+
     def _note(self, reason: Reason, detail: str) -> None:
         if (reason, detail) != (self.reason, self.detail):
             log.info("unit failed", extra={"unit": self.name, "reason": reason.value, "detail": detail})
@@ -105,6 +121,8 @@ class Unit:
         self.state = UnitState.BACKING_OFF
         self.restarts += 1
         delay = min(self._policy.first_s * 2 ** min(max(failures - 1, 0), 30), self._policy.longest_s)
+        # who asked while it ran was heard by the run that failed
+        self._wake.clear()
         try:
             async with asyncio.timeout(delay):
                 await self._wake.wait()

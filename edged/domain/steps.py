@@ -152,7 +152,7 @@ def _ready(job: Job, facts: Facts) -> Step:
         return Do.ASK_DEVICE
     if device.runs_new and not device.pending:
         return Move(State.VERIFYING, "runs already")
-    if device.slot_count == 1 and not job.no_fallback:
+    if device.slot_count < 2 and not job.no_fallback:
         if job.fallback is None:
             return Do.SECURE_FALLBACK
         if not facts.fallback_on_disk:

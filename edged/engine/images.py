@@ -135,7 +135,8 @@ class Images:
     async def discard(self, key: ImageKey) -> None:
         """Forget files that turned out to be damaged; the next fetch brings them anew."""
         for sha256 in (key.image_sha256, key.index_sha256):
-            with suppress(FileNotFoundError):
+            # what cannot be removed now is still not whole, and is replaced
+            with suppress(OSError):
                 await asyncio.to_thread(self._artifacts.path(sha256).unlink)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from edged.api import JsonValue
 from edged.domain.job import Job
@@ -15,6 +16,21 @@ from edged.store.database import Store, Tx
 log = logging.getLogger(__name__)
 
 Effect = Callable[[Tx], object]
+
+
+MOST_DETAIL = 1000
+"""Characters of a detail that are kept: a plugin's text may be of any length, and the audit trail is for ever."""
+
+
+def fit(text: str) -> str:
+    """``text`` as it can be stored and be shown: not too long, and nothing that has no encoding."""
+    cut = text if len(text) <= MOST_DETAIL else f"{text[:MOST_DETAIL]}…"
+    return cut.encode("utf-8", "replace").decode()
+
+
+def _fitting(job: Job) -> Job:
+    waiting = replace(job.waiting, detail=fit(job.waiting.detail)) if job.waiting else None
+    return replace(job, detail=fit(job.detail), waiting=waiting)
 
 
 class Ledger:
@@ -34,7 +50,7 @@ class Ledger:
 
         Raises ``jobs.Conflict`` where somebody else changed the row; nothing is written then.
         """
-        old = self.job
+        old, new, detail = self.job, _fitting(new), fit(detail)
 
         def change(tx: Tx) -> Job:
             saved = jobs.advance(tx, old, new, event, detail)

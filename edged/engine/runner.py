@@ -9,15 +9,19 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from edged.api import (
     Device,
+    Health,
+    Identity,
     Session,
+    SessionTraits,
+    Slots,
     SupportsFirmware,
     SupportsHealth,
     SupportsReadBack,
@@ -34,10 +38,10 @@ from edged.engine.fallback import holds, is_blank, worth_keeping
 from edged.engine.images import ImageKey, Images
 from edged.engine.ledger import Effect, Ledger, log_fields
 from edged.engine.observer import Observer
-from edged.engine.transfer import Checkpoints, Interrupted, Meter, Status
+from edged.engine.transfer import Checkpoints, Interrupted, Meter, Status, unless
 from edged.engine.trust import Trust
 from edged.errors import Permanent, Reason, Refused, Transient
-from edged.sessions import DeviceUnit, Lease, plugin_call
+from edged.sessions import DeviceUnit, Lease, expect, plugin_call, translated
 from edged.store import floors, jobs, twins
 from edged.store.database import Store
 from edged_firmware.facts import VerifiedRelease
@@ -45,6 +49,7 @@ from edged_firmware.facts import VerifiedRelease
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
 _BAD_BYTES = frozenset(
     {Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH}
 )
@@ -121,6 +126,10 @@ class JobRunner:
             return False
         if isinstance(step, Move):
             if step.to is State.READY:
+                await self._check_bounds()
+            elif step.to is State.STAGING:
+                # the job may have waited for days, and the configuration may be another one since
+                await self._admit(self._release)
                 await self._check_bounds()
             await self._move(step)
         else:
@@ -237,14 +246,7 @@ class JobRunner:
 
     async def _resolve(self) -> None:
         release = await self._shop.trust.resolve(self.job.release)
-        counters = await self._shop.store.read(lambda tx: floors.counters(tx, self._device.id))
-        known = admission.Admission(
-            device=self._device,
-            floor=counters.get(self.job.component, 0),
-            component_counters=counters,
-            flash_protocols=self._unit.spec.flash_protocols,
-        )
-        admission.admit(release.facts, known)
+        await self._admit(release)
         job = replace(
             self.job,
             state=State.FETCHING,
@@ -253,27 +255,54 @@ class JobRunner:
         )
         await self._ledger.commit(job, "admitted", detail=f"release counter {release.facts.release_counter}")
 
+    async def _admit(self, release: VerifiedRelease) -> None:
+        counters = await self._shop.store.read(lambda tx: floors.counters(tx, self._device.id))
+        known = admission.Admission(
+            device=self._device,
+            floor=counters.get(self.job.component, 0),
+            component_counters=counters,
+            flash_protocols=self._unit.spec.flash_protocols,
+        )
+        admission.admit(release.facts, known)
+
     async def _fetch(self) -> None:
-        await self._shop.images.fetch(self._release, self._tick_fetch)
+        await self._bring(self._release)
+
+    async def _bring(self, release: VerifiedRelease) -> None:
+        """Raises ``Interrupted`` where the row was changed meanwhile, and what a fetch raises."""
+        await unless(self.stop, self._shop.images.fetch(release, self._tick_fetch))
 
     async def _check_bounds(self) -> None:
         async with self._shop.images.open(self._image_key) as image:
             admission.check_bounds(self._device, image.segments)
 
+    def _mind_deadline(self) -> None:
+        """A transfer that goes on for ever is interrupted, so that the next step is chosen anew."""
+        if self._shop.clock.now() >= self.job.deadline:
+            self.stop.set()
+
     def _tick_fetch(self, done_bytes: int, total_bytes: int) -> None:
+        self._mind_deadline()
         self._send_progress("fetch", done_bytes, total_bytes, None)
 
     async def _ask_device(self) -> None:
-        session, slots = await self._firmware_session()
-        firmware = await plugin_call(slots.slots())
-        active = firmware.active
-        self._runs = active.runs if active else None
-        self._view = View(
-            slot_count=session.traits.slot_count,
-            runs_new=None if self._runs is None else self._runs == self._release.facts.identifies_as,
+        session, firmware = await self._firmware_session()
+        self._runs, self._view = await self._call(self._look, session, firmware)
+
+    async def _look(self, session: Session, firmware: SupportsFirmware) -> tuple[str | None, View]:
+        slots = expect(Slots, await firmware.slots())
+        active = slots.active
+        runs = active.runs if active else None
+        return runs, View(
+            slot_count=expect(SessionTraits, session.traits).slot_count,
+            runs_new=None if runs is None else runs == self._release.facts.identifies_as,
             confirmed=active.confirmed if active else True,
-            pending=any(slot.pending for slot in firmware.slots),
+            pending=any(slot.pending for slot in slots.slots),
         )
+
+    async def _call(self, call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A mapper's call that is no transfer."""
+        return await plugin_call(self._shop.settings.call_s, call, *args, **kwargs)
 
     async def _firmware_session(self) -> tuple[Session, SupportsFirmware]:
         session = self._lease.session if self._lease else await self._connect()
@@ -287,10 +316,14 @@ class JobRunner:
             self._unit.lease(self._shop.settings.lease_s)
         )
         session = lease.session
-        identity = await plugin_call(session.identify())
+        identity = expect(Identity, await self._call(session.identify))
         admission.check_identity(self._device, self._release.facts.hardware_ids, identity)
         if self._model.health is not None and not isinstance(session, SupportsHealth):
             raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} has no health check")
+        if expect(SessionTraits, session.traits).slot_count > 1 and not isinstance(session, SupportsTrial):
+            raise Permanent(
+                Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert"
+            )
         return session
 
     async def _secure_fallback(self) -> None:
@@ -320,7 +353,7 @@ class JobRunner:
             known = await self._shop.trust.known(release)
             if self._runs not in (None, known.facts.identifies_as):
                 return None
-            await self._shop.images.fetch(known, self._tick_fetch)
+            await self._bring(known)
         except (Refused, Transient) as exc:
             log.info("fallback not to be had", extra=log_fields(self.job, f"{release}: {exc}"))
             return None
@@ -331,7 +364,9 @@ class JobRunner:
         base, size = self._device.flash_base, self._device.flash_size_bytes
         assert size is not None
         meter = self._meter()
-        flash = await self._watched(meter, plugin_call(session.read_flash(base, size, meter)))
+        flash = expect(bytes, await self._watched(meter, translated(session.read_flash, base, size, meter)))
+        if len(flash) != size:
+            raise Permanent(Reason.PLUGIN_FAILED, f"{len(flash)} bytes were read out, {size} were asked for")
         async with self._shop.images.open(self._image_key) as image:
             runs_already = await holds(flash, base, image)
             kept = worth_keeping(flash, base, image)
@@ -363,7 +398,7 @@ class JobRunner:
         assert fallback is not None
         if fallback.release is None:
             raise Permanent(Reason.NO_FALLBACK, "the flash that was read out is damaged on disk")
-        await self._shop.images.fetch(await self._shop.trust.known(fallback.release), self._tick_fetch)
+        await self._bring(await self._shop.trust.known(fallback.release))
 
     async def _stage(self) -> None:
         await self._send(self._image_key)
@@ -376,7 +411,7 @@ class JobRunner:
             async with self._shop.images.open(key) as image:
                 meter = self._meter(image.size_bytes)
                 try:
-                    await self._watched(meter, plugin_call(firmware.stage(image, meter)))
+                    await self._watched(meter, translated(firmware.stage, image, meter))
                 finally:
                     self._account(session, meter)
         except Refused as exc:
@@ -384,14 +419,15 @@ class JobRunner:
                 raise
             # the disk failed, not the publisher: what was verified when it came is fetched again
             self._sound.discard(key)
-            await self._shop.images.discard(key)
+            if self.job.fallback is None or self.job.fallback.release or key == self._image_key:
+                await self._shop.images.discard(key)
             raise Transient(Reason.STORAGE_FAILED, f"the image on disk is damaged: {exc.detail}") from exc
 
     async def _activate(self) -> None:
         _, firmware = await self._firmware_session()
         booting = replace(self.job, trial_boots=self.job.trial_boots + 1)
         await self._ledger.commit(booting, "booting", detail=f"trial boot {booting.trial_boots}")
-        await plugin_call(firmware.activate())
+        await self._call(firmware.activate)
         await self._move(Move(State.VERIFYING, "booted"))
 
     async def _check_health(self) -> None:
@@ -401,12 +437,13 @@ class JobRunner:
         if self._model.health is not None:
             assert isinstance(session, SupportsHealth)
             check = self._model.health.check(release.facts.identifies_as)
-            health = await plugin_call(session.check_health(check))
+            limit_s = check.timeout_s + self._shop.settings.call_s
+            health = expect(Health, await plugin_call(limit_s, session.check_health, check))
             evidence = health.evidence
             if not health.healthy:
                 raise Permanent(Reason.HEALTH_FAILED, f"expected {check.pattern!r}, saw {evidence!r}")
         if isinstance(session, SupportsTrial):
-            await plugin_call(session.confirm())
+            await self._call(session.confirm)
         await self._succeed(release, evidence)
 
     async def _succeed(self, release: VerifiedRelease, evidence: str) -> None:
@@ -420,21 +457,24 @@ class JobRunner:
 
     async def _revert(self) -> None:
         session, _ = await self._firmware_session()
-        if not isinstance(session, SupportsTrial):
-            raise Permanent(
-                Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert"
-            )
-        await plugin_call(session.revert())
+        assert isinstance(session, SupportsTrial), "_connect has made sure"
+        await self._call(session.revert)
         await self._ask_device()
-        if self._view is not None and self._view.runs_new:
-            raise Transient(Reason.DEVICE_ERROR, "the device still runs the image that it was told to leave")
+        assert self._view is not None
+        if self._view.runs_new or self._view.pending:
+            raise Transient(
+                Reason.DEVICE_ERROR, "the device did not leave the image that it was told to leave"
+            )
+        if self._view.runs_new is None:
+            # it cannot tell: that its boot loader said yes is all that can be known
+            await self._move(Move(State.REVERTED, "reverted", self.job.reason, self.job.detail))
 
     async def _stage_fallback(self) -> None:
         fallback = self.job.fallback
         assert fallback is not None
         _, firmware = await self._firmware_session()
         await self._send(ImageKey.of_fallback(fallback))
-        await plugin_call(firmware.activate())
+        await self._call(firmware.activate)
         await self._move(Move(State.REVERTED, "reverted", self.job.reason, self.job.detail))
 
     _DOES: ClassVar[dict[Do, Callable[[JobRunner], Awaitable[None]]]] = {
@@ -462,7 +502,7 @@ class JobRunner:
             observe_write=self._shop.observer.chunk_written,
         )
 
-    async def _watched(self, meter: Meter, call: Awaitable[T]) -> T:
+    async def _watched(self, meter: Meter, call: Coroutine[Any, Any, T]) -> T:
         """The result of ``call``. Raises ``Interrupted`` where the row was changed meanwhile."""
         return await meter.watch(call, checkpoint=self._checkpoint, tick=self._tick, stop=self.stop)
 
@@ -472,6 +512,7 @@ class JobRunner:
             await self._ledger.checkpoint(done_bytes)
 
     def _tick(self, status: Status) -> None:
+        self._mind_deadline()
         self._send_progress(status.phase.value, status.done_bytes, status.total_bytes, status.bytes_per_s)
 
     def _send_progress(self, phase: str, done: int, total: int, speed: float | None) -> None:
@@ -495,6 +536,6 @@ class JobRunner:
             self._ledger.job = replace(self.job, done_bytes=meter.reached_bytes)
         observer, device = self._shop.observer, self.job.device
         observer.sent(device, meter.written_bytes)
-        if meter.written_bytes and meter.write_seconds > 0:
-            speed = meter.written_bytes / meter.write_seconds
-            observer.utilisation(device, speed / session.traits.ceiling_bytes_per_s)
+        ceiling = session.traits.ceiling_bytes_per_s
+        if meter.written_bytes and meter.write_seconds > 0 and ceiling > 0:
+            observer.utilisation(device, meter.written_bytes / meter.write_seconds / ceiling)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from edged.api import Phase
 from edged.clock import Clock
 from edged.errors import Reason, Transient
+from edged.sessions import let_go
 
 T = TypeVar("T")
 TICK_S = 0.2
@@ -17,6 +18,20 @@ TICK_S = 0.2
 
 class Interrupted(Exception):
     """The transfer was cancelled on request. Not an error of the device: somebody wants the job looked at."""
+
+
+async def unless(stop: asyncio.Event, call: Coroutine[Any, Any, T]) -> T:
+    """Await ``call``. Raises :class:`Interrupted` when ``stop`` was set: the call was cancelled then."""
+    task, stopping = asyncio.create_task(call), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([task, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Interrupted
+        return task.result()
+    finally:
+        stopping.cancel()
+        task.cancel()
+        await asyncio.wait([task, stopping])
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +95,8 @@ class Meter:
     def __call__(self, phase: Phase, done_bytes: int, total_bytes: int) -> None:
         now = self._clock.monotonic()
         before = self._status
+        # a mapper's mistake is raised where the mapper is, not where its numbers are used
+        phase, done_bytes, total_bytes = Phase(phase), int(done_bytes), int(total_bytes)
         if phase is not before.phase or done_bytes < before.done_bytes:
             # a phase begins with what the device has already: only what is moved from here on is speed
             self._phase_began, self._phase_from = now, done_bytes
@@ -107,7 +124,7 @@ class Meter:
 
     async def watch(
         self,
-        call: Awaitable[T],
+        call: Coroutine[Any, Any, T],
         *,
         checkpoint: Callable[[int], Awaitable[None]],
         tick: Callable[[Status], None],
@@ -120,7 +137,7 @@ class Meter:
         Raises ``Transient(STALLED)`` where nothing moved for the stall time, and whatever the call raises.
         """
         self._moved = self._clock.monotonic()
-        task = asyncio.ensure_future(call)
+        task = asyncio.create_task(call)
         stopping = asyncio.create_task(stop.wait())
         try:
             while not task.done() and not stop.is_set():
@@ -134,9 +151,8 @@ class Meter:
             return task.result()
         finally:
             stopping.cancel()
-            task.cancel()
             # the wire is somebody else's only when the mapper has really let go of it
-            await asyncio.wait([task, stopping])
+            await let_go(task)
 
     def _check_stall(self) -> None:
         still = self._clock.monotonic() - self._moved
