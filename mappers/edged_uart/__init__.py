@@ -41,7 +41,7 @@ def edged_links() -> Iterable[LinkSpec]:
 
 
 def _v1(link: SerialLink, config: UartConfig) -> BootLoader:
-    return Stk500v1(link, config.answer_s)
+    return Stk500v1(link, config.answer_s, page_at_once=config.pacing == "page")
 
 
 def _v2(link: SerialLink, config: UartConfig) -> BootLoader:

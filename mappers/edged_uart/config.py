@@ -15,14 +15,14 @@ class UartConfig:
     """How to talk to one board.
 
     - ``baud``: bits per second of the boot loader; ``app_baud``: of the application (0: the same).
-    - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset the board; ``"none"``: it comes to its boot
-    loader by
+    - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset the board; ``"none"``: it comes to its boot loader by
       itself, such as after a command or a button.
     - ``page_bytes``: flash page of a part that this mapper does not know (0: from the signature).
     - ``erase``: STK500v2 only. ``"from_start"``: the boot loader erases pages counted from 0 since its start
       (stk500boot); ``"page"``: it erases the page that it writes.
-    - ``answer_s``: longest time for one answer. ``boot_s``: time from a reset to the application's first
-    line.
+    - ``pacing``: STK500 only. ``"page"``: address and page go out in one go where the part has a USART, which
+      hears while it sends; ``"command"``: every answer is waited for, as avrdude does.
+    - ``answer_s``: longest time for one answer. ``boot_s``: time from a reset to the application's first line.
     """
 
     baud: int = 115200
@@ -30,6 +30,7 @@ class UartConfig:
     reset: str = "dtr"
     page_bytes: int = 0
     erase: str = "from_start"
+    pacing: str = "page"
     answer_s: float = 1.0
     boot_s: float = 2.5
 
@@ -41,7 +42,7 @@ def parse_v1(table: Mapping[str, object]) -> UartConfig:
 
 def parse_v2(table: Mapping[str, object]) -> UartConfig:
     """The table of a board that speaks STK500v2. Raises ValueError: key, what was found, what is allowed."""
-    config = _parse(table, sorted(_CHECKS))
+    config = _parse(table, sorted(_CHECKS.keys() - {"pacing"}))
     if config.reset == "none" and config.erase == "from_start":
         raise ValueError(
             "reset: found 'none'; allowed: 'dtr', since a boot loader with erase = 'from_start' has to be started anew "
@@ -84,6 +85,7 @@ _CHECKS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
         lambda v: isinstance(v, int) and v in (0, *_PAGES),
     ),
     "erase": _one_of("from_start", "page"),
+    "pacing": _one_of("page", "command"),
     "answer_s": _seconds(0.05, 60),
     "boot_s": _seconds(0, 60),
 }

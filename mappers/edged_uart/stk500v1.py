@@ -31,16 +31,22 @@ _SYNC_S: Final = 0.12
 
 
 class Stk500v1:
-    """A boot loader in its window after a reset. ``answer_s``: the longest that one answer may take."""
+    """A boot loader in its window after a reset.
+
+    ``answer_s``: the longest that one answer may take. ``page_at_once``: the address and the command for its page may go
+    out together, where the part has a USART: its receiver holds two bytes while one is on the line, and to answer takes a
+    boot loader less than that (optiboot and ATmegaBOOT do nothing else between the two commands).
+    """
 
     name: Final = "stk500v1"
     page_by_page: Final = True
     reach_bytes: Final = 128 * 1024
     window_s: Final = 0.4
 
-    def __init__(self, link: SerialLink, answer_s: float) -> None:
+    def __init__(self, link: SerialLink, answer_s: float, *, page_at_once: bool = True) -> None:
         self._link = link
         self._answer_s = answer_s
+        self._page_at_once = page_at_once
         self._hears_while_it_sends = False
 
     async def sync(self) -> None:
@@ -67,7 +73,7 @@ class Stk500v1:
         """Read Signature Bytes: 3 bytes, high byte first."""
         found = await self._ask(READ_SIGN, 3)
         # these have a USART; where software moves the bits, what comes while it sends is lost
-        self._hears_while_it_sends = found in PARTS
+        self._hears_while_it_sends = self._page_at_once and found in PARTS
         return found
 
     async def read(self, address: int, length: int) -> bytes:

@@ -132,11 +132,16 @@ def test_v1_does_not_wait_between_address_and_page_where_the_part_hears_while_it
     assert asyncio.run(run()) == [b"\x75\x20", b"\x55\x00\x09\x20\x64\x00\x02F\xaa\xbb\x20"]
 
 
-def test_v1_waits_where_the_part_is_not_known() -> None:
+@pytest.mark.parametrize(
+    ("signature", "at_once"),
+    [(b"\x1e\x91\x0a", True), (b"\x1e\x95\x0f", False)],
+    ids=["unknown part", "told to wait"],
+)
+def test_v1_waits_where_the_part_is_not_known_or_it_is_told_to(signature: bytes, at_once: bool) -> None:
     async def run() -> int:
-        peer = Scripted(lambda data: b"\x14\x1e\x91\x0a\x10" if data[:1] == b"\x75" else b"\x14\x10")
+        peer = Scripted(lambda data: b"\x14" + signature + b"\x10" if data[:1] == b"\x75" else b"\x14\x10")
         async with peer as link:
-            loader = v1(link)
+            loader = Stk500v1(link, 0.1, page_at_once=at_once)
             await loader.signature()
             await loader.write(0x1200, b"\xaa\xbb")
         return len(peer.got)
