@@ -18,17 +18,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edged import BUILD_TIME, __version__, logs, plugins
-from edged.clock import Clock, SystemClock, from_text
+from edged import __version__, logs, plugins
+from edged.clock import SystemClock
 from edged.config import Config, FetchSettings
 from edged.control import Control, Parts
+from edged.core import Ground
+from edged.core import build as build_core
 from edged.deployments import Deployments
-from edged.devices import Devices
-from edged.engine.events import Broadcast
-from edged.engine.images import Images
-from edged.engine.loop import Engine
-from edged.engine.runner import Workshop
-from edged.engine.trust import Trust
 from edged.errors import EdgedError, Permanent, Reason
 from edged.metrics import Metrics
 from edged.notify import Notifier
@@ -97,51 +93,37 @@ async def build(config: Config, extra_plugins: ExtraPlugins = ()) -> AsyncIterat
             artifacts = Artifacts(store, folder / "artifacts", config.storage.artifact_quota_bytes)
             await artifacts.recover()
             found = await asyncio.to_thread(plugins.discover, extra_plugins)
-            yield _assemble(config, clock, store, key, found, artifacts, fetcher, metrics)
+            ground = Ground(
+                config=config,
+                clock=clock,
+                store=store,
+                key=key,
+                plugins=found,
+                artifacts=artifacts,
+                fetcher=fetcher,
+                observer=metrics,
+            )
+            yield _assemble(ground, metrics)
 
 
-def _assemble(
-    config: Config,
-    clock: Clock,
-    store: Store,
-    key: NodeKey,
-    found: plugins.Plugins,
-    artifacts: Artifacts,
-    fetcher: Fetcher,
-    metrics: Metrics,
-) -> Daemon:
-    broadcast = Broadcast()
-    reports = Reports(store, clock, broadcast)
-    devices = Devices(config, found, store, reports, clock)
-    trust = Trust(store, clock, config.trust, config.node.state_dir / "trust", from_text(BUILD_TIME), metrics)
-    images = Images(artifacts, fetcher, config.trust.repository, metrics)
-    shop = Workshop(
-        store=store,
-        clock=clock,
-        trust=trust,
-        images=images,
-        models=config.models,
-        settings=config.engine,
-        observer=metrics,
-        broadcast=broadcast,
-        sign=key.sign,
-    )
-    engine = Engine(shop, devices.sessions)
-    devices.drifted = engine.device_changed
+def _assemble(ground: Ground, metrics: Metrics) -> Daemon:
+    core, config, store = build_core(ground), ground.config, ground.store
     parts = Parts(
         config=config,
         store=store,
-        clock=clock,
-        plugins=found,
-        devices=devices,
-        trust=trust,
-        engine=engine,
-        broadcast=broadcast,
-        deployments=Deployments(config, store, devices, trust, images, engine, broadcast),
-        key=key,
-        started=clock.now(),
+        clock=ground.clock,
+        plugins=ground.plugins,
+        devices=core.devices,
+        trust=core.trust,
+        engine=core.engine,
+        broadcast=core.broadcast,
+        deployments=Deployments(
+            config, store, core.devices, core.trust, core.images, core.engine, core.broadcast
+        ),
+        key=ground.key,
+        started=ground.clock.now(),
     )
-    return Daemon(parts, Control(parts), metrics, reports, artifacts)
+    return Daemon(parts, Control(parts), metrics, core.reports, ground.artifacts)
 
 
 @contextmanager

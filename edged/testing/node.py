@@ -9,21 +9,18 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 
 from edged.clock import SystemClock
 from edged.config import Config
-from edged.devices import Devices
+from edged.core import Ground, build
 from edged.domain.job import Job
 from edged.domain.reconcile import FIRMWARE, firmware_value
-from edged.engine.events import Broadcast
 from edged.engine.images import Images
 from edged.engine.loop import Engine
 from edged.engine.observer import Observer, Silent
-from edged.engine.runner import Workshop
 from edged.engine.trust import Trust
 from edged.plugins import Plugins
-from edged.reports import Reports
 from edged.sessions import Sessions
 from edged.store import jobs, twins
 from edged.store.database import Store
@@ -101,37 +98,23 @@ async def life(
         store = FaultyStore(inner, faults)
         artifacts = FaultyArtifacts(store, folder / "artifacts", config.storage.artifact_quota_bytes, faults)
         await artifacts.recover()
-        trust = Trust(
-            store,
-            clock,
-            config.trust,
-            folder / "trust",
-            datetime(2026, 1, 1, tzinfo=UTC),
-            observer,
-            _verify_here,
-        )
-        images = Images(artifacts, fetcher, config.trust.repository, observer)
-        broadcast = Broadcast()
-        reports = Reports(store, clock, broadcast)
-        devices = Devices(config, plugins, store, reports, clock)
-        shop = Workshop(
-            store=store,
+        ground = Ground(
+            config=config,
             clock=clock,
-            trust=trust,
-            images=images,
-            models=config.models,
-            settings=config.engine,
+            store=store,
+            key=key,
+            plugins=plugins,
+            artifacts=artifacts,
+            fetcher=fetcher,
             observer=observer,
-            broadcast=broadcast,
-            sign=key.sign,
         )
-        engine = Engine(shop, devices.sessions)
-        devices.drifted = engine.device_changed
+        core = build(ground, _verify_here)
+        units = core.devices.sessions
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(reports.run())]
-            tasks += [group.create_task(unit.run()) for unit in devices.sessions.all()]
-            tasks.append(group.create_task(engine.run()))
-            yield TestNode(store, engine, devices.sessions, trust, images, key)
+            tasks = [group.create_task(core.reports.run())]
+            tasks += [group.create_task(unit.run()) for unit in units.all()]
+            tasks.append(group.create_task(core.engine.run()))
+            yield TestNode(store, core.engine, units, core.trust, core.images, key)
             for task in reversed(tasks):
                 task.cancel()
 
