@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from edged_firmware.errors import EdgedError, Permanent, Reason, Refused, Transient
 
-__all__ = ["ConfigError", "EdgedError", "Permanent", "Reason", "Refused", "Transient"]
+__all__ = ["ConfigError", "EdgedError", "Permanent", "Reason", "Refused", "Transient", "meaning"]
 
 
 class ConfigError(Permanent):
@@ -28,3 +28,14 @@ class ConfigError(Permanent):
     def __init__(self, problems: list[str]) -> None:
         super().__init__(Reason.CONFIG_INVALID, "; ".join(problems))
         self.problems = problems
+
+
+def meaning(error: BaseException) -> EdgedError:
+    """What a plugin raised, as the core takes it: an ``EdgedError`` that is whole, or ``Permanent(PLUGIN_FAILED)``."""
+    if (
+        isinstance(error, EdgedError)
+        and isinstance(getattr(error, "reason", None), Reason)
+        and isinstance(getattr(error, "detail", None), str)
+    ):
+        return error
+    return Permanent(Reason.PLUGIN_FAILED, repr(error))

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
 from edged.api import Env, Link, LinkSpec
-from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
 
 
 @dataclass(slots=True)
@@ -29,6 +29,7 @@ class LinkPool:
     def __init__(self, specs: Mapping[str, LinkSpec]) -> None:
         self._specs = specs
         self._shared: dict[str, _Shared] = {}
+        self._closing: dict[str, asyncio.Task[None]] = {}
 
     def users(self) -> dict[str, tuple[str, ...]]:
         """Who uses which address now."""
@@ -59,7 +60,9 @@ class LinkPool:
             known = ", ".join(sorted(self._specs)) or "none"
             raise Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r} in {address!r}; links: {known}")
         shared = _Shared(asyncio.get_running_loop().create_future())
-        shared.holder = asyncio.create_task(_hold(spec, rest, env, shared), name=f"link {address}")
+        shared.holder = asyncio.create_task(
+            _hold(spec, rest, env, shared, self._closing.get(address)), name=f"link {address}"
+        )
         self._shared[address] = shared
         return shared
 
@@ -67,21 +70,35 @@ class LinkPool:
         if self._shared.get(address) is shared:
             del self._shared[address]
         shared.done.set()
-        if shared.holder is not None:
-            # the next user may open the wire only when it is really closed, cancelled or not
-            await asyncio.shield(asyncio.wait([shared.holder]))
+        holder = shared.holder
+        if holder is None:
+            return
+        if not shared.opened.done():
+            # nobody waits for it any more, and it may never come
+            holder.cancel()
+        self._closing[address] = holder
+        holder.add_done_callback(lambda task: self._closed(address, task))
+        await asyncio.wait([holder])
+
+    def _closed(self, address: str, holder: asyncio.Task[None]) -> None:
+        if self._closing.get(address) is holder:
+            del self._closing[address]
 
 
-async def _hold(spec: LinkSpec, rest: str, env: Env, shared: _Shared) -> None:
+async def _hold(
+    spec: LinkSpec, rest: str, env: Env, shared: _Shared, before: asyncio.Task[None] | None
+) -> None:
+    """``before`` holds the same wire and is closing it: only then may it be opened again, whoever waits for that."""
+    if before is not None:
+        await asyncio.wait([before])
     try:
         async with spec.open(rest, env) as link:
             if not shared.opened.done():
                 shared.opened.set_result(link)
             await shared.done.wait()
-    except EdgedError as exc:
-        _fail(shared, exc)
-    except Exception as exc:  # noqa: BLE001 - the plugin boundary
-        _fail(shared, Permanent(Reason.PLUGIN_FAILED, f"link {spec.scheme}: {exc!r}"))
+    except (Exception, SystemExit, asyncio.CancelledError) as exc:  # noqa: BLE001 - the plugin boundary
+        # where it was cancelled, nobody listens any more
+        _fail(shared, meaning(exc))
 
 
 def _fail(shared: _Shared, error: EdgedError) -> None:

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 from edged.api import Device, Env, MapperSpec, Reported, Session
 from edged.clock import Clock
-from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
 from edged.supervisor import RestartPolicy, Unit, is_cancelled
 
 log = logging.getLogger(__name__)
@@ -26,17 +26,6 @@ P = ParamSpec("P")
 LET_GO_S = 5.0
 """So long may a plugin's call take to end when it is cancelled. It is left behind then, and the session is closed under it:
 that is how a call that does not listen is stopped."""
-
-
-def meaning(error: BaseException) -> EdgedError:
-    """What a plugin raised, as the core takes it: an ``EdgedError`` that is whole, or ``Permanent(PLUGIN_FAILED)``."""
-    if (
-        isinstance(error, EdgedError)
-        and isinstance(getattr(error, "reason", None), Reason)
-        and isinstance(getattr(error, "detail", None), str)
-    ):
-        return error
-    return Permanent(Reason.PLUGIN_FAILED, repr(error))
 
 
 async def translated(call: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,0 +1,191 @@
+"""The pool of wires: one holder for each, many users, and never two holders of one wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from edged.api import Env, Link, LinkSpec
+from edged.errors import Permanent, Reason, Transient
+from edged.links import LinkPool, device_env
+
+
+@dataclass
+class Wire:
+    address: str
+    exclusive: bool
+
+
+class Wires:
+    """Counts how often its one wire is open; ``slow_close_s`` and ``hangs`` are what it does wrong."""
+
+    def __init__(self, *, exclusive: bool = False) -> None:
+        self.exclusive = exclusive
+        self.open_now = 0
+        self.opened = 0
+        self.most = 0
+        self.slow_close_s = 0.0
+        self.hangs = False
+        self.fault: BaseException | None = None
+        self.pool = LinkPool({"wire": LinkSpec("wire", self.open)})
+
+    @asynccontextmanager
+    async def open(self, rest: str, env: Env) -> AsyncIterator[Link]:
+        if self.hangs:
+            await asyncio.sleep(3600)
+        if self.fault is not None:
+            raise self.fault
+        self.opened += 1
+        self.open_now += 1
+        self.most = max(self.most, self.open_now)
+        try:
+            yield Wire(f"wire:{rest}", self.exclusive)
+        finally:
+            await asyncio.sleep(self.slow_close_s)
+            self.open_now -= 1
+
+    def use(self, user: str) -> Any:
+        return device_env(user, self.pool).link("wire:a")
+
+
+def _run(body: Any) -> None:
+    async def limited() -> None:
+        async with asyncio.timeout(5):
+            await body()
+
+    asyncio.run(limited())
+
+
+def test_a_shared_wire_is_opened_once_and_closed_after_the_last() -> None:
+    wires = Wires()
+
+    async def body() -> None:
+        async with wires.use("one") as first:
+            async with wires.use("two") as second:
+                assert first is second
+                assert wires.pool.users() == {"wire:a": ("one", "two")}
+            assert wires.open_now == 1
+        assert (wires.open_now, wires.opened, wires.pool.users()) == (0, 1, {})
+
+    _run(body)
+
+
+def test_an_exclusive_wire_has_one_user() -> None:
+    wires = Wires(exclusive=True)
+
+    async def body() -> None:
+        async with wires.use("one"):
+            with pytest.raises(Transient, match="in use by one") as caught:
+                async with wires.use("two"):
+                    pass
+            assert caught.value.reason is Reason.LINK_BUSY
+            assert wires.open_now == 1
+        async with wires.use("two"):
+            pass
+        assert wires.most == 1
+
+    _run(body)
+
+
+def test_the_next_user_waits_until_the_wire_is_really_closed() -> None:
+    wires = Wires(exclusive=True)
+    wires.slow_close_s = 0.05
+
+    async def body() -> None:
+        async def use(user: str) -> None:
+            async with wires.use(user):
+                await asyncio.sleep(0.01)
+
+        first = asyncio.create_task(use("one"))
+        await asyncio.sleep(0.03)
+        assert wires.open_now == 1, "it is closing"
+        await use("two")
+        await first
+        assert (wires.opened, wires.most) == (2, 1)
+
+    _run(body)
+
+
+def test_closing_goes_on_when_the_last_user_is_cancelled() -> None:
+    wires = Wires(exclusive=True)
+    wires.slow_close_s = 0.05
+
+    async def body() -> None:
+        async def use(user: str) -> None:
+            async with wires.use(user):
+                await asyncio.sleep(60)
+
+        first = asyncio.create_task(use("one"))
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.sleep(0.01)
+        first.cancel()
+        await asyncio.wait([first])
+        async with wires.use("two"):
+            assert wires.most == 1
+
+    _run(body)
+
+
+def test_opening_that_hangs_ends_with_its_last_user() -> None:
+    wires = Wires()
+    wires.hangs = True
+
+    async def body() -> None:
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.02), wires.use("one"):
+                    pass
+        assert wires.pool.users() == {}
+        wires.hangs = False
+        async with wires.use("two"):
+            pass
+
+    _run(body)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (Transient(Reason.DEVICE_ABSENT, "gone"), Reason.DEVICE_ABSENT),
+        (ValueError("bug"), Reason.PLUGIN_FAILED),
+        (asyncio.CancelledError(), Reason.PLUGIN_FAILED),
+        (SystemExit(1), Reason.PLUGIN_FAILED),
+        (Transient("gone"), Reason.PLUGIN_FAILED),  # type: ignore[arg-type]
+    ],
+)
+def test_what_opening_raises_reaches_all_users_and_the_next_try_is_fresh(
+    fault: BaseException, reason: Reason
+) -> None:
+    wires = Wires()
+    wires.fault = fault
+
+    async def body() -> None:
+        async def use(user: str) -> Reason:
+            try:
+                async with wires.use(user):
+                    raise AssertionError("it opened")
+            except (Transient, Permanent) as exc:
+                return exc.reason
+
+        assert await asyncio.gather(use("one"), use("two")) == [reason, reason]
+        wires.fault = None
+        async with wires.use("three"):
+            pass
+
+    _run(body)
+
+
+def test_an_unknown_kind_of_wire_is_unsupported() -> None:
+    async def body() -> None:
+        with pytest.raises(Permanent, match="links: wire") as caught:
+            async with device_env("one", Wires().pool).link("can:can0"):
+                pass
+        assert caught.value.reason is Reason.UNSUPPORTED
+
+    _run(body)
