@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from edged.api import JsonValue
 from edged.domain.job import Job
+from edged.domain.retry import PATIENT
 from edged.engine.events import Broadcast
 from edged.engine.observer import Observer
 from edged.store import audit, jobs, outbox
@@ -34,12 +35,13 @@ def _fitting(job: Job) -> Job:
 
 
 class Ledger:
-    """``job`` is the row as it was committed last. ``sign`` signs the audit head when the job ends."""
+    """``job`` is the row as it was committed last, with what was counted since; ``row`` is it without that. ``sign`` signs
+    the audit head when the job ends."""
 
     def __init__(
         self, job: Job, store: Store, sign: Callable[[bytes], bytes], broadcast: Broadcast, observer: Observer
     ) -> None:
-        self.job = job
+        self.job = self.row = job
         self._store = store
         self._sign = sign
         self._broadcast = broadcast
@@ -63,16 +65,29 @@ class Ledger:
                 audit.sign_head(tx, self._sign)
             return saved
 
-        self.job = await self._store.write(change)
+        self.job = self.row = await self._store.write(change)
         self._broadcast.send(summary(self.job, event, detail))
         log.info("job %s", event, extra=log_fields(self.job, detail))
         if self.job.state.ended:
             self._observer.job_ended(self.job.state, self.job.reason)
 
+    async def wait(self, new: Job, detail: str) -> None:
+        """Commit that the job waits. A patient wait that goes on is told once: a device that is away for weeks must not
+        fill the audit trail. Raises ``jobs.Conflict``."""
+        row, why = self.row, new.waiting
+        told = row.waiting is not None and why is not None and row.waiting.reason is why.reason
+        if why is None or why.reason not in PATIENT or row.state is not new.state or not told:
+            await self.commit(new, "waiting", detail=detail)
+            return
+        old, fitting = self.job, _fitting(new)
+        self.job = self.row = await self._store.write(lambda tx: jobs.postpone(tx, old, fitting))
+
     async def checkpoint(self, done_bytes: int) -> None:
         """Commit progress alone. Raises ``jobs.Conflict``."""
         old = self.job
-        self.job = await self._store.write(lambda tx: jobs.checkpoint(tx, old, done_bytes, old.total_bytes))
+        self.job = self.row = await self._store.write(
+            lambda tx: jobs.checkpoint(tx, old, done_bytes, old.total_bytes)
+        )
 
     async def reload(self) -> bool:
         """Take the row as somebody else left it; False where nothing is to be done with it."""
@@ -80,7 +95,7 @@ class Ledger:
         fresh = await self._store.read(lambda tx: jobs.get(tx, job_id))
         if fresh is None:
             return False
-        self.job = fresh
+        self.job = self.row = fresh
         return not fresh.state.ended
 
 

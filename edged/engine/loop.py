@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable
+from datetime import timedelta
 
 from edged.domain.job import Job
 from edged.engine.reconciler import reconcile_device
@@ -31,6 +32,8 @@ class Engine:
         self._running: dict[str, JobRunner] = {}
         self._dirty: set[str] = {unit.device.id for unit in sessions.all()}
         self._orphans: frozenset[str] = frozenset()
+        # a second for what the rounding of stored times does
+        self._longest_wait = timedelta(seconds=shop.settings.longest_backoff_s + 1)
         self._wake = asyncio.Event()
         self.turns = 0
 
@@ -105,7 +108,9 @@ class Engine:
     async def _due(self) -> Iterable[Job]:
         now, busy = self._shop.clock.now(), self._running.keys() | self._orphans
         free = self._shop.settings.parallel_jobs - len(self._running)
-        return await self._shop.store.read(lambda tx: jobs.due(tx, now, free, busy)) if free > 0 else ()
+        if free <= 0:
+            return ()
+        return await self._shop.store.read(lambda tx: jobs.due(tx, now, free, busy, self._longest_wait))
 
     def _start(self, group: asyncio.TaskGroup, job: Job) -> None:
         runner = JobRunner(self._shop, self._sessions[job.device], job)
@@ -121,7 +126,7 @@ class Engine:
         if len(self._running) >= self._shop.settings.parallel_jobs:
             return _LONGEST_SLEEP_S
         busy = self._running.keys() | self._orphans
-        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, busy))
+        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, busy, self._longest_wait))
         if due is None:
             return _LONGEST_SLEEP_S
         return min(max((due - self._shop.clock.now()).total_seconds(), 0.01), _LONGEST_SLEEP_S)

@@ -121,6 +121,8 @@ class JobRunner:
             return await self._ledger.reload()
 
     async def _step(self) -> bool:
+        if self.job.deadline < self._shop.trust.build_time <= self._shop.clock.now():
+            await self._set_deadline_anew()
         step = next_step(self.job, await self._facts())
         if step is None:
             return False
@@ -137,6 +139,11 @@ class JobRunner:
             self._ledger.job = replace(self.job, steps=self.job.steps + 1, waiting=None)
             await self._DOES[step](self)
         return True
+
+    async def _set_deadline_anew(self) -> None:
+        """The deadline was made by a clock that did not know the time; now it does."""
+        deadline = self._shop.clock.now() + timedelta(seconds=self._shop.settings.deadline_s)
+        await self._ledger.commit(replace(self.job, deadline=deadline), "clock was set")
 
     async def _give_back(self) -> None:
         """Nobody knows the state of the wire after an error or an interruption: what follows begins with a fresh session."""
@@ -227,8 +234,10 @@ class JobRunner:
             text = f"{verdict.attempts} attempts; the last: {error}"
             await self._stop_for(Permanent(Reason.ATTEMPTS_EXHAUSTED, text))
             return True
-        waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting)
-        await self._ledger.commit(waiting, "waiting", detail=str(error))
+        # who waits for the world does not use up the steps of the job: its deadline bounds it
+        steps = self._ledger.row.steps if error.reason in retry.PATIENT else job.steps
+        waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting, steps=steps)
+        await self._ledger.wait(waiting, str(error))
         return False
 
     async def _stop_for(self, error: Permanent | Refused) -> None:

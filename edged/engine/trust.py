@@ -66,6 +66,11 @@ class Trust:
         return self._failure
 
     @property
+    def build_time(self) -> datetime:
+        """Before it no clock can be right."""
+        return self._build_time
+
+    @property
     def root_path(self) -> Path:
         """Where the root of trust that the owner set lies."""
         return self._folder / "root.json"

@@ -9,7 +9,7 @@ import json
 import sqlite3
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from edged.clock import from_text, to_text
 from edged.domain.job import SUCCESSORS, Fallback, Job, State, Waiting
@@ -33,6 +33,7 @@ __all__ = [
     "history",
     "last_for",
     "next_due_at",
+    "postpone",
     "prune",
 ]
 
@@ -94,13 +95,24 @@ def find(
     return [_job(row) for row in rows]
 
 
-def due(tx: Tx, now: datetime, limit: int = 100, besides: Collection[str] = ()) -> list[Job]:
-    """Active jobs that do not wait, or whose wait is over at ``now``, leaving out the devices ``besides``; oldest first."""
+def due(
+    tx: Tx,
+    now: datetime,
+    limit: int = 100,
+    besides: Collection[str] = (),
+    longest_wait: timedelta = timedelta(days=36_500),
+) -> list[Job]:
+    """Active jobs that do not wait, or whose wait is over at ``now``, leaving out the devices ``besides``.
+
+    Who is due for longest comes first, so that many that wait in vain hold up nobody. A wait of more than
+    ``longest_wait`` is over as well: the clock was set back since.
+    """
     rows = tx.db.execute(
         "SELECT * FROM job WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
-        " AND (waiting_until IS NULL OR waiting_until <= ?)"
-        " AND device NOT IN (SELECT value FROM json_each(?)) ORDER BY seq LIMIT ?",
-        [to_text(now), json.dumps(sorted(besides)), limit],
+        " AND (waiting_until IS NULL OR waiting_until <= ? OR waiting_until > ?)"
+        " AND device NOT IN (SELECT value FROM json_each(?))"
+        " ORDER BY coalesce(waiting_until, created), seq LIMIT ?",
+        [to_text(now), to_text(now + longest_wait), json.dumps(sorted(besides)), limit],
     )
     return [_job(row) for row in rows]
 
@@ -113,15 +125,21 @@ def active_devices(tx: Tx) -> frozenset[str]:
     return frozenset(row["device"] for row in rows)
 
 
-def next_due_at(tx: Tx, besides: Collection[str] = ()) -> datetime | None:
+def next_due_at(
+    tx: Tx, besides: Collection[str] = (), longest_wait: timedelta = timedelta(days=36_500)
+) -> datetime | None:
     """When the next active job is due, leaving out the devices ``besides``: the transaction's time where one
-    is now, None where no job is active.
+    is now, None where no job is active. ``longest_wait`` as for :func:`due`.
     """
     found = tx.db.execute(
-        "SELECT min(coalesce(waiting_until, ?)) FROM job"
+        "SELECT min(CASE WHEN waiting_until <= :horizon THEN waiting_until ELSE :now END) FROM job"
         " WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
-        " AND device NOT IN (SELECT value FROM json_each(?))",
-        [to_text(tx.now), json.dumps(sorted(besides))],
+        " AND device NOT IN (SELECT value FROM json_each(:besides))",
+        {
+            "now": to_text(tx.now),
+            "horizon": to_text(tx.now + longest_wait),
+            "besides": json.dumps(sorted(besides)),
+        },
     ).fetchone()[0]
     return None if found is None else from_text(found)
 
@@ -180,6 +198,14 @@ def checkpoint(tx: Tx, old: Job, done_bytes: int, total_bytes: int) -> Job:
         revision=old.revision + 1,
         updated=tx.now,
     )
+    _compare_and_set(tx, old, stored)
+    return stored
+
+
+def postpone(tx: Tx, old: Job, new: Job) -> Job:
+    """:func:`advance` for a wait that goes on for the same reason: no history is written, however long it takes."""
+    _check_change(old, new)
+    stored = replace(new, revision=old.revision + 1, updated=tx.now)
     _compare_and_set(tx, old, stored)
     return stored
 

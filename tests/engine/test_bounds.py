@@ -1,0 +1,165 @@
+"""What a wait costs, what a clock that jumps does, and what is checked again after a long wait."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import attrs
+import pytest
+from engine_kit import QUICK, Place, Publisher
+
+from edged.api import Device, Env, MapperSpec, Session, hookimpl
+from edged.domain.job import Job, State
+from edged.errors import Reason, Transient
+from edged.store import audit, jobs, outbox
+from edged.testing.fake import FakePlugin
+from edged.testing.node import TestNode, life
+
+
+@dataclass
+class Unplugged(FakePlugin):
+    """The fake mapper, whose port is not there while ``gone``; ``tries`` counts who looked."""
+
+    gone: bool = True
+    tries: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    @hookimpl
+    def edged_mappers(self) -> Iterable[MapperSpec]:
+        return [replace(spec, connect=self._plugged) for spec in super().edged_mappers()]
+
+    @asynccontextmanager
+    async def _plugged(self, device: Device, env: Env) -> AsyncIterator[Session]:
+        if self.gone:
+            self.tries += 1
+            raise Transient(Reason.DEVICE_ABSENT, f"the port is not there, try {self.tries}")
+        async with self._connect(device, env) as session:
+            yield session
+
+
+@pytest.fixture
+def plugin() -> Unplugged:
+    return Unplugged()
+
+
+@pytest.fixture
+def place(tmp_path: Path, publisher: Publisher, plugin: Unplugged) -> Place:
+    return Place(tmp_path / "state", publisher, plugin=plugin, engine=attrs.evolve(QUICK, max_steps=15))
+
+
+async def _waiting(node: TestNode) -> Job:
+    async with asyncio.timeout(10):
+        while not (found := await node.jobs("dev-1")) or found[0].waiting is None:
+            await asyncio.sleep(0.005)
+    return found[0]
+
+
+def test_a_device_that_is_away_for_long_costs_neither_steps_nor_rows(place: Place, plugin: Unplugged) -> None:
+    place.device()
+
+    async def rows(node: TestNode, job: Job) -> tuple[int, int, int]:
+        return await node.store.read(
+            lambda tx: (audit.head(tx).seq, outbox.head(tx), len(jobs.history(tx, job.id)))
+        )
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            job = await _waiting(node)
+            before, tries = await rows(node, job), plugin.tries
+            async with asyncio.timeout(20):
+                while plugin.tries < tries + 2 * place.engine.max_steps:
+                    await asyncio.sleep(0.01)
+            job = (await node.jobs("dev-1"))[0]
+            assert job.state is State.READY, (job.state, job.reason, job.detail)
+            assert job.waiting is None or f"try {plugin.tries}"[:5] in job.waiting.detail
+            assert await rows(node, job) == before
+            plugin.gone = False
+            assert (await node.ended("dev-1")).state is State.SUCCEEDED
+
+    asyncio.run(run())
+
+
+def test_a_clock_that_is_set_does_not_end_a_job(place: Place, plugin: Unplugged) -> None:
+    """A board without a clock begins in 1970; then the network tells it the time."""
+    place.device()
+    now = datetime(1970, 1, 1, tzinfo=UTC)
+
+    async def run() -> None:
+        nonlocal now
+        async with life(place.config, place.plugins, now=lambda: now) as node:
+            await node.want("dev-1", "app@2.0.0")
+            await _waiting(node)
+            now = datetime.now(UTC)
+            plugin.gone = False
+            job = await node.ended("dev-1")
+            assert job.state is State.SUCCEEDED, job.detail
+            assert job.deadline > now
+
+    asyncio.run(run())
+
+
+def test_a_wait_that_the_clock_left_behind_is_over(place: Place, plugin: Unplugged) -> None:
+    """The node comes back without knowing the time: what it waited for was in another century."""
+    place.device()
+    now = datetime.now(UTC)
+
+    async def begin() -> None:
+        async with life(place.config, place.plugins, now=lambda: now) as node:
+            await node.want("dev-1", "app@2.0.0")
+            await _waiting(node)
+
+    async def go_on() -> None:
+        async with life(place.config, place.plugins, now=lambda: now) as node:
+            assert (await node.ended("dev-1", 10)).state is State.SUCCEEDED
+
+    asyncio.run(begin())
+    plugin.gone, now = False, datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=5)
+    asyncio.run(go_on())
+
+
+def test_what_was_admitted_for_another_configuration_is_not_sent(place: Place, plugin: Unplugged) -> None:
+    device = place.device()
+
+    async def begin() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            assert (await _waiting(node)).state is State.READY
+
+    async def go_on() -> None:
+        config = place.config
+        gadget = attrs.evolve(config.models["widget"], id="gadget")
+        config = attrs.evolve(
+            config, model=(gadget,), device=(attrs.evolve(config.devices["dev-1"], model="gadget"),)
+        )
+        async with life(config, place.plugins) as node:
+            job = await node.ended("dev-1", 10)
+            assert (job.state, job.reason) == (State.FAILED, Reason.MODEL_MISMATCH)
+
+    asyncio.run(begin())
+    plugin.gone = False
+    asyncio.run(go_on())
+    assert device.counts.received == 0
+
+
+def test_a_transfer_ends_at_its_deadline(place: Place, plugin: Unplugged) -> None:
+    plugin.gone = False
+    place.device(reads_back=False, tells=False)
+    place.without_fallback = True
+    place.plugin.bus("bus").bytes_per_s = 100
+    place.engine = attrs.evolve(place.engine, deadline_s=1.5, max_attempts=2)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            job = await node.ended("dev-1", 6)
+            assert Reason.DEADLINE_PASSED.value in f"{job.reason} {job.detail}"
+
+    asyncio.run(run())
