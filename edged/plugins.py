@@ -84,7 +84,7 @@ class _Loader:
         distribution = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
         try:
             plugin = point.load()
-        except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the plugin boundary
             self.states.append(PluginState(point.name, distribution, f"import failed: {exc!r}"))
             return
         self.register(point.name, distribution, plugin)
@@ -93,7 +93,7 @@ class _Loader:
         try:
             mappers, links = _collect(name, plugin)
             self._check(mappers, links)
-        except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        except (Exception, SystemExit) as exc:  # noqa: BLE001 - the plugin boundary
             self.states.append(PluginState(name, distribution, str(exc) or repr(exc)))
             return
         self.mappers.update((spec.name, spec) for spec in mappers)
@@ -113,10 +113,13 @@ class _Loader:
                 raise ValueError(
                     f"mapper {mapper.name!r} is made for plugin API {mapper.api_version}, this is {API_VERSION}"
                 )
-        taken = [spec.name for spec in mappers if spec.name in self.mappers]
-        taken += [spec.scheme for spec in links if spec.scheme in self.links]
+        names, schemes = [spec.name for spec in mappers], [spec.scheme for spec in links]
+        if not all(isinstance(name, str) for name in names + schemes):
+            raise TypeError(f"a name that is no text: {names + schemes}")
+        taken = [name for name in names if name in self.mappers or names.count(name) > 1]
+        taken += [scheme for scheme in schemes if scheme in self.links or schemes.count(scheme) > 1]
         if taken:
-            raise ValueError(f"offers what another plugin offers already: {', '.join(taken)}")
+            raise ValueError(f"offers what is offered already: {', '.join(taken)}")
 
 
 def _collect(name: str, plugin: object) -> tuple[list[MapperSpec], list[LinkSpec]]:

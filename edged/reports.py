@@ -7,11 +7,14 @@ time series.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 from collections.abc import Mapping
 
 from edged.api import Reported
 from edged.clock import Clock
+from edged.domain.reconcile import FIRMWARE
 from edged.domain.twin import Value
 from edged.engine.events import Broadcast
 from edged.errors import EdgedError
@@ -24,6 +27,9 @@ FLUSH_S = 0.2
 RETRY_S = 5.0
 MOST_WAITING = 10_000
 """Values that wait for the disk; whoever reports more waits as well."""
+MOST_NAMES = 256
+"""Properties of one device; one that makes up new names for ever must not fill the disk."""
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/ -]{0,126}")
 
 
 class Reports:
@@ -34,17 +40,28 @@ class Reports:
         self._clock = clock
         self._broadcast = broadcast
         self._waiting: dict[tuple[str, str], Reported] = {}
+        self._left_out: set[str] = set()
         self._filled = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
 
     async def put(self, device: str, reported: Reported) -> None:
-        """Keep ``reported`` for the next batch; waits where too many wait already."""
+        """Keep ``reported`` for the next batch; waits where too many wait already. What no twin can hold is left out."""
+        fault = _fault(reported)
+        if fault:
+            self._leave_out(device, fault)
+            return
         while (device, reported.name) not in self._waiting and len(self._waiting) >= MOST_WAITING:
             self._room.clear()
             await self._room.wait()
         self._waiting[device, reported.name] = reported
         self._filled.set()
+
+    def _leave_out(self, device: str, fault: str) -> None:
+        """Once for each device: a broken sensor must not fill the log."""
+        if device not in self._left_out:
+            self._left_out.add(device)
+            log.warning("report left out", extra={"device": device, "detail": fault})
 
     async def run(self) -> None:
         """Store what waits, for ever. What the store cannot take is tried again, unless something newer came."""
@@ -76,10 +93,37 @@ class Reports:
         return True
 
 
+def _fault(reported: Reported) -> str:
+    """Why no twin can hold ``reported``; empty where one can. Whatever a mapper makes up ends here."""
+    if not isinstance(reported.name, str) or not _NAME.fullmatch(reported.name):
+        return f"{reported.name!r:.100} is no name of a property"
+    if reported.name == FIRMWARE or reported.name.startswith(f"{FIRMWARE}."):
+        return f"{reported.name}: what a device runs is not reported, it is asked and proved"
+    if reported.unit is not None and not (isinstance(reported.unit, str) and reported.unit.isprintable()):
+        return f"{reported.name}: {reported.unit!r:.100} is no unit"
+    try:
+        json.dumps(reported.value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        return f"{reported.name}: {exc}"
+    return ""
+
+
+def _within(tx: Tx, device: str, values: list[Reported]) -> list[Reported]:
+    """``values`` without the names that are one too many."""
+    known = set(twins.get(tx, device).reported)
+    kept = []
+    for one in values:
+        if one.name in known or len(known) < MOST_NAMES:
+            known.add(one.name)
+            kept.append(one)
+    return kept
+
+
 def _store(tx: Tx, batch: Mapping[tuple[str, str], Reported]) -> dict[str, dict[str, Value]]:
     by_device: dict[str, list[Reported]] = {}
     for (device, _), reported in batch.items():
         by_device.setdefault(device, []).append(reported)
     return {
-        device: twins.set_reported_many(tx, device, values, "device") for device, values in by_device.items()
+        device: twins.set_reported_many(tx, device, _within(tx, device, values), "device")
+        for device, values in by_device.items()
     }

@@ -114,3 +114,44 @@ def test_who_reports_more_names_than_fit_waits_for_the_disk(
         assert await reported(store, "one") == {"p0": "again", "p1": 1, "p2": 2, "p3": 3}
 
     run(tmp_path, body)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Reported("level", float("nan")),
+        Reported("level", b"raw"),  # type: ignore[arg-type]
+        Reported("level", object()),  # type: ignore[arg-type]
+        Reported("", 1),
+        Reported("\udcff", 1),
+        Reported(None, 1),  # type: ignore[arg-type]
+        Reported("level", 1, "\udcff"),
+        Reported("level", 1, 7),  # type: ignore[arg-type]
+        Reported("firmware", {"name": "app", "version": "9.9.9"}),
+        Reported("firmware.radio", None),
+    ],
+)
+def test_what_no_twin_can_hold_is_left_out_and_stops_nothing(tmp_path: Path, bad: Reported) -> None:
+    async def body(taken: reports.Reports, store: _Counting, _: Broadcast) -> None:
+        await taken.put("one", bad)
+        await taken.put("one", Reported("mode", "auto"))
+        await taken.flush()
+        assert await reported(store, "one") == {"mode": "auto"}
+
+    run(tmp_path, body)
+
+
+def test_a_device_that_makes_up_names_does_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reports, "MOST_NAMES", 3)
+
+    async def body(taken: reports.Reports, store: _Counting, _: Broadcast) -> None:
+        for number in range(10):
+            await taken.put("one", Reported(f"p{number}", number))
+            await taken.flush()
+        await taken.put("one", Reported("p1", "again"))
+        await taken.flush()
+        assert await reported(store, "one") == {"p0": 0, "p1": "again", "p2": 2}
+
+    run(tmp_path, body)

@@ -285,7 +285,13 @@ def _scan(folder: Path) -> dict[str, int]:
 
 def _sizes(folder: Path, names: re.Pattern[str] = _SHA256) -> dict[str, int]:
     with os.scandir(folder) as entries:
-        return {e.name: e.stat().st_size for e in entries if names.fullmatch(e.name) and e.is_file()}
+        sizes = {}
+        for entry in entries:
+            # a download may replace or remove its files meanwhile
+            with contextlib.suppress(FileNotFoundError):
+                if names.fullmatch(entry.name) and entry.is_file():
+                    sizes[entry.name] = entry.stat().st_size
+        return sizes
 
 
 def _measure(path: Path) -> tuple[str, int]:

@@ -1,0 +1,91 @@
+"""Discovery: each plugin by itself, and why one was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+
+from edged import plugins
+from edged.api import API_VERSION, LinkSpec, MapperSpec, hookimpl
+from edged.errors import Permanent, Reason
+from edged.testing.fake import FakePlugin
+
+SPEC = next(iter(FakePlugin().edged_mappers()))
+
+
+class Offers:
+    """A plugin that offers ``mappers``, or raises it."""
+
+    def __init__(self, mappers: Any) -> None:
+        self._mappers = mappers
+
+    @hookimpl
+    def edged_mappers(self) -> Iterable[MapperSpec]:
+        if isinstance(self._mappers, BaseException):
+            raise self._mappers
+        return self._mappers  # type: ignore[no-any-return]
+
+
+class Misspelt:
+    @hookimpl
+    def edged_maper(self) -> Iterable[MapperSpec]:
+        return [SPEC]
+
+
+class Async:
+    @hookimpl
+    def edged_links(self) -> Iterable[LinkSpec]:
+        return 7  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "entry_points", lambda group: ())
+
+
+@pytest.mark.parametrize(
+    ("plugin", "problem"),
+    [
+        (Offers(ValueError("no hardware")), "no hardware"),
+        (Offers(SystemExit("needs python-can")), "needs python-can"),
+        (Offers([replace(SPEC, api_version=API_VERSION + 1)]), "is made for plugin API"),
+        (Offers([replace(SPEC, name="fake")]), "offered already: fake"),
+        (Offers([replace(SPEC, name="two"), replace(SPEC, name="two")]), "offered already: two"),
+        (Offers([replace(SPEC, name=None)]), "no text"),  # type: ignore[arg-type]
+        (Offers(["fake"]), "expected MapperSpec"),
+        (Offers([]), "no mapper and no link"),
+        (Misspelt(), "unknown hook edged_maper"),
+        (Async(), "not iterable"),
+        (object(), "no mapper and no link"),
+    ],
+)
+def test_a_plugin_that_cannot_be_used_is_left_out_with_its_reason(plugin: object, problem: str) -> None:
+    found = plugins.discover([("good", FakePlugin()), ("bad", plugin)])
+    assert list(found.mappers) == ["fake"]
+    assert [state.problem == "" for state in found.states] == [True, False]
+    assert problem in found.states[1].problem
+
+
+@pytest.mark.parametrize("source", ["1 / 0", "raise SystemExit(3)", "import nothing_of_that_name"])
+def test_a_plugin_whose_import_fails_stops_nobody(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    name = f"broken_plugin_{abs(hash(source))}"
+    (tmp_path / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(plugins, "entry_points", lambda group: (EntryPoint("broken", name, group),))
+    found = plugins.discover([("good", FakePlugin())])
+    assert list(found.mappers) == ["fake"]
+    assert found.states[0].problem.startswith("import failed: ")
+
+
+def test_what_nobody_offers_is_unsupported_with_what_there_is() -> None:
+    found = plugins.discover([("good", FakePlugin())])
+    for lookup, name in ((found.mapper, "uart"), (found.link, "can")):
+        with pytest.raises(Permanent, match="fake") as caught:
+            lookup(name)
+        assert caught.value.reason is Reason.UNSUPPORTED
