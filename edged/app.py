@@ -11,7 +11,8 @@ import fcntl
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Iterable, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +45,9 @@ log = logging.getLogger(__name__)
 STATE_MODE = 0o750
 LOCK_NAME = "edged.pid"
 HOUSEKEEPING_S = 3600.0
+HUNG_S = 2.0
+END_S = 10.0
+"""So long may the end take. What a plugin holds up then is cut off, which is no worse than a power cut."""
 KEPT_EVENTS = 1000
 """Events that stay for who watches without a cursor, also when every consumer has them."""
 
@@ -67,13 +71,28 @@ def main(config: Config, extra_plugins: ExtraPlugins = ()) -> None:
     Raises ``Permanent`` or ``Transient`` where it cannot start: the state folder is in use or cannot be used.
     """
     logs.set_up(config.log)
-    asyncio.run(serve(config, extra_plugins, Notifier.from_environment(os.environ)))
+    last = threading.Timer(END_S, _cut_off)
+    last.daemon = True
+    try:
+        asyncio.run(serve(config, extra_plugins, Notifier.from_environment(os.environ), last.start))
+    finally:
+        last.cancel()
 
 
-async def serve(config: Config, extra_plugins: ExtraPlugins, notifier: Notifier) -> None:
-    """:func:`main` on a running loop."""
+def _cut_off() -> None:
+    log.error("cut off: a plugin did not end", extra={"after_s": END_S})
+    os._exit(1)
+
+
+async def serve(
+    config: Config,
+    extra_plugins: ExtraPlugins,
+    notifier: Notifier,
+    stopping: Callable[[], None] = lambda: None,
+) -> None:
+    """:func:`main` on a running loop. ``stopping`` is called when the end begins."""
     async with build(config, extra_plugins) as daemon:
-        await _run(daemon, notifier)
+        await _run(daemon, notifier, stopping)
 
 
 @asynccontextmanager
@@ -179,7 +198,7 @@ async def _fetcher(settings: FetchSettings, metrics: Metrics) -> AsyncIterator[F
             await one.close()
 
 
-async def _run(daemon: Daemon, notifier: Notifier) -> None:
+async def _run(daemon: Daemon, notifier: Notifier, stopping: Callable[[], None]) -> None:
     """Everything at once until a signal; then the end, in order."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -210,6 +229,7 @@ async def _run(daemon: Daemon, notifier: Notifier) -> None:
         )
         await stop.wait()
         log.info("stopping")
+        stopping()
         notifier.stopping()
         for tasks in (engine, units, served, service):
             await _ended(tasks)
@@ -222,8 +242,12 @@ async def _run(daemon: Daemon, notifier: Notifier) -> None:
 async def _ended(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
+    if not tasks:
+        return
+    _, hung = await asyncio.wait(tasks, timeout=HUNG_S)
+    if hung:
+        log.warning("waiting for the end", extra={"tasks": ", ".join(task.get_name() for task in hung)})
+        await asyncio.wait(hung)
 
 
 async def _sites(daemon: Daemon) -> list[Site]:

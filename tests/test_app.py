@@ -260,3 +260,45 @@ def test_what_devices_report_is_kept_and_what_they_should_have_is_told_them(tmp_
         assert found["reported"]["uptime"]["unit"] == "s"
     with place.daemon():
         assert place.client.get("devices", "one", "twin")["reported"]["interval"]["value"] == 5
+
+
+_WITH_A_HANGING_MAPPER = """
+import asyncio, sys
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from edged import app
+from edged.config import load
+from edged.testing.fake import FakePlugin
+
+class Hanging(FakePlugin):
+    @asynccontextmanager
+    async def _connect(self, device, env):
+        async with super()._connect(device, env) as session:
+            try:
+                yield session
+            finally:
+                while True:
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.sleep(3600)
+
+app.END_S = app.HUNG_S = 0.5
+app.main(load(Path(sys.argv[1])), [("fake", Hanging())])
+"""
+
+
+def test_ends_within_seconds_though_a_mapper_does_not(tmp_path: Path, publisher: Publisher) -> None:
+    place = Place(tmp_path, publisher).write()
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WITH_A_HANGING_MAPPER, str(place.config)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        eventually(place.socket.exists)
+        eventually(lambda: place.client.get("status")["devices"]["running"])
+        process.terminate()
+        _, said = process.communicate(timeout=8)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 1
+    assert "waiting for the end" in said
+    assert "cut off: a plugin did not end" in said
