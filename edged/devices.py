@@ -197,8 +197,10 @@ def _forget_if_other(tx: Tx, device: str, runs: str) -> bool:
     """Whether ``runs`` is not what the release identifies as that the twin reports; the report is then taken back."""
     reported = twins.get(tx, device).reported.get(FIRMWARE)
     release = release_of(reported.value) if reported else None
+    if release is None:
+        return False
     last = next(iter(jobs.find(tx, device=device, states=(State.SUCCEEDED,), limit=1)), None)
-    if release is None or last is None or last.verified is None or last.release != release:
+    if last is None or last.verified is None or last.release != release:
         return False
     if VerifiedRelease.from_json(json.loads(last.verified)).facts.identifies_as == runs:
         return False

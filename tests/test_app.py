@@ -281,7 +281,7 @@ class Hanging(FakePlugin):
                     with suppress(asyncio.CancelledError):
                         await asyncio.sleep(3600)
 
-app.END_S = app.HUNG_S = 0.5
+app.END_S, app.HUNG_S = 1.5, 0.1
 app.main(load(Path(sys.argv[1])), [("fake", Hanging())])
 """
 

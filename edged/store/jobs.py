@@ -86,12 +86,8 @@ def find(
 ) -> list[Job]:
     """Jobs of ``device`` (None: all) in one of ``states`` (None: any), newest first, at most ``limit``."""
     wanted = None if states is None else json.dumps(sorted(states))
-    rows = tx.db.execute(
-        "SELECT * FROM job WHERE (:device IS NULL OR device = :device)"
-        " AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))"
-        " ORDER BY seq DESC LIMIT :limit",
-        {"device": device, "states": wanted, "limit": limit},
-    )
+    query = _FIND if device is None else _FIND_OF
+    rows = tx.db.execute(query, {"device": device, "states": wanted, "limit": limit})
     return [_job(row) for row in rows]
 
 
@@ -262,6 +258,15 @@ def count_by_state_and_reason(tx: Tx) -> dict[tuple[State, Reason | None], int]:
     return {(State(row["state"]), _reason(row["why"])): row["jobs"] for row in rows}
 
 
+_FIND = """
+SELECT * FROM job WHERE (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
+ORDER BY seq DESC LIMIT :limit
+"""
+# "device = :device OR :device IS NULL" would use no index, and thousands of devices ask at start
+_FIND_OF = """
+SELECT * FROM job WHERE device = :device AND (:states IS NULL OR state IN (SELECT value FROM json_each(:states)))
+ORDER BY seq DESC LIMIT :limit
+"""
 _INSERT = """
 INSERT INTO job (
     id, device, component, release, desired_version, run, source, created, updated, deadline,
