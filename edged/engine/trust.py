@@ -150,8 +150,11 @@ class Trust:
 
     def _root(self) -> bytes:
         for path in (self.root_path, self._settings.root):
-            if path is not None and path.is_file():
-                return path.read_bytes()
+            try:
+                if path is not None and path.is_file():
+                    return path.read_bytes()
+            except OSError as exc:
+                raise Refused(Reason.TRUST_MISSING, f"{path} cannot be read: {exc.strerror}") from exc
         raise Refused(
             Reason.TRUST_MISSING, f"no root of trust: neither {self.root_path} nor trust.root is there"
         )
