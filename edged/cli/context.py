@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
@@ -40,7 +40,12 @@ class Context:
         try:
             found = tomllib.loads(self.config_path.read_text(encoding="utf-8"))["api"]["socket"]
             return self.config_path.parent / str(found)
-        except (OSError, ValueError, KeyError, TypeError):
+        except OSError as exc:
+            if self.config_path != DEFAULT_CONFIG:
+                # a slip in --config must not reach another node's daemon
+                raise click.UsageError(f"{self.config_path}: cannot be read: {exc.strerror}") from exc
+            return DEFAULT_SOCKET
+        except (ValueError, KeyError, TypeError):
             return DEFAULT_SOCKET
 
     def client(self) -> Client:
@@ -50,8 +55,11 @@ class Context:
         return Client(self.socket)
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Show an error as one line (what, why, cure) and end with its exit code."""
+def command(function: Callable[P, None], *, cures: bool = True) -> Callable[P, None]:
+    """Show an error as one line (what, why, cure) and end with its exit code.
+
+    Without ``cures`` where the command is not a node's: the cures of the reasons are for those who run one.
+    """
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -68,7 +76,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except EdgedError as exc:
             code = reasons.exit_code(exc.reason)
             kind = "refused" if code == reasons.EXIT_REFUSED else "failed"
-            fail(code, kind, exc.reason.value, exc.detail, reasons.cure(exc.reason), as_json=as_json)
+            cure = reasons.cure(exc.reason) if cures else ""
+            fail(code, kind, exc.reason.value, exc.detail, cure, as_json=as_json)
 
     return run
 
@@ -124,6 +133,12 @@ def text(value: Any) -> str:
     if value is None or value == "":
         return "-"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def counted(things: Sized | int, name: str) -> str:
+    """``1 model``, ``2 models``."""
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
 
 
 def size_text(size_bytes: float | None) -> str:

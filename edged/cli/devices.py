@@ -165,6 +165,8 @@ def _assignment(item: str) -> tuple[str, Any]:
 def _show_twin(twin: dict[str, Any]) -> None:
     names = sorted({*twin["desired"], *twin["reported"]})
     rows = [[name, _side(twin["desired"], name), _side(twin["reported"], name)] for name in names]
+    # what was taken back is kept as null, and nothing to look at
+    rows = [row for row in rows if row[1:] != ["-", "-"]]
     show_table(rows, ["PROPERTY", "DESIRED", "REPORTED"])
 
 

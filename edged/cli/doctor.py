@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edged.cli.context import Context, command, json_option, show_json, size_text
+from edged.cli.context import Context, command, counted, json_option, show_json, size_text
 from edged.domain import reasons
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def doctor(context: Context, as_json: bool) -> None:
     \b
     Examples:
       edged doctor
-      sudo -u _edged edged doctor --json
+      sudo edged doctor --json
     """
     found = list(_examine(context))
     if as_json:
@@ -81,7 +81,7 @@ def _examine(context: Context) -> Iterator[Finding]:
         cure = "correct the file; edged check-config lists the faults"
         yield from (Finding(Level.FAIL, "config", problem, cure) for problem in exc.problems)
         return
-    text = f"{context.config_path}: {len(config.model)} models, {len(config.device)} devices"
+    text = f"{context.config_path}: {counted(config.model, 'model')}, {counted(config.device, 'device')}"
     yield Finding(Level.OK, "config", text)
     checks: tuple[Callable[[Config], Iterator[Finding]], ...] = (
         check_folder,
@@ -121,6 +121,8 @@ def check_database(config: Config) -> Iterator[Finding]:
     from edged.store import migrations
 
     path = config.node.state_dir / "edged.db"
+    if not os.access(path.parent, os.X_OK):
+        return  # check_folder has said it
     if not os.access(path, os.R_OK):
         if path.exists():
             yield Finding(
@@ -139,7 +141,7 @@ def check_database(config: Config) -> Iterator[Finding]:
     if problem or check != "ok":
         yield Finding(Level.FAIL, "database", f"{path}: {problem or check}", cure)
     else:
-        yield Finding(Level.OK, "database", f"{path} is whole, {rows} jobs")
+        yield Finding(Level.OK, "database", f"{path} is whole, {counted(rows, 'job')}")
 
 
 def check_devices(config: Config) -> Iterator[Finding]:
@@ -200,6 +202,8 @@ def check_trust(config: Config) -> Iterator[Finding]:
     """Is there a root of trust, and how old is the metadata? Their signatures are checked by the daemon."""
     folder = config.node.state_dir / "trust"
     root = config.trust.root
+    if folder.parent.exists() and not os.access(folder.parent, os.X_OK):
+        return  # check_folder has said it
     if not (folder / "root.json").is_file() and not (root is not None and root.is_file()):
         text = "no root of trust: no release can be installed"
         yield Finding(Level.FAIL, "trust", text, "edged trust init ROOT.json")
@@ -291,7 +295,8 @@ def check_daemon(context: Context) -> Iterator[Finding]:
     from edged.cli.client import ApiError, Unreachable
 
     try:
-        status = context.client().get("status")
+        client = context.client()
+        status, devices = client.get("status"), client.get("devices")["devices"]
     except Unreachable as exc:
         yield Finding(Level.WARN, "daemon", exc.detail, exc.cure)
         return
@@ -304,3 +309,8 @@ def check_daemon(context: Context) -> Iterator[Finding]:
     for problem in status["problems"]:
         if problem["part"] not in ("device", "plugin"):
             yield Finding(Level.WARN, problem["part"], problem["detail"], problem["cure"])
+    for device in devices:
+        # what is left out was found above, by the configuration
+        if device["reason"] and device["state"] != "left_out":
+            text = f"{device['id']}, the daemon says: {device['reason']}: {device['detail']}"
+            yield Finding(Level.WARN, "device", text, device["cure"])

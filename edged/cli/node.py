@@ -63,7 +63,7 @@ def status(context: Context, as_json: bool) -> None:
     )
     click.echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
     click.echo(f"trust     {_trust_line(trust)}")
-    click.echo(f"audit     {found['audit_seq']} rows, key {found['public_key'][:16]}")
+    click.echo(f"audit     {counted(found['audit_seq'], 'row')}, key {found['public_key'][:16]}")
     for problem in found["problems"]:
         cure = f"; cure: {problem['cure']}" if problem["cure"] else ""
         click.echo(f"PROBLEM   {problem['part']}: {problem['detail']}{cure}")
@@ -72,7 +72,7 @@ def status(context: Context, as_json: bool) -> None:
 def _trust_line(trust: dict[str, Any]) -> str:
     if trust["online"] is None:
         return f"{text(trust['repository'])}: not verified yet"
-    line = f"{trust['repository']}: {len(trust['releases'])} releases, {'online' if trust['online'] else 'offline'}"
+    line = f"{trust['repository']}: {counted(trust['releases'], 'release')}, {'online' if trust['online'] else 'offline'}"
     return line + (f", metadata expired {trust['stale_s'] / 3600:.1f} h ago" if trust["stale_s"] else "")
 
 
@@ -104,7 +104,7 @@ def check_config(context: Context, as_json: bool) -> None:
         show_json({"problems": [], "models": len(config.model), "devices": len(config.device)})
     else:
         click.echo(
-            f"{context.config_path}: {len(config.model)} models, {len(config.device)} devices, no fault."
+            f"{context.config_path}: {counted(config.model, 'model')}, {counted(config.device, 'device')}, no fault."
         )
 
 

@@ -6,6 +6,7 @@ that need them, so that ``edged --help`` stays quick.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edged.cli.context import command
+from edged.cli.context import command as any_command
 from edged.clock import SystemClock
 from edged_firmware.errors import Refused
 from edged_firmware.facts import ParamValue, ReleaseRef, Requirement
 
 if TYPE_CHECKING:
     from edged_firmware.release import ListedRelease, Published
+
+command = functools.partial(any_command, cures=False)
+"""A publisher's command: what it says about an error is all; the cures of the reasons are a node's."""
 
 PASSWORD_VARIABLE = "EDGED_KEY_PASSWORD"
 
@@ -102,7 +106,13 @@ def init(
     targets_threshold: int,
     as_json: bool,
 ) -> None:
-    """Make the keys and an empty, signed repository in DIR."""
+    """Make the keys and an empty, signed repository in DIR.
+
+    \b
+    Examples:
+      edged release init firmware
+      edged release init firmware --keys /media/vault/keys
+    """
     from edged_firmware import release as publisher
 
     role_keys = dict(publisher.DEFAULT_KEYS)
@@ -144,7 +154,13 @@ def init(
 @_JSON
 @command
 def add(directory: Path, file: Path, as_json: bool, **facts: Any) -> None:
-    """Put the firmware FILE into DIR; `publish` signs it."""
+    """Put the firmware FILE into DIR; `publish` signs it.
+
+    \b
+    Example:
+      edged release add firmware blink.hex --name blink --version 1.2.0 --model uno \\
+          --hardware-id avr:1e950f --protocol stk500v1
+    """
     from edged_firmware import release as publisher
 
     draft = publisher.Draft(
@@ -175,7 +191,13 @@ def add(directory: Path, file: Path, as_json: bool, **facts: Any) -> None:
 @_JSON
 @command
 def publish(directory: Path, keys_dirs: Sequence[Path], as_json: bool) -> None:
-    """Sign what was added to DIR; with nothing added, renew what expires."""
+    """Sign what was added to DIR; with nothing added, renew what expires.
+
+    \b
+    Examples:
+      edged release publish firmware
+      edged release publish firmware --keys online-keys
+    """
     from edged_firmware import release as publisher
 
     keys = tuple(keys_dirs) or (_default_keys(directory),)
@@ -187,7 +209,13 @@ def publish(directory: Path, keys_dirs: Sequence[Path], as_json: bool) -> None:
 @_JSON
 @command
 def list_command(directory: Path, as_json: bool) -> None:
-    """List the releases in DIR, signed and not."""
+    """List the releases in DIR, signed and not.
+
+    \b
+    Examples:
+      edged release list firmware
+      edged release list firmware --json | jq -r '.releases[].release'
+    """
     from edged_firmware import release as publisher
 
     lines = publisher.list_releases(directory)
@@ -206,7 +234,12 @@ def list_command(directory: Path, as_json: bool) -> None:
 @_JSON
 @command
 def remove(directory: Path, release_ref: ReleaseRef, as_json: bool) -> None:
-    """Take back an added release, or withdraw a published one with the next `publish`."""
+    """Take back an added release, or withdraw a published one with the next `publish`.
+
+    \b
+    Example:
+      edged release remove firmware blink@1.2.0
+    """
     from edged_firmware import release as publisher
 
     status = publisher.remove(directory, release_ref)
@@ -230,7 +263,13 @@ def remove(directory: Path, release_ref: ReleaseRef, as_json: bool) -> None:
 @_JSON
 @command
 def renew_root(directory: Path, keys_dirs: Sequence[Path], rotate: Sequence[str], as_json: bool) -> None:
-    """Sign the next root, with a new expiry and, if asked for, new keys."""
+    """Sign the next root, with a new expiry and, if asked for, new keys.
+
+    \b
+    Examples:
+      edged release renew-root firmware --keys alice --keys bob
+      edged release renew-root firmware --keys alice --keys bob --rotate targets
+    """
     from edged_firmware import release as publisher
 
     keys = tuple(keys_dirs) or (_default_keys(directory),)

@@ -159,7 +159,9 @@ def verify(context: Context, offline: bool, as_json: bool) -> None:
         show_json(found)
     elif found["intact"]:
         key = f"checked with key {found['key'][:16]}" if found["key"] else "not checked: no key at hand"
-        click.echo(f"Intact: {found['rows']} rows; {found['signed_heads']} signatures {key}.")
+        click.echo(
+            f"Intact: {counted(found['rows'], 'row')}; {counted(found['signed_heads'], 'signature')} {key}."
+        )
     else:
         click.echo(f"NOT INTACT at row {found['first_bad_seq']}: {found['detail']}", err=True)
     if not found["intact"]:

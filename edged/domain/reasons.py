@@ -76,7 +76,7 @@ _CURES: dict[Reason, str] = {
     Reason.REQUIRES_UNMET: "install first what the release requires",
     Reason.IMAGE_TOO_LARGE: "the image does not fit into the device's flash",
     Reason.NO_FALLBACK: "publish the release that runs now, or allow it: policy.without_fallback = true in the model",
-    Reason.DEVICE_ABSENT: "connect the device; the job goes on by itself",
+    Reason.DEVICE_ABSENT: "connect the device, or let the daemon's user open its port; the job goes on by itself",
     Reason.NO_RESPONSE: "check power, wiring and baud rate; the job goes on by itself",
     Reason.STALLED: "check the link; the job goes on by itself",
     Reason.FETCH_FAILED: "check that the repository can be reached; the job goes on by itself",

@@ -200,19 +200,23 @@ class JobRunner:
         )
         match move.to:
             case State.STAGING:
-                # intent first: from here on nobody knows what the device runs until it is proved again
+                # intent first: one slot is overwritten from here on, so nobody knows what it runs until that is proved
                 job = replace(job, touched=True, done_bytes=0)
-                effects += (self._report(None, "job"),)
+                if self._one_slot:
+                    effects += (self._report(None, "job"),)
             case State.REVERTING:
                 deadline = self._shop.clock.now() + timedelta(seconds=self._shop.settings.deadline_s)
                 job = replace(job, deadline=deadline, done_bytes=0)
-            case State.REVERTED:
-                effects += (self._report(self._fallback_release(), "fallback"),)
+            case State.REVERTED if job.fallback is not None:
+                effects += (self._report(job.fallback.release, "fallback"),)
+            case State.FAILED if job.touched:
+                effects += (self._report(None, "job"),)
         self._view = None if move.to is not State.STAGING else self._view
         await self._ledger.commit(job, move.event, *effects, detail=move.detail)
 
-    def _fallback_release(self) -> str | None:
-        return self.job.fallback.release if self.job.fallback else None
+    @property
+    def _one_slot(self) -> bool:
+        return self._view is None or self._view.slot_count == 1
 
     def _report(self, release: str | None, source: str) -> Effect:
         value = firmware_value(release) if release else None

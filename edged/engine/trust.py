@@ -109,16 +109,17 @@ class Trust:
         """
         asked = self._clock.monotonic()
         async with self._refreshing:
-            if self._report is not None and self._began > asked:
+            if self._began > asked and self._failure is not None:
+                raise type(self._failure)(self._failure.reason, self._failure.detail)
+            if self._began > asked and self._report is not None:
                 return self._report
-            began = self._clock.monotonic()
+            self._began = self._clock.monotonic()
             try:
                 report = await self._verify(await self._request(await asyncio.to_thread(self._root)))
             except EdgedError as exc:
                 await self._refuse(exc)
                 raise
             await self._accept(report, "engine", "trust.refresh")
-            self._began = began
             return report
 
     async def resolve(self, release: str) -> VerifiedRelease:

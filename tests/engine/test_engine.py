@@ -60,21 +60,26 @@ def test_a_release_reaches_the_device(place: Place, slots: int) -> None:
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("known", [False, True], ids=["unknown", "known"])
 @pytest.mark.parametrize("slots", [1, 2])
-def test_a_bad_image_is_left_again(place: Place, slots: int) -> None:
+def test_a_bad_image_is_left_again(place: Place, slots: int, known: bool) -> None:
     """The health check fails: the device goes back to what it ran, once, and the floor stays."""
     device = place.device(slot_count=slots)
 
     async def run() -> None:
         async with life(place.config, place.plugins) as node:
+            if known:
+                await node.want("dev-1", "app@1.0.0")
+                await node.ended("dev-1")
             await node.want("dev-1", "app@3.0.0")
             job = await node.ended("dev-1")
             assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED)
             assert device.app is not None and device.app.version == "1.0.0"
-            assert await node.store.read(lambda tx: floors.get(tx, "dev-1", "firmware")) == 0
+            assert await node.store.read(lambda tx: floors.get(tx, "dev-1", "firmware")) == int(known)
             assert device.counts.trial_boots <= 1
+            assert await node.reported("dev-1") == ({"name": "app", "version": "1.0.0"} if known else None)
             await asyncio.sleep(0.1)
-            assert len(await node.jobs("dev-1")) == 1, "a bad image was tried again"
+            assert len(await node.jobs("dev-1")) == 1 + known, "a bad image was tried again"
             await _audit_is_intact(node)
 
     asyncio.run(run())

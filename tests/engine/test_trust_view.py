@@ -9,9 +9,10 @@ import pytest
 from engine_kit import Place, Publisher, published
 
 from edged.clock import SystemClock
+from edged.config import TrustSettings
 from edged.engine.observer import Silent
 from edged.engine.trust import Trust
-from edged.errors import Permanent, Reason, Refused
+from edged.errors import Permanent, Reason, Refused, Transient
 from edged.store.database import Store
 from edged.testing.node import life
 from edged_firmware.trust import TrustReport, TrustRequest, verify
@@ -45,6 +46,22 @@ def test_many_who_ask_at_once_share_a_refresh(tmp_path: Path, publisher: Publish
             assert counted.runs <= 2
             await trust.resolve("app@2.0.0")
             assert counted.runs <= 2, "what is fresh was verified again"
+
+    asyncio.run(run())
+
+
+def test_many_who_ask_in_vain_share_the_failure(tmp_path: Path, publisher: Publisher) -> None:
+    counted = Counted()
+
+    async def run() -> None:
+        clock = SystemClock()
+        settings = TrustSettings(repository=str(tmp_path / "gone"), root=publisher.root)
+        async with Store.open(tmp_path / "edged.db", clock) as store:
+            trust = Trust(store, clock, settings, tmp_path / "trust", clock.now(), Silent(), counted)
+            asked = [trust.resolve("app@2.0.0") for _ in range(50)]
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            assert all(isinstance(a, Transient) and a.reason is Reason.FETCH_FAILED for a in answers)
+            assert counted.runs <= 2
 
     asyncio.run(run())
 
