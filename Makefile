@@ -6,16 +6,16 @@ BIN := .venv/bin
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
-	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's floors"
+	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some ten minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
-	@echo "make setup   only set up"
+	@echo "make setup   only set up what the others need"
 
 setup:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh
 
 demo:
-	@PYTHON=$(PYTHON) packaging/setup-dev.sh --optional
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --demo
 	@$(BIN)/edged demo
 
 test:

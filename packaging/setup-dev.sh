@@ -2,28 +2,42 @@
 # Makes everything that the Makefile's targets need, and is quick when it is there already.
 #   packaging/setup-dev.sh            Debian packages, .venv from uv.lock
 #   packaging/setup-dev.sh --floors   also .venv-floors: the same on Debian 12's compiled packages
-#   packaging/setup-dev.sh --optional Debian packages are wished for, not required (the demo has a fake device)
+#   packaging/setup-dev.sh --demo     as root the same; else only what makes .venv (the demo has a fake device, and names the rest)
 set -eu
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
-DEBIAN_PACKAGES="python3-venv gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus"
+DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus"
 PYTHON=${PYTHON:-python3}
 floors=no
-optional=no
+demo=no
 for argument in "$@"; do
     case $argument in
         --floors) floors=yes ;;
-        --optional) optional=yes ;;
+        --demo) demo=yes ;;
         *) echo "setup-dev.sh: unknown option $argument" >&2; exit 2 ;;
     esac
 done
 
+if ! command -v "$PYTHON" >/dev/null; then
+    echo "edged needs Python 3.11 or newer; there is no $PYTHON." >&2
+    echo "get it with: sudo apt-get install --no-install-recommends python3 python3-venv; or name yours with: make PYTHON=/path/to/python3.11 ..." >&2
+    exit 1
+fi
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "edged needs Python 3.11 or newer; $PYTHON is $("$PYTHON" --version 2>&1)." >&2
+    echo "name another with: make PYTHON=/path/to/python3.11 ..." >&2
+    exit 1
+fi
+
 missing=""
-for package in $DEBIAN_PACKAGES; do
-    status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
-    [ "$status" = installed ] || missing="$missing $package"
-done
+"$PYTHON" -c 'import ensurepip' 2>/dev/null || missing=" python3-venv"
+if [ "$demo" = no ] || [ "$(id -u)" = 0 ]; then
+    for package in $DEBIAN_PACKAGES; do
+        status=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
+        [ "$status" = installed ] || missing="$missing $package"
+    done
+fi
 if [ -n "$missing" ]; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "installing Debian packages:$missing"
@@ -34,25 +48,25 @@ if [ -n "$missing" ]; then
     fi
     if [ "${failed:-no}" = yes ]; then
         echo "missing Debian packages:$missing" >&2
-        echo "get them with: sudo apt-get install$missing" >&2
-        [ "$optional" = yes ] || exit 1
+        echo "get them with: sudo apt-get install --no-install-recommends$missing" >&2
+        [ "$demo" = yes ] && "$PYTHON" -c 'import ensurepip' 2>/dev/null || exit 1
     fi
 fi
 
-if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-    echo "edged needs Python 3.11 or newer; $PYTHON is $("$PYTHON" --version 2>&1 || echo missing)." >&2
-    echo "name another with: make PYTHON=/path/to/python3.11 ..." >&2
-    exit 1
-fi
+# One stamp per state of the inputs: a changed lock file, or a checkout that was moved, makes the environment anew.
+stamp() { { pwd -P; cat pyproject.toml uv.lock packaging/setup-dev.sh; } | sha256sum | cut -c1-16; }
 
-# One stamp per state of the inputs: a changed lock file makes the environment anew.
-stamp() { cat pyproject.toml uv.lock packaging/setup-dev.sh | sha256sum | cut -c1-16; }
+# Whole, and made here: a set-up that was interrupted, or a checkout that was moved, leaves one that is not.
+usable() { [ -x "$1/bin/python" ] && [ -x "$1/bin/pip" ] && grep -qF "$(pwd -P)/$1" "$1/bin/activate"; }
 
-make_venv() { # folder, then the arguments of uv
+make_venv() { # folder
     [ -e "$1/.ready-$(stamp)" ] && return
     echo "making $1"
-    [ -x "$1/bin/python" ] || "$PYTHON" -m venv "$1"
-    "$1/bin/python" -m pip --quiet --disable-pip-version-check install "uv==$UV_VERSION"
+    usable "$1" 2>/dev/null || "$PYTHON" -m venv --clear "$1"
+    "$1/bin/python" -m pip --quiet --disable-pip-version-check install "uv==$UV_VERSION" || {
+        echo "the libraries come from the Python package index, once: can this machine reach it?" >&2
+        exit 1
+    }
     rm -f "$1"/.ready-*
 }
 

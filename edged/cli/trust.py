@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edged.cli.context import Context, command, json_option, show_json, show_table, size_text, text
+from edged.cli.context import (
+    Context,
+    command,
+    counted,
+    json_option,
+    show_json,
+    show_table,
+    size_text,
+    text,
+)
 from edged.domain import reasons
 
 if TYPE_CHECKING:

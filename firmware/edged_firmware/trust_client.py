@@ -264,7 +264,7 @@ def _check_root(request: TrustRequest) -> None:
         _LastGoodUpdater(request.metadata_dir, {}, root=request.root, now=request.reference_time)
     except tuf_errors.RepositoryError as error:
         raise Refused(
-            Reason.TRUST_MISSING, f"the installed root metadata is no root signed by itself: {error}"
+            Reason.TRUST_MISSING, f"the root of trust is no root metadata signed by itself: {error}"
         ) from error
 
 

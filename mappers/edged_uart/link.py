@@ -31,6 +31,7 @@ _PULSE_S: Final = 0.1
 _FIRST_BAUD: Final = 115200
 _PTY_MAJORS: Final = range(136, 144)
 _BUSY: Final = frozenset({errno.EBUSY, errno.EAGAIN})
+_FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
 _NO_MODEM_LINES: Final = frozenset({errno.ENOTTY, errno.EINVAL})
 
 
@@ -284,7 +285,12 @@ class SerialLink:
             return self._lose(error)
         if error.errno in _BUSY:
             return Transient(Reason.LINK_BUSY, f"{self.path} is used by another program")
-        return Transient(Reason.DEVICE_ABSENT, f"{self.path}: {_text(error)}")
+        hint = (
+            ": is the daemon's user in the port's group, usually dialout?"
+            if error.errno in _FORBIDDEN
+            else ""
+        )
+        return Transient(Reason.DEVICE_ABSENT, f"{self.path}: {_text(error)}{hint}")
 
 
 def one_byte(_: bytearray) -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 import pytest
 from cli_kit import DEVICES, Place, eventually
+from click.testing import CliRunner
 from engine_kit import Publisher, published
 
 from edged import cli
@@ -251,7 +253,7 @@ def test_check_config_asks_the_mappers_too(tmp_path: Path) -> None:
     assert answer.json["problems"][0].startswith("device 'one': no mapper 'fake'")
     sound = Place(tmp_path / "sound", extra=DEVICES.partition("[[device]]")[0]).write()
     assert sound.run("check-config", "--json").json == {"problems": [], "models": 1, "devices": 0}
-    assert sound.run("check-config").out.endswith(": 1 models, 0 devices, no fault.\n")
+    assert sound.run("check-config").out.endswith(": 1 model, 0 devices, no fault.\n")
 
 
 def test_the_doctor_needs_no_daemon_and_says_the_cures(tmp_path: Path, publisher: Publisher) -> None:
@@ -275,6 +277,48 @@ def test_the_doctor_needs_no_daemon_and_says_the_cures(tmp_path: Path, publisher
     broken = place.run("doctor", "--json")
     assert broken.code == 1
     assert [finding["what"] for finding in broken.json["findings"]] == ["config"]
+
+
+def test_the_doctor_of_somebody_who_may_not_look_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path).write()
+    place.state.mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place.state and allowed(path, mode))
+    monkeypatch.setattr(Path, "exists", _not_below(place.state, Path.exists))
+    monkeypatch.setattr(Path, "is_file", _not_below(place.state, Path.is_file))
+    found = [
+        (finding["what"], finding["level"]) for finding in place.run("doctor", "--json").json["findings"]
+    ]
+    assert ("state", "warn") in found
+    assert not {what for what, _ in found} & {"database", "trust"}
+
+
+def _not_below(folder: Path, look: Callable[[Path], bool]) -> Callable[[Path], bool]:
+    """``look`` as it is for somebody who may not enter ``folder``."""
+
+    def denied(path: Path) -> bool:
+        if folder in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return look(path)
+
+    return denied
+
+
+def test_the_doctor_passes_on_what_the_daemon_says_of_a_device(tmp_path: Path, publisher: Publisher) -> None:
+    missing = f'[[device]]\nid = "plc"\nmodel = "widget"\nmapper = "uart-stk500"\naddress = "serial:{tmp_path}/tty"\n'
+    place = Place(tmp_path, publisher, extra=DEVICES.partition("[[device]]")[0] + missing).write()
+    with place.daemon():
+        eventually(lambda: place.client.get("devices")["devices"][0]["reason"] == "device_absent")
+        answer = place.run("doctor")
+    assert f"warn  device    plc, the daemon says: device_absent: {tmp_path}/tty: No such file" in answer.out
+
+
+def test_a_configuration_that_is_named_and_not_there_reaches_no_other_daemon(tmp_path: Path) -> None:
+    answer = CliRunner().invoke(cli.main, ["--config", str(tmp_path / "slip.toml"), "status"])
+    assert answer.exit_code == 2
+    assert "slip.toml: cannot be read: No such file or directory" in answer.stderr
 
 
 def test_a_trail_that_was_changed_is_found_offline(tmp_path: Path, publisher: Publisher) -> None:
@@ -310,7 +354,7 @@ def _all_commands(command: click.Command, words: tuple[str, ...] = ()) -> Iterat
         yield " ".join(words), command
 
 
-OURS = [(name, command) for name, command in _all_commands(cli.main) if not name.startswith("release")]
+OURS = list(_all_commands(cli.main))
 
 
 @pytest.mark.parametrize(("name", "command"), OURS, ids=[name for name, _ in OURS])

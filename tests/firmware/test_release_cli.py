@@ -55,6 +55,13 @@ def test_a_release_from_init_to_withdrawal(run: Run) -> None:
     assert "Signed root version 3" in run("renew-root", "repo", "--rotate", "timestamp").output
 
 
+@pytest.mark.parametrize("words", [("list", "repo"), ("publish", "repo"), ("remove", "repo", "blink@1")])
+def test_an_error_of_the_publisher_has_no_cure_for_nodes(run: Run, words: tuple[str, ...]) -> None:
+    output = run(*words, code=3).output
+    assert "edged release init" in output
+    assert "cure" not in output
+
+
 def test_the_keys_lie_beside_the_repository(run: Run) -> None:
     run("init", "repo", "--root-keys", "5", "--root-threshold", "3")
     assert len(list(Path("repo.keys").glob("root-*.pem"))) == 5

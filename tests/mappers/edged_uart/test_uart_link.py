@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import pty
 import termios
@@ -176,6 +177,19 @@ def test_a_port_that_is_not_there_is_absent(tmp_path: Path) -> None:
     error = opening(str(tmp_path / "ttyUSB9"))
     assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
     assert error.detail.endswith("ttyUSB9: No such file or directory")
+
+
+def test_a_port_that_may_not_be_opened_names_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    def deny(link: SerialLink) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(SerialLink, "_open_port", deny)
+    error = opening("/dev/ttyUSB9")
+    assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
+    assert (
+        error.detail
+        == "/dev/ttyUSB9: Permission denied: is the daemon's user in the port's group, usually dialout?"
+    )
 
 
 def test_what_is_no_port_is_no_port(tmp_path: Path) -> None:
