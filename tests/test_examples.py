@@ -72,7 +72,7 @@ def test_the_health_check_of_the_example_sees_its_line() -> None:
 
 
 def test_the_unit_starts_a_command_that_there_is() -> None:
-    unit = (NODE / "edged.service").read_text(encoding="utf-8")
+    unit = (ROOT / "systemd" / "edged.service").read_text(encoding="utf-8")
     assert re.search(r"^ExecStart=\S+/bin/edged run$", unit, re.MULTILINE)
     assert re.search(r"^Type=notify$", unit, re.MULTILINE) and re.search(
         r"^WatchdogSec=\d+$", unit, re.MULTILINE
