@@ -184,10 +184,21 @@ def check_ports(config: Config) -> Iterator[Finding]:
             yield Finding(Level.WARN, "port", f"{settings.id}: {path} is not there", cure)
         elif not os.access(path, os.R_OK | os.W_OK):
             text = f"{settings.id}: user {os.getuid()} may not open {path}"
-            cure = f"add the daemon's user to group {_group_of(path)}"
-            yield Finding(Level.FAIL, "port", text, cure)
+            if _is_daemons_user(config):
+                cure = f"add the daemon's user to group {_group_of(path)}"
+                yield Finding(Level.FAIL, "port", text, cure)
+            else:
+                yield Finding(Level.WARN, "port", text, "run this command as the daemon's user")
         else:
             yield Finding(Level.OK, "port", f"{settings.id}: {path}")
+
+
+def _is_daemons_user(config: Config) -> bool:
+    """Whether this user would run the daemon: the state folder is his, or is yet to be made."""
+    try:
+        return config.node.state_dir.stat().st_uid == os.getuid()
+    except OSError:
+        return True
 
 
 def _group_of(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -54,7 +55,11 @@ def deploy(
     wish = _wish(release, devices, model)
     client = context.client()
     if not yes and not as_json and sys.stdin.isatty():
-        _show_plan(client.post("plans", body=wish))
+        found = client.post("plans", body=wish)
+        _show_plan(found)
+        if _refuses(found):
+            click.echo("Nothing is deployed.", err=True)
+            raise SystemExit(reasons.EXIT_REFUSED)
         click.confirm("Deploy?", abort=True)
     answer = client.post("deployments", body=wish)
     if not wait:
@@ -90,7 +95,7 @@ def plan(context: Context, release: str, devices: tuple[str, ...], model: str | 
         show_json(found)
     else:
         _show_plan(found)
-    if any(item["refused"] for item in found["devices"]):
+    if _refuses(found):
         raise SystemExit(reasons.EXIT_REFUSED)
 
 
@@ -99,6 +104,10 @@ def _wish(release: str, devices: tuple[str, ...], model: str | None) -> dict[str
     if bool(devices) == bool(model):
         raise click.UsageError("name devices with --to, or a model with --model")
     return {"release": release, "model": model} if model else {"release": release, "devices": list(devices)}
+
+
+def _refuses(plan: dict[str, Any]) -> bool:
+    return any(item["refused"] for item in plan["devices"])
 
 
 def _show_plan(found: dict[str, Any]) -> None:
@@ -116,7 +125,7 @@ def _show_plan(found: dict[str, Any]) -> None:
             item["device"],
             text(item["runs"]),
             item["action"].replace("_", " "),
-            f"{item['estimated_minutes']:.2f} min" if item["estimated_minutes"] is not None else "-",
+            _time_text(item),
             item["unit_state"],
         ]
         for item in found["devices"]
@@ -128,6 +137,14 @@ def _show_plan(found: dict[str, Any]) -> None:
             click.echo(
                 f"{item['device']}: refused ({item['refused']['reason']}): {item['refused']['detail']}{cure}"
             )
+
+
+def _time_text(item: dict[str, Any]) -> str:
+    """What the line alone takes, for a person."""
+    minutes = item["estimated_minutes"]
+    if minutes is None or item["action"] in ("nothing", "refuse"):
+        return "-"
+    return f"{minutes:.0f} min" if minutes >= 2 else f"{math.ceil(60 * minutes)} s"
 
 
 def _show_deployment(answer: dict[str, Any], *, as_json: bool) -> None:

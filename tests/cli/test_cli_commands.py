@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from engine_kit import Publisher, published
 
 from edged import cli
+from edged.cli.jobs import _time_text
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,29 @@ def test_a_refusal_ends_with_3_and_one_line_with_its_cure(place: Place) -> None:
     plan = place.run("plan", "ghost@1.0", "--to", "one")
     assert plan.code == 3
     assert "one: refused (release_unknown)" in plan.out
+
+
+def test_nobody_is_asked_about_a_plan_that_is_refused(place: Place) -> None:
+    terminal, stdin = os.openpty()
+    command = [
+        sys.executable,
+        "-m",
+        "edged",
+        "--config",
+        str(place.config),
+        "deploy",
+        "ghost@1.0",
+        "--to",
+        "one",
+    ]
+    try:
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False, timeout=30)
+    finally:
+        os.close(terminal)
+        os.close(stdin)
+    assert (done.returncode, done.stderr) == (3, "Nothing is deployed.\n")
+    assert "one: refused (release_unknown)" in done.stdout
+    assert "Deploy?" not in done.stdout
 
 
 def test_twins_are_read_and_set(place: Place) -> None:
@@ -293,6 +317,34 @@ def test_the_doctor_of_somebody_who_may_not_look_says_so(
     ]
     assert ("state", "warn") in found
     assert not {what for what, _ in found} & {"database", "trust"}
+
+
+def test_the_doctor_of_another_user_blames_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = tmp_path / "tty"
+    port.touch()
+    serial = f'[[device]]\nid = "plc"\nmodel = "widget"\nmapper = "none"\naddress = "serial:{port}"\n'
+    place = Place(tmp_path, extra=DEVICES.partition("[[device]]")[0] + serial).write()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != port and allowed(path, mode))
+    mine = place.run("doctor").out
+    assert f"fail  port      plc: user {os.getuid()} may not open {port}; cure: add the daemon's user" in mine
+    place.state.mkdir()
+    monkeypatch.setattr(os, "getuid", lambda: place.state.stat().st_uid + 1)
+    assert "warn  port      plc: user" in place.run("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("minutes", "action", "text"),
+    [
+        (0.01, "install", "1 s"),
+        (1.5, "install", "90 s"),
+        (3.2, "install", "3 min"),
+        (None, "install", "-"),
+        (1, "nothing", "-"),
+    ],
+)
+def test_a_plan_says_the_time_for_a_person(minutes: float | None, action: str, text: str) -> None:
+    assert _time_text({"estimated_minutes": minutes, "action": action}) == text
 
 
 def _not_below(folder: Path, look: Callable[[Path], bool]) -> Callable[[Path], bool]:
