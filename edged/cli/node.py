@@ -58,8 +58,10 @@ def status(context: Context, as_json: bool) -> None:
     click.echo(
         f"node      {found['node']}, edged {found['version']}, pid {found['pid']}, since {found['started']}"
     )
+    away = devices["configured"] - devices["running"]
     click.echo(
         f"devices   {devices['configured']} configured, {devices['running']} connected, {devices['left_out']} left out"
+        + ("; edged devices says why" if away else "")
     )
     click.echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
     click.echo(f"trust     {_trust_line(trust)}")

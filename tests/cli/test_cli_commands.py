@@ -364,6 +364,7 @@ def test_the_doctor_passes_on_what_the_daemon_says_of_a_device(tmp_path: Path, p
     with place.daemon():
         eventually(lambda: place.client.get("devices")["devices"][0]["reason"] == "device_absent")
         answer = place.run("doctor")
+        assert "1 configured, 0 connected, 0 left out; edged devices says why" in place.run("status").out
     assert f"warn  device    plc, the daemon says: device_absent: {tmp_path}/tty: No such file" in answer.out
 
 
