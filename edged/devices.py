@@ -23,7 +23,7 @@ from edged.api import (
 from edged.clock import Clock
 from edged.config import Config, DeviceSettings, Model
 from edged.domain.admission import check_identity
-from edged.domain.job import State
+from edged.domain.job import ACTIVE_STATES, State
 from edged.domain.reconcile import FIRMWARE, release_of
 from edged.domain.twin import Value, delta
 from edged.errors import EdgedError, Permanent, Reason, Refused
@@ -194,7 +194,12 @@ class Devices:
 
 
 def _forget_if_other(tx: Tx, device: str, runs: str) -> bool:
-    """Whether ``runs`` is not what the release identifies as that the twin reports; the report is then taken back."""
+    """Whether ``runs`` is not what the release identifies as that the twin reports; the report is then taken back.
+
+    Never while a job changes the device: a trial boot runs another image, and the job says how it ended.
+    """
+    if any(job.touched for job in jobs.find(tx, device=device, states=ACTIVE_STATES)):
+        return False
     reported = twins.get(tx, device).reported.get(FIRMWARE)
     release = release_of(reported.value) if reported else None
     if release is None:
