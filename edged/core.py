@@ -71,4 +71,5 @@ def build(ground: Ground, verify: Verify = verify_in_child) -> Core:
     )
     engine = Engine(shop, devices.sessions)
     devices.drifted = engine.device_changed
+    devices.returned = engine.device_returned
     return Core(broadcast, reports, devices, trust, images, engine)

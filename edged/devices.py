@@ -99,7 +99,7 @@ def _parse(spec: MapperSpec, settings: DeviceSettings) -> object:
 class Devices:
     """All devices of the configuration. ``sessions`` has the usable ones, ``left_out`` the others, by id.
 
-    ``drifted`` is called with a device that came back with another image.
+    ``drifted`` is called with a device that came back with another image, ``returned`` with one whose session was opened.
     """
 
     def __init__(
@@ -109,6 +109,7 @@ class Devices:
         self.left_out: dict[str, LeftOut] = {}
         self.attached: dict[str, Attached] = {}
         self.drifted: Callable[[str], None] = lambda device: None
+        self.returned: Callable[[str], None] = lambda device: None
         self._store = store
         self._reports = reports
         self._clock = clock
@@ -155,6 +156,7 @@ class Devices:
             identity = expect(Identity, await plugin_call(self._call_s, session.identify))
             check_identity(device, (), identity)
         self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, {})
+        self.returned(device.id)
         if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
             await self._notice_version(device, expect(Slots, await plugin_call(self._call_s, session.slots)))
         twin = await self._store.read(lambda tx: twins.get(tx, device.id))

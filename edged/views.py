@@ -154,6 +154,7 @@ def trust_json(trust: Trust, repository: str) -> Json:
         "root": str(trust.root_path),
         "online": report.online if report else None,
         "stale_s": report.stale_seconds if report else None,
+        "offline_because": (report.offline_because or None) if report else None,
         "roles": [
             {"role": role.role, "version": role.version, "expires": to_text(role.expires)}
             for role in (report.roles if report else ())

@@ -75,6 +75,7 @@ def _trust_line(trust: dict[str, Any]) -> str:
     if trust["online"] is None:
         return f"{text(trust['repository'])}: not verified yet"
     line = f"{trust['repository']}: {counted(trust['releases'], 'release')}, {'online' if trust['online'] else 'offline'}"
+    line += f" ({trust['offline_because']})" if trust["offline_because"] else ""
     return line + (f", metadata expired {trust['stale_s'] / 3600:.1f} h ago" if trust["stale_s"] else "")
 
 

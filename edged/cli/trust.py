@@ -93,6 +93,8 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
         found["online"]
     ]
     click.echo(f"repository  {text(found['repository'])} ({state})")
+    if found["offline_because"]:
+        click.echo(f"offline     {found['offline_because']}")
     if found["stale_s"]:
         click.echo(f"stale       the metadata expired {found['stale_s'] / 3600:.1f} hours ago")
     if found["failure"]:

@@ -31,6 +31,7 @@ class Engine:
         self._sessions = sessions
         self._running: dict[str, JobRunner] = {}
         self._dirty: set[str] = {unit.device.id for unit in sessions.all()}
+        self._returned: set[str] = set()
         self._orphans: frozenset[str] = frozenset()
         # a second for what the rounding of stored times does
         self._longest_wait = timedelta(seconds=shop.settings.longest_backoff_s + 1)
@@ -43,6 +44,12 @@ class Engine:
 
     def device_changed(self, device: str) -> None:
         """The twin of ``device`` has changed: look whether it wants a job."""
+        self._dirty.add(device)
+        self._wake.set()
+
+    def device_returned(self, device: str) -> None:
+        """The device is there: a job that waits for just that need not wait longer."""
+        self._returned.add(device)
         self._dirty.add(device)
         self._wake.set()
 
@@ -93,13 +100,18 @@ class Engine:
         settings, devices = self._shop.settings, sorted(self._dirty)
         if not devices:
             return
+        returned = frozenset(self._returned)
         self._dirty.clear()
+        self._returned.clear()
         try:
             changed = await self._shop.store.write(
-                lambda tx: [reconcile_device(tx, device, settings) for device in devices]
+                lambda tx: [
+                    reconcile_device(tx, device, settings, is_back=device in returned) for device in devices
+                ]
             )
         except EdgedError:
             self._dirty.update(devices)
+            self._returned.update(returned)
             raise
         for job in changed:
             if job is not None:

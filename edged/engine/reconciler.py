@@ -15,8 +15,11 @@ from edged.store import audit, jobs, outbox, twins
 from edged.store.database import Tx
 
 
-def reconcile_device(tx: Tx, device: str, settings: EngineSettings) -> Job | None:
-    """Compare ``device``'s desired and reported firmware and do what follows; returns the job made or changed."""
+def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: bool = False) -> Job | None:
+    """Compare ``device``'s desired and reported firmware and do what follows; returns the job made or changed.
+
+    ``is_back``: the device was just seen, so that a job that waits for an absent device is due.
+    """
     twin = twins.get(tx, device)
     desired = twin.desired.get(FIRMWARE)
     active = jobs.active_for(tx, device, FIRMWARE)
@@ -26,6 +29,9 @@ def reconcile_device(tx: Tx, device: str, settings: EngineSettings) -> Job | Non
             return _make(tx, device, wish, settings)
         case CancelJob() as wish:
             return cancel(tx, wish.job, wish.reason, "engine")
+    # only for a port that was not there: a device that is there and does not answer keeps its back-off
+    if is_back and active and active.waiting and active.waiting.reason is Reason.DEVICE_ABSENT:
+        return jobs.advance(tx, active, replace(active, waiting=None), "device is back")
     return None
 
 

@@ -241,7 +241,7 @@ class JobRunner:
         # who waits for the world does not use up the steps of the job: its deadline bounds it
         steps = self._ledger.row.steps if error.reason in retry.PATIENT else job.steps
         waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting, steps=steps)
-        await self._ledger.wait(waiting, str(error))
+        await self._ledger.wait(waiting, error.detail)
         return False
 
     async def _stop_for(self, error: Permanent | Refused) -> None:

@@ -166,6 +166,7 @@ class TrustReport:
       stored likewise. The clock is not in it: a clock that once jumped ahead must not stop updates for good.
     - ``now``: the time that was used, the later of the floor and the clock.
     - ``online``: False when the source did not answer and the last good metadata was verified again.
+    - ``offline_because``: why the source did not answer; empty when it did.
     - ``stale_seconds``: how long ago the timestamp or the snapshot expired; 0.0 when neither has.
     """
 
@@ -177,6 +178,7 @@ class TrustReport:
     now: datetime
     online: bool
     stale_seconds: float
+    offline_because: str = ""
 
     @property
     def offline(self) -> bool:
@@ -201,6 +203,7 @@ class TrustReport:
             now=datetime.fromisoformat(data["now"]),
             online=data["online"],
             stale_seconds=data["stale_seconds"],
+            offline_because=data["offline_because"],
         )
 
     def to_json(self) -> dict[str, object]:
@@ -220,6 +223,7 @@ class TrustReport:
             "now": self.now.isoformat(),
             "online": self.online,
             "stale_seconds": self.stale_seconds,
+            "offline_because": self.offline_because,
         }
 
 

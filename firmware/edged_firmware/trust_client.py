@@ -195,14 +195,14 @@ def verify_with_tuf(request: TrustRequest) -> TrustReport:
     if not request.root:
         raise Refused(Reason.TRUST_MISSING, "no root metadata is installed: run `edged trust init`")
     with _alone(request.metadata_dir):
-        accepted, online = _refresh(request)
+        accepted, offline = _refresh(request)
         _check_layout(accepted.root)
         now = _proven_time(accepted, request.reference_time)
         _check_expiry(accepted, now, request.offline_grace)
         _check_floors(accepted, request.seen)
-        if online:
+        if offline is None:
             _keep_last_good(request.metadata_dir)
-    return _report(request, accepted, now, online)
+    return _report(request, accepted, now, offline)
 
 
 @contextmanager
@@ -244,18 +244,19 @@ def _alone(folder: Path) -> Iterator[None]:
         os.close(fd)
 
 
-def _refresh(request: TrustRequest) -> tuple[Accepted, bool]:
-    """What is accepted now, and whether the source answered."""
+def _refresh(request: TrustRequest) -> tuple[Accepted, Transient | None]:
+    """What is accepted now, and why the source did not answer (None: it did)."""
     _check_root(request)
     if request.source is None:
-        return _from_last_good(request, Transient(Reason.FETCH_FAILED, "there is no source")), False
+        absent = Transient(Reason.FETCH_FAILED, "there is no source")
+        return _from_last_good(request, absent), absent
     try:
         with translated():
-            return _online_updater(request, request.source).refreshed(), True
+            return _online_updater(request, request.source).refreshed(), None
     except Transient as error:
         if error.reason is not Reason.FETCH_FAILED:
             raise
-        return _from_last_good(request, error), False
+        return _from_last_good(request, error), error
 
 
 def _check_root(request: TrustRequest) -> None:
@@ -379,7 +380,9 @@ def _recovering(role: str, root: Root, seen: SeenRole) -> bool:
     return role != Root.type and not set(seen.keyids) <= set(root.roles[role].keyids)
 
 
-def _report(request: TrustRequest, accepted: Accepted, now: datetime, online: bool) -> TrustReport:
+def _report(
+    request: TrustRequest, accepted: Accepted, now: datetime, offline: Transient | None
+) -> TrustReport:
     releases, rejected = _releases(accepted.targets)
     proven = _issued(accepted.timestamp) or request.build_time
     first_expiry = min(accepted.timestamp.expires, accepted.snapshot.expires)
@@ -395,7 +398,8 @@ def _report(request: TrustRequest, accepted: Accepted, now: datetime, online: bo
         },
         time_floor=max(request.build_time, request.time_floor or request.build_time, proven).astimezone(UTC),
         now=now,
-        online=online,
+        online=offline is None,
+        offline_because=offline.detail if offline else "",
         stale_seconds=max(0.0, (now - first_expiry).total_seconds()),
     )
 

@@ -263,6 +263,26 @@ def test_an_absent_device_is_waited_for(place: Place) -> None:
     asyncio.run(run())
 
 
+def test_a_job_goes_on_as_soon_as_its_wire_is_there_again(place: Place) -> None:
+    """It does not sit out the back-off of an absent device."""
+    place.device()
+    bus = place.plugin.bus("bus")
+    bus.lost = True
+    place.engine = attrs.evolve(place.engine, first_backoff_s=600, longest_backoff_s=600)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            async with asyncio.timeout(10):
+                while not (found := await node.jobs("dev-1")) or found[0].waiting is None:
+                    await asyncio.sleep(0.01)
+            assert found[0].waiting.reason is Reason.DEVICE_ABSENT
+            bus.lost = False
+            assert (await node.ended("dev-1", timeout_s=20)).state is State.SUCCEEDED
+
+    asyncio.run(run())
+
+
 def test_the_wrong_device_is_not_written(place: Place) -> None:
     device = place.device(hardware_id="fake:2")
 
