@@ -176,8 +176,9 @@ class StoreMachine(RuleBasedStateMachine):
     def compare_due(self, tx: Tx) -> None:
         now = self.clock.moment
         active = [job for job in self.jobs.values() if job.state in ACTIVE_STATES]
-        ready = [job.id for job in active if job.waiting is None or job.waiting.until <= now]
-        assert [job.id for job in jobs.due(tx, now)] == ready
+        ready = [job for job in active if job.waiting is None or job.waiting.until <= now]
+        ready.sort(key=lambda job: job.waiting.until if job.waiting else job.created)
+        assert [job.id for job in jobs.due(tx, now)] == [job.id for job in ready]
         wakes = [now if job.waiting is None else job.waiting.until for job in active]
         assert jobs.next_due_at(tx) == min(wakes, default=None)
 
