@@ -26,8 +26,6 @@ T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:.+")
 
-DEFAULT_PATH = Path("/etc/edged/edged.toml")
-
 
 class _NotAllowed(ValueError):
     """A value outside what is allowed; its text is the "allowed" part of the message. ``key`` is the attribute that

@@ -79,9 +79,6 @@ class Facts:
     bounds: Bounds = Bounds()
 
 
-_TOUCHING = frozenset({State.STAGING, State.ACTIVATING, State.VERIFYING})
-
-
 def next_step(job: Job, facts: Facts) -> Step | None:
     """The next step, or None where the job has ended.
 

@@ -43,11 +43,6 @@ class Status:
     total_bytes: int
     bytes_per_s: float
 
-    @property
-    def eta_s(self) -> float | None:
-        """Seconds to the end of the phase at the present speed."""
-        return (self.total_bytes - self.done_bytes) / self.bytes_per_s if self.bytes_per_s > 0 else None
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
