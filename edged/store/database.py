@@ -134,10 +134,7 @@ class Store:
         try:
             yield cls(path, writer, reader, opened.reason)
         finally:
-            threads = [thread for thread in (reader, writer) if thread is not None]
-            for thread in threads:
-                thread.stop()
-            await asyncio.shield(asyncio.gather(*(thread.ended() for thread in threads)))
+            await asyncio.shield(_end(reader, writer))
 
     @property
     def path(self) -> Path:
@@ -183,6 +180,16 @@ class Store:
         """Through the writer's queue and back, without touching the disk: proof that the writer lives."""
         if self._writer is not None:
             await self._writer.submit(None)
+
+
+async def _end(*threads: _Thread | None) -> None:
+    """One after the other, the writer last: of two connections that close at the same moment, each takes the
+    other for the last one, and the write-ahead log stays beside the database instead of moving into it.
+    """
+    for thread in threads:
+        if thread is not None:
+            thread.stop()
+            await thread.ended()
 
 
 async def _shielded(future: asyncio.Future[_T]) -> _T:
