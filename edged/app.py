@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -28,9 +29,9 @@ from edged.core import build as build_core
 from edged.deployments import Deployments
 from edged.errors import EdgedError, Permanent, Reason
 from edged.metrics import Metrics
-from edged.notify import Notifier
+from edged.notify import Notifier, inherited
 from edged.reports import Reports
-from edged.server import Site, api_app, listen_tcp, listen_unix, metrics_app
+from edged.server import Site, adopt_unix, api_app, listen_tcp, listen_unix, metrics_app
 from edged.store import jobs, outbox
 from edged.store.artifacts import Artifacts
 from edged.store.database import Store
@@ -44,6 +45,8 @@ log = logging.getLogger(__name__)
 
 STATE_MODE = 0o750
 LOCK_NAME = "edged.pid"
+API_SOCKET = "api"
+"""``FileDescriptorName=`` of ``edged.socket``."""
 HOUSEKEEPING_S = 3600.0
 HUNG_S = 2.0
 END_S = 10.0
@@ -74,7 +77,8 @@ def main(config: Config, extra_plugins: ExtraPlugins = ()) -> None:
     last = threading.Timer(END_S, _cut_off)
     last.daemon = True
     try:
-        asyncio.run(serve(config, extra_plugins, Notifier.from_environment(os.environ), last.start))
+        notifier, api = Notifier.from_environment(os.environ), inherited(os.environ).get(API_SOCKET)
+        asyncio.run(serve(config, extra_plugins, notifier, api, last.start))
     finally:
         last.cancel()
 
@@ -88,11 +92,14 @@ async def serve(
     config: Config,
     extra_plugins: ExtraPlugins,
     notifier: Notifier,
-    stopping: Callable[[], None] = lambda: None,
+    api: socket.socket | None,
+    stopping: Callable[[], None],
 ) -> None:
-    """:func:`main` on a running loop. ``stopping`` is called when the end begins."""
+    """:func:`main` on a running loop. ``api``: the API's socket, where it is open already. ``stopping`` is called when
+    the end begins.
+    """
     async with build(config, extra_plugins) as daemon:
-        await _run(daemon, notifier, stopping)
+        await _run(daemon, notifier, api, stopping)
 
 
 @asynccontextmanager
@@ -198,13 +205,15 @@ async def _fetcher(settings: FetchSettings, metrics: Metrics) -> AsyncIterator[F
             await one.close()
 
 
-async def _run(daemon: Daemon, notifier: Notifier, stopping: Callable[[], None]) -> None:
+async def _run(
+    daemon: Daemon, notifier: Notifier, api: socket.socket | None, stopping: Callable[[], None]
+) -> None:
     """Everything at once until a signal; then the end, in order."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     parts, config = daemon.parts, daemon.parts.config
-    sites = await _sites(daemon)
+    sites = await _sites(daemon, api)
     writable = parts.store.read_only_reason is None
     async with asyncio.TaskGroup() as core:
         start = core.create_task
@@ -235,8 +244,9 @@ async def _run(daemon: Daemon, notifier: Notifier, stopping: Callable[[], None])
             await _ended(tasks)
     if writable:
         await daemon.reports.flush()
-    with suppress(OSError):
-        config.api.socket.unlink()
+    if api is None:
+        with suppress(OSError):
+            config.api.socket.unlink()
 
 
 async def _ended(tasks: list[asyncio.Task[Any]]) -> None:
@@ -250,13 +260,16 @@ async def _ended(tasks: list[asyncio.Task[Any]]) -> None:
         await asyncio.wait(hung)
 
 
-async def _sites(daemon: Daemon) -> list[Site]:
+async def _sites(daemon: Daemon, api: socket.socket | None) -> list[Site]:
     """The API's socket, which must be there; the metrics' port, which may be missing."""
     config, control = daemon.parts.config, daemon.control
-    sock, problem = await asyncio.to_thread(listen_unix, config.api.socket, config.api.group)
+    if api is not None:
+        sock, problem = api, adopt_unix(api, config.api.socket)
+    else:
+        sock, problem = await asyncio.to_thread(listen_unix, config.api.socket, config.api.group)
     if problem:
         control.faults["api"] = problem
-        log.warning("socket without its group", extra={"detail": problem})
+        log.warning("the API's socket is not as it should be", extra={"detail": problem})
     sites = [Site(sock, lambda: api_app(control))]
     if config.metrics.listen:
         try:

@@ -1,6 +1,7 @@
-"""Telling systemd how the daemon is: the ``sd_notify(3)`` protocol over ``AF_UNIX``, without a library.
+"""What systemd is told and what it hands over: ``sd_notify(3)`` and ``sd_listen_fds(3)``, without a library.
 
-Silent where nobody listens (``NOTIFY_SOCKET`` is not set): a daemon that was started by hand works the same.
+Silent where nobody listens (``NOTIFY_SOCKET`` is not set), and empty where nothing is handed over: a daemon that was
+started by hand works the same.
 """
 
 from __future__ import annotations
@@ -8,10 +9,36 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
+from typing import Final
 
 log = logging.getLogger(__name__)
+
+_FIRST_FD: Final = 3
+"""``SD_LISTEN_FDS_START``."""
+
+
+def inherited(environment: MutableMapping[str, str]) -> dict[str, socket.socket]:
+    """The sockets that systemd opened for this process, by their ``FileDescriptorName=``; taken once.
+
+    The variables are removed, and no child inherits the descriptors. A descriptor that is no socket is left alone.
+    """
+    mine = environment.pop("LISTEN_PID", "") == str(os.getpid())
+    count = environment.pop("LISTEN_FDS", "")
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
+    if not mine or not count.isdecimal():
+        return {}
+    names += [""] * (int(count) - len(names))
+    found: dict[str, socket.socket] = {}
+    for fd, name in enumerate(names[: int(count)], _FIRST_FD):
+        try:
+            os.set_inheritable(fd, False)
+            found[name] = socket.socket(fileno=fd)
+        except OSError as exc:
+            log.warning("no socket was handed over", extra={"fd": fd, "fd_name": name, "error": exc.strerror})
+            continue
+        found[name].setblocking(False)
+    return found
 
 
 class Notifier:
@@ -33,16 +60,12 @@ class Notifier:
         return cls(environment.get("NOTIFY_SOCKET") or None, watchdog_s)
 
     def ready(self) -> None:
-        """Started, or reloaded."""
+        """Started."""
         self._send("READY=1")
 
     def stopping(self) -> None:
         """The end begins."""
         self._send("STOPPING=1")
-
-    def reloading(self) -> None:
-        """A reload begins; :meth:`ready` ends it."""
-        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def watchdog(self) -> None:
         """All is well."""

@@ -47,6 +47,8 @@ Handler: TypeAlias = "Callable[[web.Request], Awaitable[web.StreamResponse]]"
 def listen_unix(path: Path, group: str) -> tuple[socket.socket, str]:
     """A listening socket at ``path``, mode 0660, group ``group``; blocks. The text says why the group is not set, if so.
 
+    Where systemd opened the socket (``edged.socket``), mode and group are in its unit: see :func:`adopt_unix`.
+
     The folder is made where it is missing. A socket that nobody answers at is replaced. Raises ``Permanent(STORAGE_FAILED)``
     where the path cannot be used, ``Permanent(CONFIG_INVALID)`` where something else is or answers there.
     """
@@ -66,6 +68,22 @@ def listen_unix(path: Path, group: str) -> tuple[socket.socket, str]:
         sock.close()
         raise
     return sock, problem
+
+
+def adopt_unix(sock: socket.socket, path: Path) -> str:
+    """What is wrong with a socket that was opened for us, empty where it listens at ``path``.
+
+    Raises ``Permanent(CONFIG_INVALID)`` where it is no listening unix socket.
+    """
+    if sock.family != socket.AF_UNIX or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        raise Permanent(
+            Reason.CONFIG_INVALID,
+            "what edged.socket hands over is no listening unix socket; see ListenStream=",
+        )
+    where = str(sock.getsockname())
+    if where == str(path):
+        return ""
+    return f"edged.socket listens at {where}, api.socket says {path}; commands find only the latter: make them equal"
 
 
 def _remove_stale(path: Path) -> None:

@@ -7,7 +7,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
-DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus"
+DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus systemd"
 PYTHON=${PYTHON:-python3}
 floors=no
 demo=no

@@ -10,11 +10,15 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from cli_kit import DEVICES, Place, eventually, hear
 from engine_kit import Publisher, published
+
+from edged.cli.client import Client
 
 DEAD_SERVER = "http://127.0.0.1:1/repo"
 
@@ -174,6 +178,54 @@ def test_does_not_take_the_socket_of_a_living_process(tmp_path: Path) -> None:
         assert "another process answers" in err
 
 
+@contextmanager
+def activated(place: Place, where: Path, name: str = "api") -> Iterator[subprocess.Popen[str]]:
+    """The daemon as a socket unit starts it: by the first connection to ``where``, which is open already."""
+    python_path = f"PYTHONPATH={os.pathsep.join(sys.path)}"
+    activate = ["systemd-socket-activate", "-l", str(where), f"--fdname={name}", "-E", python_path]
+    daemon = [sys.executable, "-m", "edged", "--config", str(place.config), "run"]
+    process = subprocess.Popen([*activate, *daemon], stderr=subprocess.PIPE, text=True)
+    try:
+        eventually(where.is_socket)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_serves_on_the_socket_that_systemd_opened_and_leaves_it_there(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="", group="no-such-group").write()
+    with activated(place, place.socket) as process:
+        before = place.socket.stat()
+        status = place.client.get("status")
+        assert status["pid"] == process.pid
+        assert not [problem for problem in status["problems"] if problem["part"] == "api"]
+        after = place.socket.stat()
+        assert (after.st_ino, after.st_mode, after.st_gid) == (before.st_ino, before.st_mode, before.st_gid)
+        process.terminate()
+        assert process.wait(10) == 0
+        assert place.socket.stat().st_ino == before.st_ino
+
+
+def test_a_socket_unit_at_another_place_is_served_and_said(tmp_path: Path) -> None:
+    place, elsewhere = Place(tmp_path, extra="").write(), tmp_path / "elsewhere.sock"
+    with activated(place, elsewhere):
+        problems = Client(elsewhere).get("status")["problems"]
+        details = {problem["part"]: problem["detail"] for problem in problems}
+        assert details["api"].startswith(
+            f"edged.socket listens at {elsewhere}, api.socket says {place.socket}"
+        )
+        assert not place.socket.exists()
+
+
+def test_a_socket_of_another_name_is_not_the_apis(tmp_path: Path) -> None:
+    place, elsewhere = Place(tmp_path, extra="").write(), tmp_path / "elsewhere.sock"
+    with activated(place, elsewhere, "other"), socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(elsewhere))
+        eventually(place.socket.is_socket)
+        assert place.client.get("status")["node"] == "node-1"
+
+
 def test_feeds_the_watchdog_while_store_and_engine_live(tmp_path: Path) -> None:
     place = Place(tmp_path).write()
     listener_path = tmp_path / "watchdog.sock"
@@ -265,6 +317,8 @@ def test_what_devices_report_is_kept_and_what_they_should_have_is_told_them(tmp_
 _WITH_A_HANGING_MAPPER = """
 import asyncio, sys
 from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from edged import app
 from edged.config import load
