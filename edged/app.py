@@ -20,9 +20,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edged import __version__, logs, plugins
+from edged import __version__, credentials, logs, plugins
 from edged.clock import SystemClock
-from edged.config import Config, FetchSettings
+from edged.config import Config, FetchSettings, TrustSettings
 from edged.control import Control, Parts
 from edged.core import Ground
 from edged.core import build as build_core
@@ -112,9 +112,10 @@ async def build(config: Config, extra_plugins: ExtraPlugins = ()) -> AsyncIterat
     with _owned(folder):
         metrics = Metrics(clock, {device.id: device.model for device in config.device})
         key = await asyncio.to_thread(NodeKey.load_or_create, folder)
+        authorization, problem = await asyncio.to_thread(_authorization, config.trust)
         async with (
             Store.open(folder / "edged.db", clock, observe=metrics.committed) as store,
-            _fetcher(config.fetch, metrics) as fetcher,
+            _fetcher(config.fetch, metrics, authorization) as fetcher,
         ):
             artifacts = Artifacts(store, folder / "artifacts", config.storage.artifact_quota_bytes)
             await artifacts.recover()
@@ -128,8 +129,13 @@ async def build(config: Config, extra_plugins: ExtraPlugins = ()) -> AsyncIterat
                 artifacts=artifacts,
                 fetcher=fetcher,
                 observer=metrics,
+                authorization=authorization,
             )
-            yield _assemble(ground, metrics)
+            daemon = _assemble(ground, metrics)
+            if problem:
+                daemon.control.faults["credential"] = problem
+                log.warning("credential not used", extra={"detail": problem})
+            yield daemon
 
 
 def _assemble(ground: Ground, metrics: Metrics) -> Daemon:
@@ -185,8 +191,18 @@ def _lock(fd: int, folder: Path) -> None:
     os.write(fd, f"{os.getpid()}\n".encode())
 
 
+def _authorization(settings: TrustSettings) -> tuple[str, str]:
+    """The header for the repository's server, and why it cannot be had: a node without it is of use offline."""
+    if not settings.credential:
+        return "", ""
+    try:
+        return credentials.read(os.environ, settings.credential), ""
+    except Permanent as exc:
+        return "", exc.detail
+
+
 @asynccontextmanager
-async def _fetcher(settings: FetchSettings, metrics: Metrics) -> AsyncIterator[Fetcher]:
+async def _fetcher(settings: FetchSettings, metrics: Metrics, authorization: str) -> AsyncIterator[Fetcher]:
     """The downloader. Its HTTP session, and the library behind it, come with the first download."""
     opened: list[aiohttp.ClientSession] = []
 
@@ -194,7 +210,8 @@ async def _fetcher(settings: FetchSettings, metrics: Metrics) -> AsyncIterator[F
         import aiohttp
 
         if not opened:
-            opened.append(aiohttp.ClientSession())
+            headers = {"Authorization": authorization} if authorization else None
+            opened.append(aiohttp.ClientSession(headers=headers))
         return opened[0]
 
     cap = BandwidthCap(settings.bandwidth_bytes_per_s) if settings.bandwidth_bytes_per_s else None

@@ -25,6 +25,7 @@ from edged.errors import ConfigError
 T = TypeVar("T")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:.+")
+_SECRET_MAY_GO = re.compile(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:/]")
 
 
 class _NotAllowed(ValueError):
@@ -93,10 +94,15 @@ class TrustSettings:
     """``[trust]``: where releases come from and how old their metadata may be.
 
     ``repository``: URL (https, http, file) or folder; empty: none. ``root``: the root of trust to begin with, where the
-    operator has set none with ``edged trust init``.
+    operator has set none with ``edged trust init``. ``credential``: name of the secret that the repository's server wants
+    as the Authorization header (RFC 9110 11.6.2); empty: none.
     """
 
     repository: str = ""
+    credential: str = attrs.field(
+        default="",
+        validator=_matches(re.compile(r"|[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"), "the name of a file, or empty"),
+    )
     root: Path | None = None
     refresh_s: float = attrs.field(default=3600.0, validator=_between(5, 604_800))
     offline_grace_days: float = attrs.field(default=30.0, validator=_between(0, 365))
@@ -354,6 +360,11 @@ def _cross_check(config: Config) -> list[str]:
         )
         for name, count in _repeated(names)
     ]
+    if config.trust.credential and not _SECRET_MAY_GO.match(config.trust.repository):
+        allowed = "https:// (or http:// to this machine), so that nobody on the way reads the credential"
+        problems.append(
+            f"trust.repository: found {config.trust.repository!r}; allowed with trust.credential: {allowed}"
+        )
     known = ", ".join(sorted(config.models)) or "none is described"
     problems += [
         f"device {device.id!r}: model: found {device.model!r}; allowed: {known}"

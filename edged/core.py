@@ -35,6 +35,8 @@ class Ground:
     artifacts: Artifacts
     fetcher: Fetcher
     observer: Observer
+    authorization: str = ""
+    """For the repository's server; empty: none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,16 @@ def build(ground: Ground, verify: Verify = verify_in_child) -> Core:
     reports = Reports(store, clock, broadcast)
     devices = Devices(config, ground.plugins, store, reports, clock)
     folder = config.node.state_dir / "trust"
-    trust = Trust(store, clock, config.trust, folder, from_text(BUILD_TIME), ground.observer, verify)
+    trust = Trust(
+        store,
+        clock,
+        config.trust,
+        folder,
+        from_text(BUILD_TIME),
+        ground.observer,
+        verify,
+        ground.authorization,
+    )
     images = Images(ground.artifacts, ground.fetcher, config.trust.repository, ground.observer)
     shop = Workshop(
         store=store,

@@ -30,7 +30,10 @@ Verify = Callable[[TrustRequest], Awaitable[TrustReport]]
 
 
 class Trust:
-    """The node's view of its release repository. ``folder`` holds the root of trust and the metadata cache."""
+    """The node's view of its release repository. ``folder`` holds the root of trust and the metadata cache.
+
+    ``authorization``: what the repository's server is sent as the Authorization header; empty: nothing.
+    """
 
     def __init__(
         self,
@@ -41,6 +44,7 @@ class Trust:
         build_time: datetime,
         observer: Observer,
         verify: Verify = verify_in_child,
+        authorization: str = "",
     ) -> None:
         self._store = store
         self._clock = clock
@@ -49,6 +53,7 @@ class Trust:
         self._build_time = build_time
         self._observer = observer
         self._verify = verify
+        self._authorization = authorization
         self._report: TrustReport | None = None
         self._refreshed = 0.0
         self._began = 0.0
@@ -171,6 +176,7 @@ class Trust:
             time_floor=floor,
             seen=seen,
             offline_grace_s=self._settings.offline_grace.total_seconds(),
+            authorization=self._authorization,
         )
 
     async def _accept(self, report: TrustReport, actor: str, event: str) -> None:

@@ -81,6 +81,8 @@ class TrustRequest:
     - ``offline_grace_s``: for so long after its expiry a timestamp or snapshot is still accepted. An expired
       root or targets never is. It holds whether or not the source answers, because whoever can serve old
       files can as well cut the line.
+    - ``authorization``: what an http server wants as the Authorization header; empty: nothing. It goes to the child
+      process through a pipe.
     - ``socket_timeout_s``: longest silence of a server; ``timeout_s``: of the whole run in a child process.
     """
 
@@ -92,6 +94,7 @@ class TrustRequest:
     time_floor: datetime | None = None
     seen: Seen = field(default_factory=dict, hash=False)
     offline_grace_s: float = 0.0
+    authorization: str = field(default="", repr=False)
     socket_timeout_s: float = 30.0
     timeout_s: float = 120.0
 
@@ -118,6 +121,7 @@ class TrustRequest:
             time_floor=None if floor is None else datetime.fromisoformat(floor),
             seen=seen_from_json(data["seen"]),
             offline_grace_s=data["offline_grace_s"],
+            authorization=data["authorization"],
             socket_timeout_s=data["socket_timeout_s"],
             timeout_s=data["timeout_s"],
         )
@@ -133,6 +137,7 @@ class TrustRequest:
             "time_floor": None if self.time_floor is None else self.time_floor.isoformat(),
             "seen": seen_to_json(self.seen),
             "offline_grace_s": self.offline_grace_s,
+            "authorization": self.authorization,
             "socket_timeout_s": self.socket_timeout_s,
             "timeout_s": self.timeout_s,
         }

@@ -49,12 +49,16 @@ class SourceFetcher(FetcherInterface):
     """Reads ``http(s)://`` through tuf's own pool and ``file://`` from a folder.
 
     ``socket_timeout_s``: longest silence of a server. An absent file is HTTP status 404 either way.
+    ``authorization``: the Authorization header for the server; urllib3 keeps it from other hosts in a redirect.
     """
 
-    def __init__(self, socket_timeout_s: float) -> None:
+    def __init__(self, socket_timeout_s: float, authorization: str = "") -> None:
         # tuf declares whole seconds; urllib3, which gets it, takes fractions.
         self._http = Urllib3Fetcher(app_user_agent="edged")
         self._http.socket_timeout = socket_timeout_s  # type: ignore[assignment]
+        if authorization:
+            # tuf has no public way to set a header
+            self._http._proxy_env._kw_args["headers"]["Authorization"] = authorization
 
     def download_bytes(self, url: str, max_length: int) -> bytes:
         """As the interface says, but in memory: metadata is small, and a temporary file wears flash."""
@@ -273,7 +277,7 @@ def _online_updater(request: TrustRequest, source: str) -> DurableUpdater:
     return DurableUpdater(
         request.metadata_dir,
         base_url(source, "metadata"),
-        SourceFetcher(request.socket_timeout_s),
+        SourceFetcher(request.socket_timeout_s, request.authorization),
         root=request.root,
         now=request.reference_time - request.offline_grace,
     )

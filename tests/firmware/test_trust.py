@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -15,13 +16,15 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from guarded import AUTHORIZATION, guarded
 from trust_kit import DAY, NOW, Client, Publisher, digest, foreign_signer, forge, refs, served, versions
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, Targets
 from tuf.ngclient import Updater
+from tuf.ngclient.urllib3_fetcher import Urllib3Fetcher
 
 from edged_firmware.errors import EdgedError, Reason, Refused, Transient
 from edged_firmware.repository import Folder, describe, sign_role
-from edged_firmware.trust import SeenRole, TrustReport, TrustRequest
+from edged_firmware.trust import SeenRole, TrustReport, TrustRequest, verify_in_child
 from edged_firmware.trust_client import DurableUpdater, SourceFetcher, base_url, translated
 
 
@@ -691,6 +694,21 @@ def test_the_private_members_of_tuf_that_are_used_are_there(publisher: Publisher
         "_load_targets",
     ):
         assert callable(getattr(updater, name)), name
+    assert Urllib3Fetcher()._proxy_env._kw_args["headers"].keys() == {"User-Agent"}
+
+
+def test_a_guarded_repository_is_sent_the_credential_and_nobody_is_shown_it(
+    publisher: Publisher, client: Client
+) -> None:
+    with guarded(publisher.repo) as client.source:
+        report = asyncio.run(verify_in_child(client.request(authorization=AUTHORIZATION)))
+        assert report.online
+        client.lose_cache()
+        with pytest.raises(Transient) as failure:
+            client.verify(authorization="Bearer wrong")
+    assert "401" in failure.value.detail
+    assert "wrong" not in failure.value.detail
+    assert "wrong" not in repr(client.request(authorization="Bearer wrong"))
 
 
 # Servers
