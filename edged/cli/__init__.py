@@ -27,7 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "job": ("edged.cli.jobs:job", "Look at a job, watch it, cancel it, run it again."),
     "mapper": ("edged.cli.mappers:mapper", "List the mappers, and find out who answers at an address."),
     "trust": ("edged.cli.trust:trust", "Set and show whose releases this node installs."),
-    "audit": ("edged.cli.trust:audit", "Read and check the audit trail."),
+    "audit": ("edged.cli.audit:audit", "Read, check and take away the audit trail."),
     "release": (
         "edged.cli.release:release",
         "Make and sign a release repository: a folder for a web server or a USB stick.",

@@ -1,6 +1,6 @@
 """``doctor``: everything that a node needs, checked without the daemon where it can be; each line has its cure.
 
-Looks only: it makes no file, opens no port, and sends nothing to a device.
+Looks only: it makes no file but the backup that it is asked for, opens no port, and sends nothing to a device.
 """
 
 from __future__ import annotations
@@ -47,19 +47,30 @@ class Finding:
 
 
 @click.command()
+@click.option(
+    "--backup",
+    "backup_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Instead, put the node's database, keys and configuration into this file, which must not be there yet.",
+)
 @json_option
 @click.pass_obj
 @command
-def doctor(context: Context, as_json: bool) -> None:
+def doctor(context: Context, backup_file: Path | None, as_json: bool) -> None:
     """Check everything that a node needs; say how to cure what is wrong.
 
-    Exit code 1 where a check failed. Works with and without a running daemon.
+    Exit code 1 where a check failed. Works with and without a running daemon. What is in a backup and how to put it back is in
+    edged(1) and in the README.
 
     \b
     Examples:
       edged doctor
       sudo edged doctor --json
+      sudo edged doctor --backup /media/usb/node-7.tar
     """
+    if backup_file is not None:
+        _back_up(context, backup_file, as_json=as_json)
+        return
     found = list(_examine(context))
     if as_json:
         show_json({"findings": [asdict(finding) for finding in found]})
@@ -69,6 +80,24 @@ def doctor(context: Context, as_json: bool) -> None:
             click.echo(f"{finding.level.value:<4}  {finding.what:<8}  {finding.detail}{cure}")
     if any(finding.level is Level.FAIL for finding in found):
         raise SystemExit(reasons.EXIT_FAILED)
+
+
+def _back_up(context: Context, file: Path, *, as_json: bool) -> None:
+    from edged.cli import backup
+    from edged.config import load
+    from edged_firmware.durable import write_durably
+
+    if file.exists():
+        raise click.UsageError(f"{file} is there already: name another file")
+    found = list(backup.members(load(context.config_path), context.config_path))
+    data = backup.archive(found)
+    write_durably(file, data, 0o600)
+    if as_json:
+        show_json({"file": str(file), "size_bytes": len(data), "members": [member.name for member in found]})
+        return
+    for member in found:
+        click.echo(f"{size_text(len(member.data)):>10}  {member.name}")
+    click.echo(f"{file}: {size_text(len(data))}. Keep it safe: whoever has it can sign as this node.")
 
 
 def _examine(context: Context) -> Iterator[Finding]:

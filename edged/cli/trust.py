@@ -1,29 +1,21 @@
-"""``trust init|show|refresh``, ``audit list|verify``."""
+"""``trust init|show|refresh``."""
 
 from __future__ import annotations
 
-import json
-import os
-from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from edged.cli.context import (
     Context,
     command,
-    counted,
     json_option,
     show_json,
     show_table,
     size_text,
     text,
 )
-from edged.domain import reasons
-
-if TYPE_CHECKING:
-    from edged.store.audit import AuditReport
 
 
 @click.group()
@@ -115,94 +107,3 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
     show_table(rows, ["RELEASE", "COUNTER", "MODELS", "SIZE"])
     for item in found["rejected"]:
         click.echo(f"not usable: {item['path']}: {item['detail']}")
-
-
-@click.group()
-def audit() -> None:
-    """Read and check the audit trail.
-
-    \b
-    Examples:
-      edged audit list --limit 20
-      edged audit verify
-    """
-
-
-@audit.command("list")
-@click.option("--after", type=click.IntRange(0), help="Rows after this number. [default: the newest rows]")
-@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
-@json_option
-@click.pass_obj
-@command
-def list_command(context: Context, after: int | None, limit: int, as_json: bool) -> None:
-    """List rows of the audit trail, in their order.
-
-    \b
-    Examples:
-      edged audit list
-      edged audit list --after 1000 --limit 500 --json
-    """
-    found = context.client().get("audit", after=after, limit=limit)
-    if as_json:
-        show_json(found)
-        return
-    for row in found["records"]:
-        click.echo(
-            f"{row['seq']:>6}  {row['time']}  {row['actor']:<10}  {row['event']:<20}  {json.dumps(row['data'])}"
-        )
-
-
-@audit.command()
-@click.option("--offline", is_flag=True, help="Read the database file itself; needs no daemon.")
-@json_option
-@click.pass_obj
-@command
-def verify(context: Context, offline: bool, as_json: bool) -> None:
-    """Check that no row of the audit trail was changed, removed or added by others.
-
-    \b
-    Examples:
-      edged audit verify
-      edged audit verify --offline
-    """
-    found = _verify_file(context) if offline else context.client().get("audit", "verify")
-    if as_json:
-        show_json(found)
-    elif found["intact"]:
-        key = f"checked with key {found['key'][:16]}" if found["key"] else "not checked: no key at hand"
-        click.echo(
-            f"Intact: {counted(found['rows'], 'row')}; {counted(found['signed_heads'], 'signature')} {key}."
-        )
-    else:
-        click.echo(f"NOT INTACT at row {found['first_bad_seq']}: {found['detail']}", err=True)
-    if not found["intact"]:
-        raise SystemExit(reasons.EXIT_FAILED)
-
-
-def _verify_file(context: Context) -> dict[str, Any]:
-    from edged.config import load
-    from edged.store.node_key import FILE_NAME, NodeKey
-
-    folder = load(context.config_path).node.state_dir
-    key = NodeKey.load_or_create(folder) if os.access(folder / FILE_NAME, os.R_OK) else None
-    report = _check_file(folder / "edged.db", key)
-    from edged.views import report_json
-
-    return report_json(report) | {"key": key.public_hex if key else None}
-
-
-def _check_file(path: Path, key: Any) -> AuditReport:
-    """The trail in the database at ``path``. Raises ``Permanent(STORAGE_FAILED)``."""
-    import sqlite3
-
-    from edged.cli.files import open_database
-    from edged.clock import SystemClock
-    from edged.errors import Permanent, Reason
-    from edged.store import Tx
-    from edged.store import audit as trail
-
-    try:
-        with closing(open_database(path)) as db:
-            return trail.verify(Tx(db, SystemClock().now()), key.public_key if key else None)
-    except sqlite3.Error as exc:
-        raise Permanent(Reason.STORAGE_FAILED, f"{path}: {exc}") from exc

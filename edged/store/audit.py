@@ -21,10 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from edged.api import JsonValue
 from edged.clock import from_text, to_text
@@ -41,14 +41,20 @@ __all__ = [
     "Record",
     "SignedHead",
     "append",
+    "broken",
+    "dump",
     "head",
     "list",
     "sign_head",
     "verify",
+    "verify_rows",
 ]
 
 GENESIS: Final = "0" * 64
 _FORMAT: Final = 1
+
+Row: TypeAlias = "sqlite3.Row | Mapping[str, Any]"
+"""A row as it is stored: of the database, or of a file that it was written to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +157,51 @@ def verify(tx: Tx, public_key: Ed25519PublicKey | None) -> AuditReport:
     Finds a row that was changed, removed, added or moved, and a tail that was cut off below the newest signed
     head.
     """
-    signed = {row["seq"]: row for row in tx.db.execute("SELECT * FROM signatures ORDER BY seq")}
-    rows, checked, before = 0, 0, Head(0, GENESIS)
-    for row in _rows(tx):
+    return verify_rows(_rows(tx), _signatures(tx), public_key)
+
+
+def verify_rows(
+    rows: Iterable[Row], signatures: Iterable[Row], public_key: Ed25519PublicKey | None
+) -> AuditReport:
+    """:func:`verify` over what :func:`dump` returned, wherever it was in the meantime.
+
+    Raises ``KeyError`` or ``TypeError`` where a row is not what this module stores.
+    """
+    signed = {row["seq"]: row for row in signatures}
+    report, before = AuditReport(True, 0, None, "", 0), Head(0, GENESIS)
+    for row in rows:
         fault = _row_fault(row, before) or _head_fault(signed.get(row["seq"]), row, public_key)
         if fault:
-            return AuditReport(False, rows, before.seq + 1, fault, checked)
-        rows, checked, before = rows + 1, checked + (row["seq"] in signed), Head(row["seq"], row["hash"])
+            return broken(report, fault)
+        before = Head(row["seq"], row["hash"])
+        report = replace(
+            report, rows=report.rows + 1, signed_heads=report.signed_heads + (row["seq"] in signed)
+        )
     newest_signed = max(signed, default=0)
     if newest_signed > before.seq:
-        fault = f"the rows after {before.seq} are missing: the head {newest_signed} was signed"
-        return AuditReport(False, rows, before.seq + 1, fault, checked)
-    return AuditReport(True, rows, None, "", checked)
+        return broken(report, f"the rows after {before.seq} are missing: the head {newest_signed} was signed")
+    return report
+
+
+def broken(report: AuditReport, fault: str) -> AuditReport:
+    """What was intact up to ``report``, and is not after it because of ``fault``."""
+    return replace(report, intact=False, first_bad_seq=report.rows + 1, reason=fault)
+
+
+def dump(tx: Tx) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
+    """All rows and all signed heads as they are stored; what :func:`verify_rows` takes, and JSON can carry."""
+    return tuple(map(dict, _rows(tx))), tuple(map(dict, _signatures(tx)))
 
 
 def _rows(tx: Tx) -> Iterator[sqlite3.Row]:
     yield from tx.db.execute("SELECT * FROM audit ORDER BY seq")
 
 
-def _row_fault(row: sqlite3.Row, before: Head) -> str:
+def _signatures(tx: Tx) -> Iterator[sqlite3.Row]:
+    yield from tx.db.execute("SELECT * FROM signatures ORDER BY seq")
+
+
+def _row_fault(row: Row, before: Head) -> str:
     if row["seq"] != before.seq + 1:
         return f"row {before.seq + 1} is missing"
     if row["format"] != _FORMAT:
@@ -181,7 +213,7 @@ def _row_fault(row: sqlite3.Row, before: Head) -> str:
     return ""
 
 
-def _head_fault(signed: sqlite3.Row | None, row: sqlite3.Row, public_key: Ed25519PublicKey | None) -> str:
+def _head_fault(signed: Row | None, row: Row, public_key: Ed25519PublicKey | None) -> str:
     if signed is None:
         return ""
     if signed["hash"] != row["hash"]:
@@ -191,7 +223,7 @@ def _head_fault(signed: sqlite3.Row | None, row: sqlite3.Row, public_key: Ed2551
     return ""
 
 
-def _is_signed(public_key: Ed25519PublicKey, signed: sqlite3.Row) -> bool:
+def _is_signed(public_key: Ed25519PublicKey, signed: Row) -> bool:
     from cryptography.exceptions import InvalidSignature
 
     message = _head_message(signed["seq"], signed["hash"], signed["ts"])
