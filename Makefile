@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint bench deb clean
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
 	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some ten minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
+	@echo "make deb     build dist/edged_VERSION_all.deb, the same bytes each time"
 	@echo "make setup   only set up what the others need"
 
 setup:
@@ -28,6 +29,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/uv lock --check --quiet
+
+deb:
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb
+	@packaging/build-deb.sh
 
 bench: setup
 	$(BIN)/python -m bench

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def _run(bench: Bench, folder: Path) -> list[_Outcome]:
     _say("A publisher makes keys, signs three releases, and puts them into a folder")
     repository = publish(bench, folder)
     config = configure(bench, repository, folder)
-    edged = [sys.executable, "-m", "edged", "--config", str(config)]
+    edged = [sys.executable, "-P", "-m", "edged", "--config", str(config)]
     _call([*edged, "release", "list", str(repository)])
     _say(f"A mirror damages one bit of blink@{TAMPERED}")
     tamper(repository, TAMPERED)
@@ -120,7 +121,7 @@ def _run(bench: Bench, folder: Path) -> list[_Outcome]:
 @contextmanager
 def _daemon(command: list[str], log: Path, edged: list[str]) -> Iterator[None]:
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment())
         try:
             _await_ready(process, log, edged)
             yield
@@ -135,7 +136,10 @@ def _daemon(command: list[str], log: Path, edged: list[str]) -> Iterator[None]:
 
 def _await_ready(process: subprocess.Popen[bytes], log: Path, edged: list[str]) -> None:
     deadline = time.monotonic() + _START_S
-    while subprocess.run([*edged, "status"], capture_output=True, check=False).returncode != EXIT_DONE:
+    status = [*edged, "status"]
+    while (
+        subprocess.run(status, capture_output=True, check=False, env=_environment()).returncode != EXIT_DONE
+    ):
         if process.poll() is not None or time.monotonic() > deadline:
             raise click.ClickException(f"the daemon did not start:\n{log.read_text()}")
         time.sleep(0.1)
@@ -166,7 +170,12 @@ def _say(text: str) -> None:
 
 def _call(command: list[str]) -> int:
     sys.stdout.flush()
-    return subprocess.run(command, check=False, timeout=_STEP_S).returncode
+    return subprocess.run(command, check=False, timeout=_STEP_S, env=_environment()).returncode
+
+
+def _environment() -> dict[str, str]:
+    """The packaged command alone looks into its folder of modules; the commands of the demo must find them there too."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
 
 
 def _step(what: str, expected: int, command: list[str], note: str, quiet: Path | None = None) -> _Outcome:

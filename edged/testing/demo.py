@@ -55,7 +55,7 @@ def simulated_board(folder: Path) -> Iterator[Bench]:
             hardware_id=f"avr:{OPTIBOOT_328P.signature.hex()}",
             flash_bytes=OPTIBOOT_328P.boot_at,
             health='kind = "line"\npattern = "edged-app .* {identifies_as} ready"\ntimeout_s = 5',
-            daemon=(sys.executable, "-m", "edged", "--config", "{config}", "run"),
+            daemon=(sys.executable, "-P", "-m", "edged", "--config", "{config}", "run"),
             images=images,
             board_port=device.port,
         )
@@ -79,7 +79,7 @@ def fake_device(folder: Path) -> Iterator[Bench]:
         flash_bytes=_FAKE_FLASH_BYTES,
         device_config=f"size_bytes = {_FAKE_FLASH_BYTES}",
         health='kind = "property"\npattern = "version={identifies_as}"\ntimeout_s = 5',
-        daemon=(sys.executable, "-m", "edged.testing.daemon", "{config}"),
+        daemon=(sys.executable, "-P", "-m", "edged.testing.daemon", "{config}"),
         images=images,
     )
 
