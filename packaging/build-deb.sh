@@ -38,7 +38,7 @@ fi
 
 source=$stage/edged
 mkdir -p "$source/wheels"
-for part in LICENSE README.md pyproject.toml docs edged firmware mappers packaging systemd; do
+for part in LICENSE README.md pyproject.toml docs edged examples firmware mappers packaging systemd; do
     cp -R "$part" "$source/$part"
 done
 find "$source" -name __pycache__ -prune -exec rm -rf {} +
