@@ -42,7 +42,7 @@ _MAX_SEGMENTS = 2**16 - 1
 #: latter is filled in one thread hop where the reading goes straight on: a hop takes as long as SHA-256 over
 #: some 200 KiB.
 _BLOCK_BYTES = 64 * 1024
-_KEPT_BYTES = 512 * 1024
+_KEPT_BYTES = 1024 * 1024
 
 _Extent = tuple[int, int]
 Observe = Callable[[float], None]
@@ -191,7 +191,7 @@ class Image:
     - ``length``: bytes of the file.
     - ``opaque``: True where the vendor's file passes through as one segment at address 0.
 
-    Several tasks may read at once. It holds at most 512 KiB of the file in memory.
+    Several tasks may read at once. It holds at most 1 MiB of the file in memory.
     """
 
     def __init__(

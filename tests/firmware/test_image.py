@@ -272,7 +272,7 @@ def test_reading_straight_on_reads_each_byte_once_and_memory_is_bounded(plain: b
         read = [await image.read(0, at, min(3000, len(file) - at)) for at in range(0, len(file), 3000)]
         assert b"".join(read) == file
         kept = image._reader._blocks.values()
-        assert sum(len(block) for block in kept) <= 512 * 1024
+        assert sum(len(block) for block in kept) <= 1024 * 1024
 
     run(scenario())
     assert sum(length for _, length in source.asked) == len(file)
