@@ -1,11 +1,15 @@
 """The node's own Ed25519 key (RFC 8032): it signs the audit head, and nothing that is flashed.
 
 One PEM file (PKCS #8, not encrypted: the daemon starts without a person), mode 0600, made at the first start.
+The cryptography library comes with the first signature: it is a seventh of an idle daemon's memory.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import stat
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,13 +24,22 @@ if TYPE_CHECKING:
 __all__ = ["FILE_NAME", "NodeKey"]
 
 FILE_NAME: Final = "node-key.pem"
+_PEM: Final = [b"-----BEGIN PRIVATE KEY-----", b"-----END PRIVATE KEY-----"]
+_PKCS8: Final = bytes.fromhex("302e020100300506032b657004220420")
+"""RFC 8410 7: all of an Ed25519 private key but the key, which is any 32 bytes and the last ones."""
+_SEED_BYTES: Final = 32
 
 
 class NodeKey:
     """The key in memory; made by :meth:`load_or_create`."""
 
-    def __init__(self, private: Ed25519PrivateKey) -> None:
-        self._private = private
+    def __init__(self, pem: bytes, path: Path) -> None:
+        self._pem = pem
+        self._path = path
+
+    @cached_property
+    def _private(self) -> Ed25519PrivateKey:
+        return _parse(self._pem, self._path)
 
     @classmethod
     def load_or_create(cls, folder: Path) -> NodeKey:
@@ -44,9 +57,13 @@ class NodeKey:
                 if not path.exists():
                     _create(path)
             _check_mode(path)
-            return cls(_read(path))
+            key = cls(path.read_bytes(), path)
         except OSError as error:
             raise Permanent(Reason.STORAGE_FAILED, f"{path}: {error.strerror}") from error
+        if not _is_plain(key._pem):
+            # perhaps a key in another form, perhaps none: to be said now, not when the first job ends
+            key.public_key  # noqa: B018
+        return key
 
     @property
     def public_key(self) -> Ed25519PublicKey:
@@ -82,13 +99,23 @@ def _check_mode(path: Path) -> None:
         )
 
 
-def _read(path: Path) -> Ed25519PrivateKey:
+def _is_plain(pem: bytes) -> bool:
+    """Whether ``pem`` is such a key in the form in which it was written."""
+    lines = pem.strip().splitlines()
+    try:
+        der = base64.b64decode(b"".join(lines[1:-1]), validate=True)
+    except binascii.Error:
+        return False
+    return [*lines[:1], *lines[-1:]] == _PEM and der[:-_SEED_BYTES] == _PKCS8
+
+
+def _parse(pem: bytes, path: Path) -> Ed25519PrivateKey:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
-        key = load_pem_private_key(path.read_bytes(), None)
+        key = load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         raise Permanent(Reason.STORAGE_FAILED, f"{path} is not a private key in PEM: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from store_kit import START, HandClock, make_job, raw, read, write
 
 from edged.domain.job import Fallback, State
@@ -329,12 +329,16 @@ def test_all_who_start_together_get_the_same_key(tmp_path: Path) -> None:
 
 def test_a_key_that_cannot_be_used_is_left_alone(tmp_path: Path) -> None:
     file = tmp_path / FILE_NAME
+    NodeKey.load_or_create(tmp_path)
+    own = file.read_bytes()
     other = rsa.generate_private_key(65537, 2048).private_bytes(
         Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
     )
     for content, mode, says in (
         (b"", 0o600, "not a private key"),
         (b"rubbish", 0o600, "not a private key"),
+        (own[:-40], 0o600, "not a private key"),
+        (own.replace(b"MC4C", b"MC4D"), 0o600, "not a private key"),
         (other, 0o600, "not an Ed25519 key"),
         (other, 0o640, "chmod 0600"),
     ):
@@ -351,8 +355,20 @@ def test_a_folder_for_the_key_that_is_not_there(tmp_path: Path) -> None:
         NodeKey.load_or_create(tmp_path / "none")
 
 
-def test_the_store_does_not_load_heavy_libraries() -> None:
+def test_a_key_that_another_tool_made_is_taken(tmp_path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    (tmp_path / FILE_NAME).write_bytes(b"\n" + pem.replace(b"\n", b"\r\n"))
+    (tmp_path / FILE_NAME).chmod(0o600)
+    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    assert NodeKey.load_or_create(tmp_path).public_hex == public.hex()
+
+
+def test_the_store_does_not_load_heavy_libraries(tmp_path: Path) -> None:
+    NodeKey.load_or_create(tmp_path)
     code = "import sys, edged.store.audit, edged.store.node_key, edged.store.artifacts, edged.store.floors\n"
+    code += "from pathlib import Path\n"
+    code += f"edged.store.node_key.NodeKey.load_or_create(Path({str(tmp_path)!r}))\n"
     code += "print([m for m in ('cryptography', 'tuf', 'securesystemslib') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
