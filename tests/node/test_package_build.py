@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from package_kit import ROOT, build, deb, read, run
+from package_kit import ROOT, deb, read, run
+
+pytestmark = pytest.mark.timeout(900)
 
 VERSION = "0.1.0+again"
 

@@ -20,6 +20,8 @@ from package_kit import ROOT, TREE, Deb, deb, run
 from edged import config
 from edged.cli import main
 
+pytestmark = pytest.mark.timeout(900)  # the first test builds the package
+
 CUT = {"aiohttp", "cryptography", "pip", "tzdata", "pygments", "markdown-it-py"}
 """Not vendored, with all that only they need: Debian's own, and what nothing of edged calls."""
 
