@@ -32,6 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "edged.cli.release:release",
         "Make and sign a release repository: a folder for a web server or a USB stick.",
     ),
+    "node": ("edged.cli.upgrade:node", "Upgrade the node's own package, go back, restart the node."),
     "check-config": ("edged.cli.node:check_config", "Check the configuration files; list every fault."),
     "doctor": (
         "edged.cli.doctor:doctor",

@@ -1,0 +1,192 @@
+"""The package, through apt and dpkg. Decides nothing; what comes back is what they say.
+
+Only what apt can verify is taken: options of this node that would loosen that do not hold here. A source that an operator has
+marked ``[trusted=yes]`` is one that apt trusts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pwd
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from edged.helper.commands import Ended, run
+from edged.helper.protocol import Refusal, Why, is_version
+
+log = logging.getLogger(__name__)
+
+PACKAGE = "edged"
+QUICK_S = 60.0
+UPDATE_S = 300.0
+FETCH_S = 900.0
+INSTALL_S = 1800.0
+LOCK_S = 300
+MOST_DEB_BYTES = 256 * 1024 * 1024
+
+OPTIONS = (
+    "-q",
+    "-o", f"DPkg::Lock::Timeout={LOCK_S}",
+    "-o", "Dpkg::Use-Pty=0",
+    "-o", "Dpkg::Options::=--force-confdef",
+    "-o", "Dpkg::Options::=--force-confold",
+    "-o", "Acquire::Retries=2",
+    "-o", "Acquire::http::Timeout=30",
+    "-o", "Acquire::https::Timeout=30",
+    "-o", "Acquire::AllowInsecureRepositories=false",
+    "-o", "Acquire::AllowWeakRepositories=false",
+    "-o", "Acquire::AllowDowngradeToInsecureRepositories=false",
+    "-o", "APT::Get::AllowUnauthenticated=false",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """``state``: dpkg's three letters, ``ii`` where the package is whole. Both are empty where it knows none."""
+
+    state: str
+    version: str
+
+    @property
+    def whole(self) -> bool:
+        return len(self.state) >= 2 and self.state[1] == "i" and self.state[2:].strip() == ""
+
+
+class Apt:
+    """apt and dpkg of one system. ``options`` are for all calls of apt, ``dpkg_options`` for all of dpkg and dpkg-query.
+
+    Methods that change something return how the program ended; those that look raise :class:`Refusal`.
+    """
+
+    def __init__(
+        self, folder: str = "/usr/bin", options: Sequence[str] = (), dpkg_options: Sequence[str] = ()
+    ) -> None:
+        self._folder = folder
+        self._options = (*OPTIONS, *options)
+        self._dpkg_options = tuple(dpkg_options)
+
+    async def installed(self) -> Installed:
+        """What dpkg says about the package now."""
+        argv = [*self._dpkg("dpkg-query"), "-W", "-f", "${db:Status-Abbrev}|${Version}\n", PACKAGE]
+        ended = await run(argv, timeout_s=QUICK_S, quiet=True)
+        state, _, version = ended.text.partition("|") if ended.ok else ("", "", "")
+        return Installed(state.strip(), version.strip())
+
+    async def is_newer(self, version: str, than: str) -> bool:
+        """Whether dpkg orders ``version`` after ``than``."""
+        argv = [f"{self._folder}/dpkg", "--compare-versions", version, "gt", than]
+        return (await run(argv, timeout_s=QUICK_S, quiet=True)).ok
+
+    async def update(self) -> Ended:
+        """Read the repositories' indexes anew."""
+        return await run(
+            [*self._apt("apt-get"), "-o", "APT::Update::Error-Mode=any", "update"], timeout_s=UPDATE_S
+        )
+
+    async def sha256(self, version: str) -> str:
+        """The digest of that version's file, hexadecimal, from a repository's signed index; empty: no repository has it."""
+        argv = [*self._apt("apt-cache"), "show", f"{PACKAGE}={version}"]
+        ended = await run(argv, timeout_s=QUICK_S, quiet=True)
+        found = [line[8:].strip() for line in ended.text.splitlines() if line.startswith("SHA256: ")]
+        return found[0] if ended.ok and found else ""
+
+    async def fetch(self, version: str, sha256: str) -> bytes:
+        """The file of ``version``, verified by apt and against ``sha256``.
+
+        Raises :class:`Refusal`: ``signature_invalid``, ``hash_mismatch``, ``disk_full``, ``fetch_failed``.
+        """
+        with _folder_for_apt() as folder:
+            argv = [*self._apt("apt-get"), "download", f"{PACKAGE}={version}"]
+            ended = await run(argv, timeout_s=FETCH_S, cwd=folder)
+            if not ended.ok:
+                raise Refusal(_why(ended), f"{PACKAGE} {version}: {ended.gist}")
+            data = _only_file(folder)
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise Refusal(Why.HASH_MISMATCH, f"{PACKAGE} {version} is not the file that the index names")
+        return data
+
+    async def simulate(self, version: str) -> Ended:
+        """Say whether ``version`` could be installed and nothing would be removed for it."""
+        return await run([*self._install(), "--simulate", f"{PACKAGE}={version}"], timeout_s=QUICK_S)
+
+    async def configure(self) -> Ended:
+        """Finish what was unpacked and not set up."""
+        argv = [*self._dpkg("dpkg"), "--force-confdef", "--force-confold", "--configure", "-a"]
+        return await run(argv, timeout_s=INSTALL_S)
+
+    async def install(self, version: str) -> Ended:
+        """Install ``version`` from a repository."""
+        return await run([*self._install(), f"{PACKAGE}={version}"], timeout_s=INSTALL_S)
+
+    async def put_back(self, deb: Path) -> Ended:
+        """Install a file that was kept, older or not; without apt where apt will not."""
+        ended = await run(
+            [*self._install(), "--allow-downgrades", "--reinstall", str(deb)], timeout_s=INSTALL_S
+        )
+        if ended.ok:
+            return ended
+        argv = [*self._dpkg("dpkg"), "--force-confdef", "--force-confold", "--install", str(deb)]
+        return await run(argv, timeout_s=INSTALL_S)
+
+    async def version_of(self, deb: Path) -> str:
+        """The version of the package in ``deb``; empty where it is none of ours, or damaged."""
+        argv = [f"{self._folder}/dpkg-deb", "--show", "--showformat=${Package}|${Version}\n", str(deb)]
+        ended = await run(argv, timeout_s=QUICK_S, quiet=True)
+        name, _, version = ended.text.partition("|")
+        return version.strip() if ended.ok and name == PACKAGE and is_version(version.strip()) else ""
+
+    def _apt(self, program: str) -> list[str]:
+        return [f"{self._folder}/{program}", *self._options]
+
+    def _dpkg(self, program: str) -> list[str]:
+        return [f"{self._folder}/{program}", *self._dpkg_options]
+
+    def _install(self) -> list[str]:
+        return [*self._apt("apt-get"), "install", "--yes", "--no-remove", "--no-install-recommends"]
+
+
+def _why(ended: Ended) -> Why:
+    """Why apt did not fetch a file; apt has one exit code for all of it."""
+    for words, why in (
+        ("unauthenticated", Why.SIGNATURE_INVALID),
+        ("Hash Sum mismatch", Why.HASH_MISMATCH),
+        ("unexpected size", Why.HASH_MISMATCH),
+        ("No space left", Why.DISK_FULL),
+        ("enough free space", Why.DISK_FULL),
+    ):
+        if words in ended.text:
+            return why
+    return Why.FETCH_FAILED
+
+
+@contextmanager
+def _folder_for_apt() -> Iterator[Path]:
+    """A folder that apt's own unprivileged user can write to, and nobody else but root."""
+    folder = Path(tempfile.mkdtemp(prefix="edged-helper-"))
+    try:
+        try:
+            os.chown(folder, pwd.getpwnam("_apt").pw_uid, -1)
+        except KeyError:
+            log.info("there is no user _apt; apt downloads as root")
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _only_file(folder: Path) -> bytes:
+    """The content of the one .deb in ``folder``. Raises Refusal(fetch_failed) where there is not exactly one that is a file."""
+    names = [entry for entry in os.scandir(folder) if entry.name.endswith(".deb")]
+    if len(names) != 1 or not names[0].is_file(follow_symlinks=False):
+        raise Refusal(Why.FETCH_FAILED, f"apt left {len(names)} files, expected one")
+    fd = os.open(names[0].path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(MOST_DEB_BYTES + 1)
+    if len(data) > MOST_DEB_BYTES:
+        raise Refusal(Why.FETCH_FAILED, f"the file is larger than {MOST_DEB_BYTES} bytes")
+    return data
