@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench deb clean
+.PHONY: help setup demo test lint bench deb test-node clean
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
 	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some ten minutes"
+	@echo "make test-node  the package on real Debian systems: containers, machines, power cuts; as root, some fifteen minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
 	@echo "make deb     build dist/edged_VERSION_all.deb, the same bytes each time"
@@ -23,6 +24,10 @@ test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
 	$(BIN)/python -m pytest
 	.venv-floors/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
+
+test-node: deb
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --node
+	$(BIN)/python -m pytest tests/node
 
 lint: setup
 	$(BIN)/ruff check .

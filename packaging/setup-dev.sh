@@ -3,13 +3,15 @@
 #   packaging/setup-dev.sh            Debian packages, .venv from uv.lock
 #   packaging/setup-dev.sh --floors   also .venv-floors: the same on Debian 12's compiled packages
 #   packaging/setup-dev.sh --deb      also what builds and checks the Debian package
+#   packaging/setup-dev.sh --node     also what boots guests: QEMU, systemd-nspawn, mmdebstrap
 #   packaging/setup-dev.sh --demo     as root the same; else only what makes .venv (the demo has a fake device, and names the rest)
 set -eu
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
 DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus systemd"
-DEB_PACKAGES="dpkg-dev debhelper dh-python lintian apt-utils gnupg man-db python3-aiohttp python3-cryptography"
+DEB_PACKAGES="faketime dpkg-dev debhelper dh-python lintian apt-utils gnupg man-db python3-aiohttp python3-cryptography"
+NODE_PACKAGES="mmdebstrap systemd-container qemu-system-x86 qemu-utils e2fsprogs socat qemu-user-static arch-test"
 PYTHON=${PYTHON:-python3}
 floors=no
 demo=no
@@ -18,6 +20,7 @@ for argument in "$@"; do
         --floors) floors=yes ;;
         --demo) demo=yes ;;
         --deb) DEBIAN_PACKAGES="$DEBIAN_PACKAGES $DEB_PACKAGES" ;;
+        --node) DEBIAN_PACKAGES="$DEBIAN_PACKAGES $NODE_PACKAGES" ;;
         *) echo "setup-dev.sh: unknown option $argument" >&2; exit 2 ;;
     esac
 done

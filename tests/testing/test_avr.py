@@ -113,6 +113,17 @@ def test_opening_resets_into_the_boot_loader_and_a_power_blip_into_the_applicati
         assert avr.stats().power_resets == 2
 
 
+def test_its_reset_opens_the_boot_loader_while_the_line_stays(tmp_path: Path) -> None:
+    with SimulatedAvr(tmp_path, application=build_app(version="1.2.0")) as avr, opened(avr) as line:
+        avr.power_blip()
+        read_until(line, b"ready\r\n", 2.0)
+        avr.pull_reset()
+        time.sleep(0.1)
+        os.write(line, GET_SYNC)
+        assert read_until(line, IN_SYNC_OK, 1.0) == IN_SYNC_OK
+        assert avr.stats().external_resets == 2 and avr.stats().opens == 1
+
+
 def test_each_open_is_one_reset_also_when_the_next_client_is_quick(tmp_path: Path) -> None:
     with SimulatedAvr(tmp_path) as avr:
         for count in range(1, 6):

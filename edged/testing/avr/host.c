@@ -12,6 +12,7 @@
  *
  * SIGTERM, SIGINT  end        SIGUSR1  unplug the line      SIGUSR2  plug it in again
  * SIGHUP           the board loses power for a moment; its line stays
+ * SIGURG           its reset is pulled, as by a rise of DTR that no terminal can pass on
  * --lifeline       end when standard input reaches its end: the process that started this one is gone
  *
  * One line "ready" is written to standard output when the port is there.
@@ -461,6 +462,7 @@ static void read_signal(int signals)
 	case SIGUSR1: unplug(); break;
 	case SIGUSR2: plug(); break;
 	case SIGHUP: reset_part(CAUSE_POWER); break;
+	case SIGURG: reset_part(CAUSE_EXTERNAL); break;
 	default:
 		unplug();
 		exit(0);
@@ -497,7 +499,7 @@ static int catch_signals(void)
 {
 	sigset_t set;
 	sigemptyset(&set);
-	const int wanted[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2};
+	const int wanted[] = {SIGTERM, SIGINT, SIGHUP, SIGURG, SIGUSR1, SIGUSR2};
 	for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
 		sigaddset(&set, wanted[i]);
 	sigprocmask(SIG_BLOCK, &set, NULL);

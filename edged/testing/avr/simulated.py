@@ -131,6 +131,10 @@ class SimulatedAvr:
         """The part loses power for a moment while the line stays: a power-on reset, nothing else."""
         self._running().send_signal(signal.SIGHUP)
 
+    def pull_reset(self) -> None:
+        """The reset pin goes low for a moment, as by the DTR line of an adapter that is not a terminal here."""
+        self._running().send_signal(signal.SIGURG)
+
     def unplug(self) -> None:
         """Pull the line out: ``port`` is gone, an open client has EIO. The part goes on. Blocks briefly."""
         self._running().send_signal(signal.SIGUSR1)

@@ -1,0 +1,35 @@
+"""Guests for the tests of the package on real Debian systems. ``make test-node`` runs them; ``make test`` never does."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+from guest import SUITES, Image
+from guest.images import images as all_images
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Image]:
+    """Every suite's image by name; built at the same time where the cache lacks them."""
+    return all_images()
+
+
+@pytest.fixture(params=SUITES)
+def suite_image(request: pytest.FixtureRequest, images: dict[str, Image]) -> Image:
+    """The image of each suite in turn."""
+    return images[request.param]
+
+
+@pytest.fixture
+def bookworm(images: dict[str, Image]) -> Image:
+    """The image of the oldest suite that is supported."""
+    return images["bookworm"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _root() -> None:
+    """Guests need root: to mount, and to make a tree that belongs to many users."""
+    assert os.geteuid() == 0, "tests/node boots guests, which needs root: sudo make test-node"
+    assert shutil.which("systemd-nspawn"), "run packaging/setup-dev.sh --node"
