@@ -25,8 +25,8 @@ test:
 	$(BIN)/python -m pytest
 	.venv-floors/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
 
-test-node: deb
-	@PYTHON=$(PYTHON) packaging/setup-dev.sh --node
+test-node:
+	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
 	$(BIN)/python -m pytest tests/node
 
 lint: setup

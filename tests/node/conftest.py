@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from guest import SUITES, Image
 from guest.images import images as all_images
+from node_kit import build_package
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +35,15 @@ def _root() -> None:
     """Guests need root: to mount, and to make a tree that belongs to many users."""
     assert os.geteuid() == 0, "tests/node boots guests, which needs root: sudo make test-node"
     assert shutil.which("systemd-nspawn"), "run packaging/setup-dev.sh --node"
+
+
+@pytest.fixture(scope="session")
+def deb() -> Path:
+    """The package of this checkout."""
+    return build_package()
+
+
+@pytest.fixture(scope="session")
+def newer_deb() -> Path:
+    """The same under a higher version, to be upgraded to."""
+    return build_package("0.2.0~rc1")
