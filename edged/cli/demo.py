@@ -20,8 +20,8 @@ from edged.domain.reasons import EXIT_DONE, EXIT_REFUSED
 if TYPE_CHECKING:
     from edged.testing.demo import Bench
 
-_START_S = 20.0
-_STEP_S = 120.0
+_START_S = 180.0
+_STEP_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,134 @@
+"""Roots of Debian for machines of another kind, run by qemu-user: no kernel and no systemd of their own.
+
+Built by mmdebstrap once, into ``.cache/roots/SUITE-ARCHITECTURE-HASH``, and never written to: each use lies on an overlay in
+a mount namespace of its own, in which the kernel is told who runs the foreign programs, too. All of that ends with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+CACHE: Final = Path(__file__).resolve().parents[2] / ".cache" / "roots"
+INTERPRETERS: Final = {"arm64": "aarch64", "armhf": "arm"}
+"""Debian's name of an architecture to that of QEMU."""
+
+SUITE: Final = "bookworm"
+MIRROR: Final = f"deb http://deb.debian.org/debian {SUITE} main"
+PACKAGES: Final = ("systemd", "python3", "python3-cryptography", "python3-aiohttp", "tzdata", "ca-certificates")
+BUILD_S: Final = 1800
+COMMAND_S: Final = 900
+
+REGISTER: Final = """
+mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+grep -qs enabled "/proc/sys/fs/binfmt_misc/qemu-$1" ||
+    cat "/usr/lib/binfmt.d/qemu-$1.conf" >/proc/sys/fs/binfmt_misc/register
+"""
+"""With the flag F: the interpreter is opened now, and need not be in the root."""
+
+BUILD: Final = """
+exec mmdebstrap --quiet --mode=root --variant=apt --architectures="$2" --include="$3" \
+    --aptopt='Acquire::Languages "none"' --aptopt='APT::Install-Recommends "false"' \
+    --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
+    "$4" "$5" "$6"
+"""
+
+ENTER: Final = """
+mount -t tmpfs tmpfs "$3"
+mkdir "$3/upper" "$3/work" "$3/root"
+mount -t overlay -o "lowerdir=$2,upperdir=$3/upper,workdir=$3/work" overlay "$3/root"
+mount -t proc proc "$3/root/proc"
+mount --rbind /dev "$3/root/dev"
+echo ready
+exec sleep infinity
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+
+
+@dataclass(frozen=True, slots=True)
+class Root:
+    """A root that may be written to; it is gone with its ``with`` block. ``pid`` is in its namespace."""
+
+    pid: int
+    folder: Path
+
+    def run(self, *command: str, timeout_s: float = COMMAND_S) -> Done:
+        """Run a program of the root, as root; what it printed, on either channel."""
+        environment = ("LANG=C.UTF-8", "HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+        done = subprocess.run(
+            [
+                *("nsenter", f"--target={self.pid}", "--mount", "--", "env", "-i", *environment),
+                *("DEBIAN_FRONTEND=noninteractive", "chroot", str(self.folder), *command),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        return Done(done.returncode, done.stdout)
+
+    def put(self, source: Path, path: str) -> None:
+        """Copy a file of the host into the root."""
+        target = str(self.folder / path.lstrip("/"))
+        command = ["nsenter", f"--target={self.pid}", "--mount", "--", "cp", str(source.resolve()), target]
+        subprocess.run(command, check=True)
+
+
+def tree(architecture: str) -> Path:
+    """The root of ``architecture``, built now where the cache has none."""
+    recipe = "\0".join((MIRROR, *PACKAGES, BUILD))
+    folder = CACHE / f"{SUITE}-{architecture}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not folder.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{architecture}-", dir=CACHE) as half:
+            Path(half).chmod(0o755)
+            built = Path(half) / "root"
+            arguments = (INTERPRETERS[architecture], architecture, ",".join(PACKAGES), SUITE, str(built), MIRROR)
+            done = subprocess.run(
+                [*_alone(REGISTER + BUILD), *arguments], capture_output=True, text=True, timeout=BUILD_S
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            built.rename(folder)
+        for other in CACHE.glob(f"{SUITE}-{architecture}-*"):
+            if other != folder:
+                shutil.rmtree(other)
+    return folder
+
+
+@contextmanager
+def root(architecture: str) -> Iterator[Root]:
+    """An overlay over the root of ``architecture``, in memory."""
+    lower = tree(architecture)
+    with tempfile.TemporaryDirectory(prefix=f"edged-{architecture}-") as work:
+        process = subprocess.Popen(
+            [*_alone(REGISTER + ENTER), INTERPRETERS[architecture], str(lower), work],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
+            yield Root(process.pid, Path(work) / "root")
+        finally:
+            process.kill()
+            process.communicate()
+
+
+def _alone(script: str) -> list[str]:
+    """``sh`` in a mount namespace of its own; its arguments follow."""
+    return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]

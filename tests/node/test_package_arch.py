@@ -1,0 +1,107 @@
+"""The one package on other machines: installed by apt, run, removed and purged on arm64 and armhf, under qemu-user.
+
+The programs and libraries are those of the machine; kernel and systemd are not. The units are proved in guests.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from emulated import INTERPRETERS, Done, Root, root
+from package_kit import Deb, deb
+
+pytestmark = pytest.mark.timeout(3600)
+
+STEPS = {
+    "machine": ("dpkg", "--print-architecture"),
+    "before": ("sh", "-c", "find / -xdev -path /proc -prune -o -path /dev -prune -o -print | sort"),
+    "install": ("apt-get", "install", "--yes", "/root/edged.deb"),
+    "check-config": ("edged", "check-config"),
+    "doctor": ("edged", "doctor"),
+    "demo": ("edged", "demo", "--fake"),
+    "helper": ("/usr/libexec/edged-helper", "--help"),
+    "user": ("id", "_edged"),
+    "write": (
+        *("sh", "-c"),
+        "install -d -o _edged /var/lib/edged && echo key >/var/lib/edged/node-key.pem && touch /etc/edged/devices.d/a.toml"
+        " && echo '# mine' >>/etc/edged/edged.toml",
+    ),
+    "reinstall": ("apt-get", "install", "--reinstall", "--yes", "/root/edged.deb"),
+    "remove": ("apt-get", "remove", "--yes", "edged"),
+    "kept": ("sh", "-c", "tail -n 1 /etc/edged/edged.toml && ls /var/lib/edged /etc/edged/devices.d"),
+    "purge": ("apt-get", "purge", "--yes", "edged"),
+    "after": ("sh", "-c", "find / -xdev -path /proc -prune -o -path /dev -prune -o -print | sort"),
+}
+"""What an operator does, in this order."""
+
+Report = dict[str, Done]
+
+
+@pytest.fixture(scope="module")
+def package() -> Deb:
+    return deb()
+
+
+@pytest.fixture(scope="module")
+def reports(package: Deb) -> dict[str, Report]:
+    """Both machines at the same time, step by step."""
+
+    def walk(architecture: str) -> Report:
+        with root(architecture) as machine:
+            return _walk(machine, package)
+
+    with ThreadPoolExecutor(len(INTERPRETERS)) as pool:
+        return dict(zip(INTERPRETERS, pool.map(walk, INTERPRETERS), strict=True))
+
+
+def _walk(machine: Root, package: Deb) -> Report:
+    machine.put(package.path, "/root/edged.deb")
+    return {name: machine.run(*command) for name, command in STEPS.items()}
+
+
+@pytest.fixture(params=INTERPRETERS)
+def report(request: pytest.FixtureRequest, reports: dict[str, Report]) -> Report:
+    found = reports[request.param]
+    assert found["machine"].out.strip() == request.param
+    return found
+
+
+def test_apt_installs_it(report: Report) -> None:
+    assert report["install"].code == 0, report["install"].out
+    assert "1 newly installed" in report["install"].out
+    assert report["user"].code == 0 and "dialout" in report["user"].out
+
+
+def test_the_helper_finds_its_modules(report: Report) -> None:
+    assert report["helper"].code == 0 and "usage: " in report["helper"].out, report["helper"].out
+
+
+def test_it_is_well_and_harmless(report: Report) -> None:
+    """Only the trust is missing, and the daemon, since nothing starts units here."""
+    assert report["check-config"].out == "/etc/edged/edged.toml: 0 models, 0 devices, no fault.\n"
+    lines = report["doctor"].out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("fail")] == ["trust"], report["doctor"].out
+    assert any(line.startswith("ok    plugin    uart") for line in lines)
+
+
+def test_a_flash_through_the_daemon(report: Report) -> None:
+    """Signed, fetched, verified, written, read back, healthy; and what must be refused is refused."""
+    assert report["demo"].code == 0, report["demo"].out
+    assert "pump-1: succeeded: runs blink@2.0.0" in report["demo"].out
+    assert "demo: ok" in report["demo"].out
+
+
+def test_conffile_and_state_survive_an_upgrade_and_a_removal(report: Report) -> None:
+    for step in ("write", "reinstall", "remove", "kept"):
+        assert report[step].code == 0, report[step].out
+    assert report["kept"].out.splitlines()[0] == "# mine"
+    assert {"node-key.pem", "a.toml"} <= set(report["kept"].out.split())
+
+
+def test_a_purge_leaves_nothing(report: Report) -> None:
+    """But what dpkg, apt and systemd write down of every package. apt's hook of the package was still there by then."""
+    assert report["purge"].code == 0, report["purge"].out
+    left = set(report["after"].out.split("\n")) - set(report["before"].out.split("\n"))
+    books = ("/var/lib/dpkg/", "/var/cache/", "/var/log/", "/etc/passwd-", "/etc/group-", "/etc/shadow-", "/etc/gshadow-")
+    assert {path for path in left if not path.startswith(books)} == set()
