@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help setup demo test lint bench deb test-node clean
+.PHONY: help setup demo test lint bench deb apt-repo test-node clean
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
@@ -11,6 +11,7 @@ help:
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
 	@echo "make deb     build dist/edged_VERSION_all.deb, the same bytes each time"
+	@echo "make apt-repo  put it into dist/apt, a signed repository for any web server"
 	@echo "make setup   only set up what the others need"
 
 setup:
@@ -38,6 +39,9 @@ lint: setup
 deb:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb
 	@packaging/build-deb.sh
+
+apt-repo: deb
+	@packaging/apt-repo.sh
 
 bench: setup
 	$(BIN)/python -m bench

@@ -22,7 +22,14 @@ INTERPRETERS: Final = {"arm64": "aarch64", "armhf": "arm"}
 
 SUITE: Final = "bookworm"
 MIRROR: Final = f"deb http://deb.debian.org/debian {SUITE} main"
-PACKAGES: Final = ("systemd", "python3", "python3-cryptography", "python3-aiohttp", "tzdata", "ca-certificates")
+PACKAGES: Final = (
+    "systemd",
+    "python3",
+    "python3-cryptography",
+    "python3-aiohttp",
+    "tzdata",
+    "ca-certificates",
+)
 BUILD_S: Final = 1800
 COMMAND_S: Final = 900
 
@@ -98,7 +105,14 @@ def tree(architecture: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{architecture}-", dir=CACHE) as half:
             Path(half).chmod(0o755)
             built = Path(half) / "root"
-            arguments = (INTERPRETERS[architecture], architecture, ",".join(PACKAGES), SUITE, str(built), MIRROR)
+            arguments = (
+                INTERPRETERS[architecture],
+                architecture,
+                ",".join(PACKAGES),
+                SUITE,
+                str(built),
+                MIRROR,
+            )
             done = subprocess.run(
                 [*_alone(REGISTER + BUILD), *arguments], capture_output=True, text=True, timeout=BUILD_S
             )

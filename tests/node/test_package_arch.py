@@ -103,5 +103,14 @@ def test_a_purge_leaves_nothing(report: Report) -> None:
     """But what dpkg, apt and systemd write down of every package. apt's hook of the package was still there by then."""
     assert report["purge"].code == 0, report["purge"].out
     left = set(report["after"].out.split("\n")) - set(report["before"].out.split("\n"))
-    books = ("/var/lib/dpkg/", "/var/cache/", "/var/log/", "/etc/passwd-", "/etc/group-", "/etc/shadow-", "/etc/gshadow-")
+    books = (
+        "/var/lib/apt/",
+        "/var/lib/dpkg/",
+        "/var/cache/",
+        "/var/log/",
+        "/etc/passwd-",
+        "/etc/group-",
+        "/etc/shadow-",
+        "/etc/gshadow-",
+    )
     assert {path for path in left if not path.startswith(books)} == set()
