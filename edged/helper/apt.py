@@ -59,21 +59,34 @@ class Installed:
 
 
 class Apt:
-    """apt and dpkg of one system. ``options`` are for all calls of apt, ``dpkg_options`` for all of dpkg and dpkg-query.
+    """apt and dpkg of the system below ``root``. ``options`` are for all calls of apt, ``dpkg_options`` for those of dpkg.
 
     Methods that change something return how the program ended; those that look raise :class:`Refusal`.
     """
 
     def __init__(
-        self, folder: str = "/usr/bin", options: Sequence[str] = (), dpkg_options: Sequence[str] = ()
+        self,
+        folder: str = "/usr/bin",
+        *,
+        root: str = "/",
+        options: Sequence[str] = (),
+        dpkg_options: Sequence[str] = (),
     ) -> None:
         self._folder = folder
-        self._options = (*OPTIONS, *options)
+        self._root = f"--root={root}"
+        self._options = (*options, *OPTIONS)
         self._dpkg_options = tuple(dpkg_options)
 
     async def installed(self) -> Installed:
         """What dpkg says about the package now."""
-        argv = [*self._dpkg("dpkg-query"), "-W", "-f", "${db:Status-Abbrev}|${Version}\n", PACKAGE]
+        argv = [
+            f"{self._folder}/dpkg-query",
+            self._root,
+            "-W",
+            "-f",
+            "${db:Status-Abbrev}|${Version}\n",
+            PACKAGE,
+        ]
         ended = await run(argv, timeout_s=QUICK_S, quiet=True)
         state, _, version = ended.text.partition("|") if ended.ok else ("", "", "")
         return Installed(state.strip(), version.strip())
@@ -117,7 +130,7 @@ class Apt:
 
     async def configure(self) -> Ended:
         """Finish what was unpacked and not set up."""
-        argv = [*self._dpkg("dpkg"), "--force-confdef", "--force-confold", "--configure", "-a"]
+        argv = [*self._dpkg(), "--configure", "-a"]
         return await run(argv, timeout_s=INSTALL_S)
 
     async def install(self, version: str) -> Ended:
@@ -131,7 +144,7 @@ class Apt:
         )
         if ended.ok:
             return ended
-        argv = [*self._dpkg("dpkg"), "--force-confdef", "--force-confold", "--install", str(deb)]
+        argv = [*self._dpkg(), "--force-downgrade", "--install", str(deb)]
         return await run(argv, timeout_s=INSTALL_S)
 
     async def version_of(self, deb: Path) -> str:
@@ -144,8 +157,9 @@ class Apt:
     def _apt(self, program: str) -> list[str]:
         return [f"{self._folder}/{program}", *self._options]
 
-    def _dpkg(self, program: str) -> list[str]:
-        return [f"{self._folder}/{program}", *self._dpkg_options]
+    def _dpkg(self) -> list[str]:
+        keep_conffiles = ("--force-confdef", "--force-confold")
+        return [f"{self._folder}/dpkg", self._root, *keep_conffiles, *self._dpkg_options]
 
     def _install(self) -> list[str]:
         return [*self._apt("apt-get"), "install", "--yes", "--no-remove", "--no-install-recommends"]
@@ -154,6 +168,7 @@ class Apt:
 def _why(ended: Ended) -> Why:
     """Why apt did not fetch a file; apt has one exit code for all of it."""
     for words, why in (
+        ("could not be authenticated", Why.SIGNATURE_INVALID),
         ("unauthenticated", Why.SIGNATURE_INVALID),
         ("Hash Sum mismatch", Why.HASH_MISMATCH),
         ("unexpected size", Why.HASH_MISMATCH),

@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,32 +55,56 @@ async def run(
 
     ``quiet``: what it writes is an answer, and not for the journal. Raises OSError where the program cannot be started.
     """
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd=cwd,
-        env=ENVIRONMENT,
-        start_new_session=True,
-        limit=MOST_LINE_BYTES,
-    )
     lines: deque[str] = deque(maxlen=MOST_LINES)
-    assert process.stdout is not None
-    reading = asyncio.create_task(_read(process.stdout, lines, quiet=quiet))
+    async with _pipe() as (stream, write_fd):
+        reading = asyncio.create_task(_read(stream, lines, quiet=quiet))
+        try:
+            code = await _ended(argv, write_fd, timeout_s, cwd)
+        finally:
+            # a child that the program left behind may hold the pipe for ever
+            await asyncio.wait([reading], timeout=DRAIN_S)
+            reading.cancel()
+            await asyncio.wait([reading])
+    return Ended(code, "\n".join(lines))
+
+
+@asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
+    """A pipe: what comes out, and the descriptor that goes in, which whoever gets it closes."""
+    read_fd, write_fd = os.pipe()
+    stream = asyncio.StreamReader(limit=MOST_LINE_BYTES)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(stream), os.fdopen(read_fd, "rb", buffering=0)
+    )
+    try:
+        yield stream, write_fd
+    finally:
+        transport.close()
+
+
+async def _ended(argv: Sequence[str], write_fd: int, timeout_s: float, cwd: Path | None) -> int:
+    """Run it; its exit code."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=write_fd,
+            stderr=write_fd,
+            cwd=cwd,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+    finally:
+        os.close(write_fd)
     try:
         async with asyncio.timeout(timeout_s):
-            code = await process.wait()
+            return await process.wait()
     except TimeoutError:
         log.warning("%s did not end within %.0f s", argv[0], timeout_s)
-        code = 124
+        return 124
     finally:
         if process.returncode is None:
             await _end(process)
-        # a child that the program left behind may hold the pipe for ever
-        await asyncio.wait([reading], timeout=DRAIN_S)
-        reading.cancel()
-    return Ended(code, "\n".join(lines))
 
 
 async def _read(stream: asyncio.StreamReader, lines: deque[str], *, quiet: bool) -> None:

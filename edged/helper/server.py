@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_S = 5.0
 SEND_S = 5.0
+REST_S = 1.0
+MOST_REST_BYTES = 64 * 1024
 MOST_CONNECTIONS = 8
 _PEERCRED = struct.Struct("3i")
 
@@ -85,6 +87,7 @@ class Server:
             except Refusal as exc:
                 log.warning("refused: %s: %s", exc.why.value, exc.detail)
                 await _send(connection, protocol.refused(exc.why, exc.detail))
+                await _take_the_rest(connection)
 
     async def _answer(self, connection: socket.socket, peer: Peer, *, full: bool) -> None:
         if not self._may_ask(peer):
@@ -150,6 +153,15 @@ async def _line(connection: socket.socket) -> bytes:
             f"expected one line of at most {MOST_REQUEST_BYTES} bytes, and nothing after it",
         )
     return line
+
+
+async def _take_the_rest(connection: socket.socket) -> None:
+    """Read what was not asked for, bounded: closing a unix socket with unread bytes in it takes our answer back too."""
+    connection.shutdown(socket.SHUT_WR)
+    async with asyncio.timeout(REST_S):
+        for _ in range(MOST_REST_BYTES // MOST_REQUEST_BYTES):
+            if not await asyncio.get_running_loop().sock_recv(connection, MOST_REQUEST_BYTES):
+                return
 
 
 async def _send(connection: socket.socket, line: bytes) -> None:

@@ -1,0 +1,369 @@
+"""Upgrades with a real apt, a real dpkg and a signed repository, in a system of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helper_kit import Answers, Node, Repository, ask, make_deb, run, served
+
+from edged.helper.client import HelperGone
+from edged.helper.protocol import Why
+from edged.helper.state import Operation, Phase, State
+
+Debs = dict[str, Path]
+
+# the helper uses no library, so that other versions of them change nothing
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def on_1_0(node: Node, debs: Debs, repository: Repository) -> Node:
+    """A node on which 1.0 runs."""
+    node.dpkg("-i", debs["1.0"])
+    node.sources(repository)
+    return node
+
+
+def one(node: Node, folder: Path, verb: str, **fields: str) -> Answers:
+    async def asked() -> Answers:
+        async with served(node, folder) as client:
+            return await ask(client, verb, **fields)
+
+    return asyncio.run(asked())
+
+
+def status(node: Node, folder: Path) -> dict[str, Any]:
+    return one(node, folder, "status")[0]
+
+
+def phases(answers: Answers) -> list[str]:
+    return [answer["phase"] for answer in answers if answer.get("event") == "phase"]
+
+
+def test_an_upgrade_that_goes_well(on_1_0: Node, tmp_path: Path) -> None:
+    conffile = on_1_0.root / "etc/edged/edged.toml"
+    conffile.write_text("changed = true\n")
+    answers = one(on_1_0, tmp_path, "upgrade", version="2.0")
+    assert phases(answers) == ["preparing", "installing", "watching"]
+    assert answers[-1]["result"] == "ok" and on_1_0.status() == "ii 2.0"
+    assert "2.0" in on_1_0.runs() and conffile.read_text() == "changed = true\n"
+    found = status(on_1_0, tmp_path)
+    assert (found["version"], found["whole"], found["previous"]) == ("2.0", True, "1.0")
+    assert found["kept"] == ["1.0", "2.0"] and not found["interrupted"] and found["operation"] is None
+    assert found["outcome"]["result"] == "ok" and found["outcome"]["ended"].endswith("Z")
+
+
+def test_what_is_kept_is_what_was_signed_and_root_s_alone(
+    on_1_0: Node, tmp_path: Path, repository: Repository
+) -> None:
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    for version in ("1.0", "2.0"):
+        kept = on_1_0.state / "debs" / f"edged_{version}.deb"
+        assert kept.read_bytes() == (repository.folder / f"edged_{version}_all.deb").read_bytes()
+        assert kept.stat().st_mode & 0o077 == 0
+    assert on_1_0.state.stat().st_mode & 0o077 == 0
+
+
+def test_to_what_runs_already(on_1_0: Node, tmp_path: Path) -> None:
+    answers = one(on_1_0, tmp_path, "upgrade", version="1.0")
+    assert answers[-1]["result"] == "ok" and phases(answers) == ["preparing"]
+
+
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ("9.9", Why.NOT_FOUND),
+        ("0.9", Why.OLDER),
+        ("2.1~depends", Why.REQUIRES_UNMET),
+        ("3.0", Why.HASH_MISMATCH),
+    ],
+)
+def test_refused_and_nothing_is_changed(on_1_0: Node, tmp_path: Path, version: str, why: Why) -> None:
+    last = one(on_1_0, tmp_path, "upgrade", version=version)[-1]
+    assert (last["result"], last["reason"]) == ("refused", why.value), last
+    assert last["cure"] and last["detail"]
+    assert on_1_0.status() == "ii 1.0" and "1.0" in on_1_0.runs()
+    assert not (on_1_0.state / "in-progress").exists()
+
+
+def test_a_package_on_hold_stays(on_1_0: Node, tmp_path: Path) -> None:
+    on_1_0.dpkg("--version")
+    run("sh", "-c", "echo edged hold | dpkg --set-selections", env=on_1_0.environment)
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "requires_unmet")
+    assert on_1_0.status() == "hi 1.0"
+
+
+def test_no_way_back_no_way_forward(on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository) -> None:
+    poor = Repository(tmp_path / "poor", repository.keyring.parent)
+    poor.add(debs["2.0"])
+    on_1_0.sources(poor)
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "no_fallback")
+    assert on_1_0.status() == "ii 1.0"
+    # what apt's hook kept is a way back
+    on_1_0.keep_deb(debs["1.0"])
+    on_1_0.keep_deb(done=True)
+    assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok"
+
+
+@pytest.mark.parametrize("how", ["unsigned", "another key", "changed index", "allowed by the node"])
+def test_what_apt_cannot_verify(
+    on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository, how: str
+) -> None:
+    other = Repository(tmp_path / "other", repository.keyring.parent)
+    other.add(debs["1.0"], debs["2.0"])
+    on_1_0.sources(other)
+    if how in ("unsigned", "allowed by the node"):
+        other.publish(sign=False)
+    elif how == "changed index":
+        text = (other.folder / "Packages").read_text()
+        (other.folder / "Packages").write_text(text.replace("a test", "a tes!"))
+    else:
+        wrong = tmp_path / "empty.gpg"
+        wrong.touch()
+        line = (on_1_0.root / "etc/apt/sources.list").read_text()
+        (on_1_0.root / "etc/apt/sources.list").write_text(line.replace(str(other.keyring), str(wrong)))
+    if how == "allowed by the node":
+        with (on_1_0.root / "apt.conf").open("a") as file:
+            file.write('Acquire::AllowInsecureRepositories "true";\nAPT::Get::AllowUnauthenticated "true";\n')
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert last["result"] == "refused", last
+    assert last["reason"] in ("fetch_failed", "signature_invalid", "not_found")
+    assert on_1_0.status() == "ii 1.0"
+
+
+def test_an_index_that_was_read_without_a_signature_is_not_enough(
+    on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository
+) -> None:
+    """Somebody ran ``apt-get update --allow-insecure-repositories`` before: apt knows the version, and does not trust it."""
+    other = Repository(tmp_path / "other", repository.keyring.parent)
+    other.add(debs["1.0"], debs["2.0"])
+    other.publish(sign=False)
+    on_1_0.sources(other)
+    run("apt-get", "-c", on_1_0.root / "apt.conf", "update", "--allow-insecure-repositories")
+    assert "2.0" in run("apt-cache", "-c", on_1_0.root / "apt.conf", "madison", "edged")
+    on_1_0.keep_deb(debs["1.0"])
+    on_1_0.keep_deb(done=True)
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "signature_invalid"), last
+    assert on_1_0.status() == "ii 1.0"
+
+
+@pytest.mark.parametrize(
+    ("version", "why"), [("2.1~bad", "health_failed"), ("2.1~late", "health_failed"), ("2.1~postinst", "install_failed")]
+)  # fmt: skip
+def test_a_version_that_is_not_well_goes_back(on_1_0: Node, tmp_path: Path, version: str, why: str) -> None:
+    answers = one(on_1_0, tmp_path, "upgrade", version=version)
+    assert phases(answers)[-1] == "reverting"
+    assert (answers[-1]["result"], answers[-1]["reason"], answers[-1]["reverted"]) == ("failed", why, True)
+    assert on_1_0.status() == "ii 1.0" and "1.0" in on_1_0.runs()
+    found = status(on_1_0, tmp_path)
+    assert found["whole"] and not found["interrupted"] and "1.0" in found["kept"]
+    assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok", (
+        "the next one is not in the way"
+    )
+
+
+def test_going_back_by_itself_keeps_the_way_back_that_there_was(on_1_0: Node, tmp_path: Path) -> None:
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    assert one(on_1_0, tmp_path, "upgrade", version="2.1~bad")[-1]["reverted"]
+    assert status(on_1_0, tmp_path)["kept"] == ["1.0", "2.0"]
+    assert one(on_1_0, tmp_path, "rollback")[-1]["result"] == "ok"
+    assert on_1_0.status() == "ii 1.0"
+
+
+def test_rollback(on_1_0: Node, tmp_path: Path) -> None:
+    last = one(on_1_0, tmp_path, "rollback")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "no_fallback"), "nothing ran before"
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    on_1_0.sources()
+    assert one(on_1_0, tmp_path, "rollback")[-1]["result"] == "ok", "needs no repository"
+    assert on_1_0.status() == "ii 1.0"
+    last = one(on_1_0, tmp_path, "rollback")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "no_fallback"), "what ran before is newer"
+    assert on_1_0.status() == "ii 1.0"
+
+
+def test_a_damaged_way_back_is_none(on_1_0: Node, tmp_path: Path) -> None:
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    (on_1_0.state / "debs" / "edged_1.0.deb").write_bytes(b"torn")
+    last = one(on_1_0, tmp_path, "rollback")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "no_fallback")
+    assert on_1_0.status() == "ii 2.0"
+
+
+def test_a_daemon_that_was_stopped_is_not_judged(on_1_0: Node, tmp_path: Path) -> None:
+    on_1_0.stopped(True)
+    assert one(on_1_0, tmp_path, "upgrade", version="2.1~bad")[-1]["result"] == "ok"
+    assert on_1_0.status() == "ii 2.1~bad"
+
+
+def test_a_node_without_the_package(node: Node, tmp_path: Path, repository: Repository) -> None:
+    node.sources(repository)
+    last = one(node, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "not_installed")
+    assert status(node, tmp_path)["version"] == ""
+
+
+def test_a_package_that_cannot_be_kept_is_not_installed(on_1_0: Node, tmp_path: Path) -> None:
+    async def asked() -> Answers:
+        async with served(on_1_0, tmp_path) as client:
+            (on_1_0.state / "debs").rmdir()
+            (on_1_0.state / "debs").touch()
+            return await ask(client, "upgrade", version="2.0")
+
+    last = asyncio.run(asked())[-1]
+    assert (last["result"], last["reason"]) == ("refused", "storage_failed")
+    assert on_1_0.status() == "ii 1.0"
+
+
+def test_one_at_a_time_and_the_asker_may_go(on_1_0: Node, tmp_path: Path) -> None:
+    async def asked() -> None:
+        async with served(on_1_0, tmp_path) as client:
+            first = client.upgrade("2.0")
+            assert (await anext(first))["phase"] == "preparing"
+            for verb, fields in (("upgrade", {"version": "2.0"}), ("rollback", {}), ("reboot", {})):
+                (answer,) = await ask(client, verb, **fields)
+                assert (answer["result"], answer["reason"]) == ("refused", "busy")
+            assert (await client.status())["operation"]["to_version"] == "2.0"
+            await first.aclose()  # type: ignore[attr-defined]
+            while (found := await client.status())["operation"] is not None or found["outcome"] is None:
+                await asyncio.sleep(0.1)
+            assert found["outcome"]["result"] == "ok"
+
+    asyncio.run(asked())
+    assert on_1_0.status() == "ii 2.0" and on_1_0.reboots() == 0
+
+
+def test_restart_of_the_node(on_1_0: Node, tmp_path: Path) -> None:
+    answers = one(on_1_0, tmp_path, "reboot")
+    assert [answers[0]["event"], answers[-1]["result"]] == ["rebooting", "ok"]
+    assert on_1_0.reboots() == 1
+
+
+# -- the helper goes away in the middle
+
+
+def test_told_to_end_while_it_watches_the_next_one_goes_on(on_1_0: Node, tmp_path: Path) -> None:
+    async def first() -> None:
+        async with served(on_1_0, tmp_path) as client:
+            with pytest.raises(HelperGone):
+                async for answer in client.upgrade("2.0"):
+                    if answer.get("phase") == "watching":
+                        raise HelperGone
+
+    async def second() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    asyncio.run(first())
+    left = State(on_1_0.state).operation()
+    assert left is not None and left.phase is Phase.WATCHING and on_1_0.status() == "ii 2.0"
+    found = asyncio.run(second())
+    assert found["outcome"]["result"] == "ok" and found["version"] == "2.0"
+
+
+def left(phase: Phase, to: str = "2.0", **more: Any) -> Operation:
+    return Operation("upgrade", "1.0", to, phase, **more)
+
+
+def cut_off(node: Node, debs: Debs, operation: Operation, installed: str, *, marked: bool) -> None:
+    """What a cut in that phase leaves."""
+    state = State(node.state)
+    for version in ("1.0", operation.to_version):
+        state.keep(version, debs[version].read_bytes())
+    state.begin(operation)
+    if installed != "1.0":
+        node.dpkg("-i", debs[installed])
+    if marked:
+        state.mark(operation.from_version, operation.to_version)
+
+
+@pytest.mark.parametrize(
+    ("operation", "installed", "marked", "result", "reason", "runs"),
+    [
+        (left(Phase.PREPARING), "1.0", False, "failed", "interrupted", "1.0"),
+        (left(Phase.INSTALLING), "1.0", True, "failed", "interrupted", "1.0"),
+        (left(Phase.INSTALLING), "2.0", True, "ok", "", "2.0"),
+        (left(Phase.INSTALLING), "2.0", False, "ok", "", "2.0"),
+        (left(Phase.INSTALLING, "2.1~bad"), "2.1~bad", True, "failed", "health_failed", "1.0"),
+        (left(Phase.WATCHING), "2.0", False, "ok", "", "2.0"),
+        (left(Phase.WATCHING, "2.1~bad"), "2.1~bad", False, "failed", "health_failed", "1.0"),
+        (left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.1~bad", True, "failed", "health_failed", "1.0"),
+        (left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "1.0", False, "failed", "health_failed", "1.0"),
+        (left(Phase.WATCHING, lives=4), "2.0", False, "failed", "attempts_exhausted", "2.0"),
+    ],
+)  # fmt: skip
+def test_a_cut_in_each_phase_is_gone_on_from(
+    on_1_0: Node, tmp_path: Path, debs: Debs, operation: Operation, installed: str, marked: bool, result: str, reason: str,
+    runs: str,
+) -> None:  # fmt: skip
+    cut_off(on_1_0, debs, operation, installed, marked=marked)
+
+    async def resumed() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    found = asyncio.run(resumed())
+    assert (found["outcome"]["result"], found["outcome"]["reason"]) == (result, reason), found
+    assert on_1_0.status() == f"ii {runs}" and runs in on_1_0.runs()
+    assert not found["interrupted"]
+
+
+def test_a_cut_while_dpkg_was_at_work(on_1_0: Node, tmp_path: Path, debs: Debs) -> None:
+    cut_off(on_1_0, debs, left(Phase.INSTALLING), "1.0", marked=True)
+    on_1_0.dpkg("--unpack", debs["2.0"])
+    assert on_1_0.status() == "iU 2.0"
+
+    async def resumed() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    found = asyncio.run(resumed())
+    assert found["outcome"]["result"] == "ok" and on_1_0.status() == "ii 2.0"
+    assert found["recovered"]["result"] == "recovered"
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"phase": "nonsense"}', '{"phase": "watching", "extra": 1}']
+)
+def test_an_operation_that_cannot_be_read_is_set_aside(on_1_0: Node, tmp_path: Path, text: str) -> None:
+    (on_1_0.state / "operation.json").write_text(text)
+    assert status(on_1_0, tmp_path)["operation"] is None
+    assert (on_1_0.state / "operation.bad").read_text() == text
+
+
+def test_an_outcome_that_cannot_be_read_is_none(on_1_0: Node, tmp_path: Path) -> None:
+    for text in ("{", "[]", ""):
+        (on_1_0.state / "outcome.json").write_text(text)
+        assert status(on_1_0, tmp_path)["outcome"] is None
+
+
+def test_what_was_written_down_is_json_that_anybody_reads(on_1_0: Node, tmp_path: Path) -> None:
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    outcome = json.loads((on_1_0.state / "outcome.json").read_text())
+    assert outcome["to_version"] == "2.0" and not (on_1_0.state / "operation.json").exists()
+
+
+def test_a_dependency_that_comes_with_it(
+    on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository
+) -> None:
+    more = Repository(tmp_path / "more", repository.keyring.parent)
+    more.folder.mkdir(exist_ok=True)
+    made = tmp_path / "made"
+    made.mkdir()
+    more.add(debs["1.0"], make_deb(made, "4.0", depends="part"), make_deb(made, "1", name="part"))
+    on_1_0.sources(more)
+    assert one(on_1_0, tmp_path, "upgrade", version="4.0")[-1]["result"] == "ok"
+    assert on_1_0.status() == "ii 4.0"
