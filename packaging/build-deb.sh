@@ -31,7 +31,8 @@ if [ ! -d "$wheels" ]; then
         echo "build-deb.sh: the libraries come from the Python package index, once: can this machine reach it?" >&2
         exit 1
     }
-    mv -T "$stage/fetched" "$wheels" || [ -d "$wheels" ]
+    rm -rf "$cache"/wheels-*
+    mv -T "$stage/fetched" "$wheels"
 fi
 
 # -- the source tree of the package

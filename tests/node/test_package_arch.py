@@ -5,18 +5,26 @@ The programs and libraries are those of the machine; kernel and systemd are not.
 
 from __future__ import annotations
 
+import re
+import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from emulated import INTERPRETERS, Done, Root, root
-from package_kit import Deb, deb
+from package_kit import ROOT, Deb, deb, run
+from roots import INTERPRETERS, Done, Recipe, root
 
 pytestmark = pytest.mark.timeout(3600)
+
+PACKAGES = ("systemd", "python3", "python3-cryptography", "python3-aiohttp", "tzdata", "ca-certificates")
+"""What edged needs of the distribution, fetched before; nothing is fetched in the tests."""
 
 STEPS = {
     "machine": ("dpkg", "--print-architecture"),
     "before": ("sh", "-c", "find / -xdev -path /proc -prune -o -path /dev -prune -o -print | sort"),
     "install": ("apt-get", "install", "--yes", "/root/edged.deb"),
+    "plugin": ("sh", "-c", "mkdir -p /opt/edged/plugins && tar -xf /root/plugin.tar -C /opt/edged/plugins"),
     "check-config": ("edged", "check-config"),
     "doctor": ("edged", "doctor"),
     "demo": ("edged", "demo", "--fake"),
@@ -44,20 +52,39 @@ def package() -> Deb:
 
 
 @pytest.fixture(scope="module")
-def reports(package: Deb) -> dict[str, Report]:
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example mapper, laid out as ``pip install --no-deps --target`` does; as a tar."""
+    folder = tmp_path_factory.mktemp("plugin")
+    build = (
+        sys.executable,
+        "-m",
+        "hatchling",
+        "build",
+        "--target",
+        "wheel",
+        "--directory",
+        str(folder / "wheel"),
+    )
+    run(*build, cwd=ROOT / "examples/mapper")
+    (wheel,) = (folder / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "tree")
+    run("tar", "-cf", str(folder / "plugin.tar"), "-C", str(folder / "tree"), ".")
+    return folder / "plugin.tar"
+
+
+@pytest.fixture(scope="module")
+def reports(package: Deb, plugin: Path) -> dict[str, Report]:
     """Both machines at the same time, step by step."""
 
     def walk(architecture: str) -> Report:
-        with root(architecture) as machine:
-            return _walk(machine, package)
+        with root(Recipe("bookworm", architecture, PACKAGES)) as machine:
+            machine.put(package.path, "/root/edged.deb")
+            machine.put(plugin, "/root/plugin.tar")
+            return {name: machine.run(*command) for name, command in STEPS.items()}
 
     with ThreadPoolExecutor(len(INTERPRETERS)) as pool:
         return dict(zip(INTERPRETERS, pool.map(walk, INTERPRETERS), strict=True))
-
-
-def _walk(machine: Root, package: Deb) -> Report:
-    machine.put(package.path, "/root/edged.deb")
-    return {name: machine.run(*command) for name, command in STEPS.items()}
 
 
 @pytest.fixture(params=INTERPRETERS)
@@ -85,6 +112,12 @@ def test_it_is_well_and_harmless(report: Report) -> None:
     assert any(line.startswith("ok    plugin    uart") for line in lines)
 
 
+def test_a_plugin_of_others_is_found(report: Report) -> None:
+    assert re.search(r"^ok +plugin +lamp \(edged-lamp [\d.]+\)", report["doctor"].out, re.MULTILINE), report[
+        "doctor"
+    ].out
+
+
 def test_a_flash_through_the_daemon(report: Report) -> None:
     """Signed, fetched, verified, written, read back, healthy; and what must be refused is refused."""
     assert report["demo"].code == 0, report["demo"].out
@@ -100,10 +133,11 @@ def test_conffile_and_state_survive_an_upgrade_and_a_removal(report: Report) -> 
 
 
 def test_a_purge_leaves_nothing(report: Report) -> None:
-    """But what dpkg, apt and systemd write down of every package. apt's hook of the package was still there by then."""
+    """But what dpkg, apt and systemd write down of every package, and the operator's plugins. apt's hook was still there."""
     assert report["purge"].code == 0, report["purge"].out
     left = set(report["after"].out.split("\n")) - set(report["before"].out.split("\n"))
     books = (
+        "/opt/edged",
         "/var/lib/apt/",
         "/var/lib/dpkg/",
         "/var/cache/",

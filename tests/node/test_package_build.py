@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from package_kit import ROOT, deb, read, run
+from roots import Recipe, root
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -100,6 +101,15 @@ def test_lintian_of_the_oldest_debian(tmp_path: Path) -> None:
     done = subprocess.run([*lintian, str(deb().path)], capture_output=True, text=True)
     assert complaints(done.stdout) == [], done.stdout
     assert done.returncode == 0
+
+
+def test_lintian_of_the_newest_debian() -> None:
+    """It knows of tags that the older one does not, and calls overrides of those that it lost errors."""
+    with root(Recipe("trixie", "amd64", ("lintian",))) as debian:
+        debian.put(deb().path, "/root/edged_0.1.0_all.deb")
+        done = debian.run("lintian", "--allow-root", "--display-info", "/root/edged_0.1.0_all.deb")
+    assert complaints(done.out) == [], done.out
+    assert done.code == 0, done.out
 
 
 def test_lintian_sees_what_is_wrong(tmp_path: Path) -> None:

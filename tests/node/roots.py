@@ -1,4 +1,4 @@
-"""Roots of Debian for machines of another kind, run by qemu-user: no kernel and no systemd of their own.
+"""Roots of Debian without a kernel or a systemd of their own: also for machines of another kind, run by qemu-user.
 
 Built by mmdebstrap once, into ``.cache/roots/SUITE-ARCHITECTURE-HASH``, and never written to: each use lies on an overlay in
 a mount namespace of its own, in which the kernel is told who runs the foreign programs, too. All of that ends with it.
@@ -34,9 +34,11 @@ BUILD_S: Final = 1800
 COMMAND_S: Final = 900
 
 REGISTER: Final = """
-mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-grep -qs enabled "/proc/sys/fs/binfmt_misc/qemu-$1" ||
-    cat "/usr/lib/binfmt.d/qemu-$1.conf" >/proc/sys/fs/binfmt_misc/register
+if [ -n "$1" ]; then
+    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
+    grep -qs enabled "/proc/sys/fs/binfmt_misc/qemu-$1" ||
+        cat "/usr/lib/binfmt.d/qemu-$1.conf" >/proc/sys/fs/binfmt_misc/register
+fi
 """
 """With the flag F: the interpreter is opened now, and need not be in the root."""
 
@@ -56,6 +58,31 @@ mount --rbind /dev "$3/root/dev"
 echo ready
 exec sleep infinity
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What a root is made of."""
+
+    suite: str
+    architecture: str
+    packages: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies in the cache; another recipe is another root."""
+        text = "\0".join((self.mirror, *self.packages, BUILD))
+        return CACHE / f"{self.suite}-{self.architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def mirror(self) -> str:
+        """A line of apt's sources."""
+        return f"deb http://deb.debian.org/debian {self.suite} main"
+
+    @property
+    def interpreter(self) -> str:
+        """QEMU's name of the machine; empty for this one's own."""
+        return INTERPRETERS.get(self.architecture, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,41 +123,32 @@ class Root:
         subprocess.run(command, check=True)
 
 
-def tree(architecture: str) -> Path:
-    """The root of ``architecture``, built now where the cache has none."""
-    recipe = "\0".join((MIRROR, *PACKAGES, BUILD))
-    folder = CACHE / f"{SUITE}-{architecture}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+def tree(recipe: Recipe) -> Path:
+    """The root, built now where the cache has none; older ones of the same suite and machine are removed."""
+    folder = recipe.folder
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{architecture}-", dir=CACHE) as half:
+        with tempfile.TemporaryDirectory(prefix=f".{recipe.architecture}-", dir=CACHE) as half:
             Path(half).chmod(0o755)
             built = Path(half) / "root"
-            arguments = (
-                INTERPRETERS[architecture],
-                architecture,
-                ",".join(PACKAGES),
-                SUITE,
-                str(built),
-                MIRROR,
-            )
-            done = subprocess.run(
-                [*_alone(REGISTER + BUILD), *arguments], capture_output=True, text=True, timeout=BUILD_S
-            )
+            arguments = (recipe.interpreter, recipe.architecture, ",".join(recipe.packages), recipe.suite)
+            command = [*_alone(REGISTER + BUILD), *arguments, str(built), recipe.mirror]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
             assert done.returncode == 0, done.stderr[-2000:]
             built.rename(folder)
-        for other in CACHE.glob(f"{SUITE}-{architecture}-*"):
+        for other in CACHE.glob(f"{recipe.suite}-{recipe.architecture}-*"):
             if other != folder:
                 shutil.rmtree(other)
     return folder
 
 
 @contextmanager
-def root(architecture: str) -> Iterator[Root]:
-    """An overlay over the root of ``architecture``, in memory."""
-    lower = tree(architecture)
-    with tempfile.TemporaryDirectory(prefix=f"edged-{architecture}-") as work:
+def root(recipe: Recipe) -> Iterator[Root]:
+    """An overlay over the recipe's root, in memory."""
+    lower = tree(recipe)
+    with tempfile.TemporaryDirectory(prefix=f"edged-{recipe.architecture}-") as work:
         process = subprocess.Popen(
-            [*_alone(REGISTER + ENTER), INTERPRETERS[architecture], str(lower), work],
+            [*_alone(REGISTER + ENTER), recipe.interpreter, str(lower), work],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
