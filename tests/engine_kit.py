@@ -21,6 +21,7 @@ from edged.config import (
 from edged.plugins import Plugins, discover
 from edged.testing.fake import FakeDevice, FakePlugin, fake_app
 from edged_firmware import release
+from edged_firmware.facts import ReleaseRef
 
 IMAGE_BYTES = 2048
 
@@ -55,6 +56,10 @@ class Publisher:
 
     def publish(self) -> None:
         release.publish(self.repo, [self.base / "keys"], datetime.now(UTC), write=write_quickly)
+
+    def withdraw(self, version: str) -> None:
+        release.remove(self.repo, ReleaseRef("app", version), write=write_quickly)
+        self.publish()
 
     def image_file(self, version: str, kind: str = "image") -> Path:
         """The image (or ``chunks``) file of a release, as it is served."""

@@ -130,7 +130,8 @@ class JobRunner:
             if step.to is State.READY:
                 await self._check_bounds()
             elif step.to is State.STAGING:
-                # the job may have waited for days, and the configuration may be another one since
+                # the job may have waited for days: the configuration, and what is published, may be another since
+                await self._check_published()
                 await self._admit(self._release)
                 await self._check_bounds()
             await self._move(step)
@@ -277,6 +278,21 @@ class JobRunner:
             flash_protocols=self._unit.spec.flash_protocols,
         )
         admission.admit(release.facts, known)
+
+    async def _check_published(self) -> None:
+        """Raises ``Refused(RELEASE_UNKNOWN)`` where the release was withdrawn, or is another image by now.
+
+        A node that has no metadata and reaches nobody goes on with what it verified.
+        """
+        try:
+            now = await self._shop.trust.resolve(self.job.release)
+        except Transient:
+            return
+        if now.image.sha256 != self._release.image.sha256:
+            raise Refused(
+                Reason.RELEASE_UNKNOWN,
+                f"{self.job.release} was published with another image since this job began",
+            )
 
     async def _fetch(self) -> None:
         await self._bring(self._release)

@@ -17,7 +17,7 @@ from edged.api import Device, Env, MapperSpec, Session, hookimpl
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.store import audit, jobs, outbox
-from edged.testing.fake import FakePlugin
+from edged.testing.fake import FakePlugin, fake_app
 from edged.testing.node import TestNode, life
 
 
@@ -142,6 +142,66 @@ def test_what_was_admitted_for_another_configuration_is_not_sent(place: Place, p
         async with life(config, place.plugins) as node:
             job = await node.ended("dev-1", 10)
             assert (job.state, job.reason) == (State.FAILED, Reason.MODEL_MISMATCH)
+
+    asyncio.run(begin())
+    plugin.gone = False
+    asyncio.run(go_on())
+    assert device.counts.received == 0
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_what_was_withdrawn_while_the_job_waited_is_not_sent(
+    tmp_path: Path, publisher: Publisher, plugin: Unplugged, reachable: bool
+) -> None:
+    publisher = publisher.copy(tmp_path / "publisher")
+    place = Place(tmp_path / "node", publisher, plugin)
+    device = place.device()
+
+    async def begin() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            assert (await _waiting(node)).state is State.READY
+
+    async def go_on() -> None:
+        config = place.config
+        if not reachable:
+            config = attrs.evolve(config, trust=attrs.evolve(config.trust, repository="http://127.0.0.1:1"))
+        async with life(config, place.plugins) as node:
+            job = await node.ended("dev-1", 10)
+            if reachable:
+                assert (job.state, job.reason) == (State.FAILED, Reason.RELEASE_UNKNOWN)
+            else:
+                assert job.state is State.SUCCEEDED, job.detail
+
+    asyncio.run(begin())
+    publisher.withdraw("2.0.0")
+    plugin.gone = False
+    asyncio.run(go_on())
+    assert (device.counts.received == 0) is reachable
+
+
+def test_what_another_publisher_calls_the_same_is_not_taken_for_it(
+    tmp_path: Path, publisher: Publisher, plugin: Unplugged
+) -> None:
+    place = Place(tmp_path / "node", publisher, plugin)
+    device = place.device()
+    other = Publisher(tmp_path / "other").init()
+    for version in ("2.0.0", "3.0.0"):
+        other.add(version, fake_app("2.0.0", 1024))
+    for _ in range(3):
+        other.publish()
+
+    async def begin() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            assert (await _waiting(node)).state is State.READY
+
+    async def go_on() -> None:
+        place.publisher = other
+        async with life(place.config, place.plugins) as node:
+            job = await node.ended("dev-1", 10)
+            assert (job.state, job.reason) == (State.FAILED, Reason.RELEASE_UNKNOWN)
+            assert "another image" in job.detail
 
     asyncio.run(begin())
     plugin.gone = False
