@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,15 +131,15 @@ class Place:
     @contextmanager
     def daemon(self, *, fake: bool = True, **environment: str) -> Iterator[subprocess.Popen[str]]:
         """The daemon from READY=1 on; ends it with SIGTERM, which must be clean."""
-        with _listening(self.base / "notify.sock") as listener:
+        with Listener(self.base / "notify.sock") as listener:
             process = self.spawn(fake=fake, NOTIFY_SOCKET=str(self.base / "notify.sock"), **environment)
             try:
-                self.told = hear(listener, "READY=1", process)
+                self.told = listener.hear("READY=1", process)
                 yield process
                 if process.poll() is None:
                     process.terminate()
                     assert process.wait(10) == 0, process.stderr and process.stderr.read()
-                    self.told += hear(listener, "STOPPING=1", process)
+                    self.told += listener.hear("STOPPING=1", process)
             finally:
                 if process.poll() is None:
                     process.kill()
@@ -146,28 +148,43 @@ class Place:
                 process.stderr.close()
 
 
-@contextmanager
-def _listening(path: Path) -> Iterator[socket.socket]:
-    path.unlink(missing_ok=True)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(path))
-        listener.settimeout(0.1)
-        yield listener
+class Listener:
+    """What systemd hears at ``path``. It is taken off the socket at once, as systemd does: few messages fit into that."""
 
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(path))
+        self._heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._listen)
 
-def hear(
-    listener: socket.socket, wanted: str, process: subprocess.Popen[str], timeout_s: float = 15
-) -> list[str]:
-    """What systemd would hear, up to ``wanted``."""
-    heard: list[str] = []
-    deadline = time.monotonic() + timeout_s
-    while wanted not in heard:
-        try:
-            heard.append(listener.recv(4096).decode())
-        except TimeoutError:
-            assert time.monotonic() < deadline, f"never heard {wanted}, but {heard}"
-            assert process.poll() is None or wanted == "STOPPING=1", process.stderr and process.stderr.read()
-    return heard
+    def __enter__(self) -> Listener:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", self._socket.getsockname())
+        self._thread.join()
+        self._socket.close()
+
+    def _listen(self) -> None:
+        while message := self._socket.recv(4096):
+            self._heard.put(message.decode())
+
+    def hear(self, wanted: str, process: subprocess.Popen[str], timeout_s: float = 15) -> list[str]:
+        """What was said since the last call, up to ``wanted``."""
+        heard: list[str] = []
+        deadline = time.monotonic() + timeout_s
+        while wanted not in heard:
+            try:
+                heard.append(self._heard.get(timeout=0.1))
+            except queue.Empty:
+                assert time.monotonic() < deadline, f"never heard {wanted}, but {heard}"
+                assert process.poll() is None or wanted == "STOPPING=1", (
+                    process.stderr and process.stderr.read()
+                )
+        return heard
 
 
 def eventually(check: Any, timeout_s: float = 10.0) -> Any:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cli_kit import DEVICES, Place, eventually, hear
+from cli_kit import DEVICES, Listener, Place, eventually
 from engine_kit import Publisher, published
 
 from edged.cli.client import Client
@@ -229,14 +229,12 @@ def test_a_socket_of_another_name_is_not_the_apis(tmp_path: Path) -> None:
 def test_feeds_the_watchdog_while_store_and_engine_live(tmp_path: Path) -> None:
     place = Place(tmp_path).write()
     listener_path = tmp_path / "watchdog.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
-        listener.bind(str(listener_path))
-        listener.settimeout(0.1)
+    with Listener(listener_path) as listener:
         process = place.spawn(NOTIFY_SOCKET=str(listener_path), WATCHDOG_USEC="300000")
         try:
-            heard = hear(listener, "READY=1", process)
+            heard = listener.hear("READY=1", process)
             for _ in range(3):
-                heard += hear(listener, "WATCHDOG=1", process, 2)
+                heard += listener.hear("WATCHDOG=1", process, 2)
         finally:
             process.kill()
             process.communicate()
