@@ -286,6 +286,12 @@ def _toml_files(folder: Path) -> list[Path]:
 def _read(file: Path, kind: type[T], converter: cattrs.Converter, problems: list[str]) -> T | None:
     try:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = [key for key in ("model", "device") if not isinstance(data.get(key, []), list)]
+        if tables:
+            problems += [
+                f"{file}: {key}: found one table or value; allowed: [[{key}]] tables" for key in tables
+            ]
+            return None
         return converter.structure(data, kind)
     except OSError as exc:
         problems.append(f"{file}: cannot be read: {exc.strerror}")
@@ -301,8 +307,16 @@ def _converter(folder: Path) -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     for kind, accepted in ((str, (str,)), (int, (int,)), (float, (int, float)), (bool, (bool,))):
         converter.register_structure_hook(kind, _strictly(kind, accepted))
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _texts)
     converter.register_structure_hook(Path, lambda value, _: folder / _strictly(str, (str,))(value, str))
     return converter
+
+
+def _texts(value: object, _: object) -> tuple[str, ...]:
+    # a text is a sequence of texts as well, of one letter each
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _NotAllowed("a list of texts")
+    return tuple(value)
 
 
 def _strictly(kind: type[T], accepted: tuple[type, ...]) -> Callable[[object, object], T]:

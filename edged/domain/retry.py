@@ -37,14 +37,22 @@ class Exhausted:
 
 
 def decide(
-    policy: RetryPolicy, attempts: int, error: Transient, now: datetime, *, progressed: bool
+    policy: RetryPolicy,
+    attempts: int,
+    error: Transient,
+    now: datetime,
+    *,
+    progressed: bool,
+    waited: Reason | None = None,
 ) -> Again | Exhausted:
     """What follows a transient ``error`` when ``attempts`` failures came before it.
 
-    ``progressed``: this try got further than any before, so that the count starts anew. Patient reasons wait at most
-    ``longest_s`` each and never exhaust.
+    ``progressed``: this try got further than any before, so that the count starts anew. ``waited``: what the wait before
+    this try was for; a wait for the world was no failure at the work, so that the first failure after it counts as the
+    first. Patient reasons wait at most ``longest_s`` each and never exhaust.
     """
-    count = 1 if progressed else attempts + 1
+    anew = progressed or (waited in PATIENT and error.reason not in PATIENT)
+    count = 1 if anew else attempts + 1
     if count >= policy.max_attempts and error.reason not in PATIENT:
         return Exhausted(count)
     delay = min(policy.first_s * 2 ** min(count - 1, 30), policy.longest_s)

@@ -91,7 +91,7 @@ class Images:
     ) -> None:
         if not self._repository:
             raise Transient(Reason.FETCH_FAILED, "the node has no release repository: set trust.repository")
-        await self._artifacts.room_for(target.length)
+        await self._artifacts.room_for(target.length, target.sha256)
         url = f"{self._repository}/targets/{target.url_path}"
         partial = self._artifacts.partial(target.sha256)
         await self._fetcher.fetch(

@@ -31,7 +31,7 @@ def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: 
             return cancel(tx, wish.job, wish.reason, "engine")
     # only for a port that was not there: a device that is there and does not answer keeps its back-off
     if is_back and active and active.waiting and active.waiting.reason is Reason.DEVICE_ABSENT:
-        return jobs.advance(tx, active, replace(active, waiting=None), "device is back")
+        return jobs.advance(tx, active, replace(active, waiting=None, attempts=0), "device is back")
     return None
 
 

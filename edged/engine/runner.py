@@ -231,16 +231,16 @@ class JobRunner:
         policy = retry.RetryPolicy(
             settings.max_attempts, settings.first_backoff_s, settings.longest_backoff_s
         )
-        verdict = retry.decide(
-            policy, job.attempts, error, self._shop.clock.now(), progressed=self._progressed
-        )
+        row, now = self._ledger.row, self._shop.clock.now()
+        waited = row.waiting.reason if row.waiting else None
+        verdict = retry.decide(policy, job.attempts, error, now, progressed=self._progressed, waited=waited)
         self._progressed = False
         if isinstance(verdict, retry.Exhausted):
             text = f"{verdict.attempts} attempts; the last: {error}"
             await self._stop_for(Permanent(Reason.ATTEMPTS_EXHAUSTED, text))
             return True
         # who waits for the world does not use up the steps of the job: its deadline bounds it
-        steps = self._ledger.row.steps if error.reason in retry.PATIENT else job.steps
+        steps = row.steps if error.reason in retry.PATIENT else job.steps
         waiting = replace(job, attempts=verdict.attempts, waiting=verdict.waiting, steps=steps)
         await self._ledger.wait(waiting, error.detail)
         return False
@@ -358,6 +358,11 @@ class JobRunner:
     async def _secure_fallback(self) -> None:
         """One slot: what runs now must be on this node's disk before the first erase."""
         session, _ = await self._firmware_session()
+        left = await self._left_behind()
+        if left is not None:
+            text = f"{left.release or 'read-out'}, left by a job that could not go back"
+            await self._ledger.commit(replace(self.job, fallback=left), "fallback secured", detail=text)
+            return
         known = await self._known_release()
         if isinstance(session, SupportsReadBack) and self._device.flash_size_bytes is not None:
             await self._read_out(session, known)
@@ -371,6 +376,14 @@ class JobRunner:
                 f"nobody knows what {self._device.id} runs and its flash cannot be read, so there is no way back",
             )
 
+    async def _left_behind(self) -> Fallback | None:
+        """The fallback of a job that ended between two images: what the flash holds now is no way back."""
+        device, component = self.job.device, self.job.component
+        last = await self._shop.store.read(lambda tx: jobs.last_touched(tx, device, component))
+        if last is None or last.state is not State.FAILED or last.fallback is None:
+            return None
+        return last.fallback if await self._is_sound(ImageKey.of_fallback(last.fallback)) else None
+
     async def _known_release(self) -> VerifiedRelease | None:
         """What our record says that the device runs, where the device does not deny it and its image can still be had."""
         twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
@@ -379,7 +392,7 @@ class JobRunner:
         if release is None:
             return None
         try:
-            known = await self._shop.trust.known(release)
+            known = await self._kept(release) or await self._shop.trust.known(release)
             if self._runs not in (None, known.facts.identifies_as):
                 return None
             await self._bring(known)
@@ -387,6 +400,18 @@ class JobRunner:
             log.info("fallback not to be had", extra=log_fields(self.job, f"{release}: {exc}"))
             return None
         return known
+
+    async def _kept(self, release: str) -> VerifiedRelease | None:
+        """``release`` as the job that brought it verified it, where its files are here still: also one that was withdrawn
+        since is a way back."""
+        device = self.job.device
+        found = await self._shop.store.read(
+            lambda tx: jobs.find(tx, device=device, states=(State.SUCCEEDED,), limit=1)
+        )
+        if not found or found[0].release != release or found[0].verified is None:
+            return None
+        kept = VerifiedRelease.from_json(json.loads(found[0].verified))
+        return kept if await self._is_sound(ImageKey.of_release(kept)) else None
 
     async def _read_out(self, session: SupportsReadBack, known: VerifiedRelease | None) -> None:
         """The flash is the truth: it confirms our record, or is kept itself."""

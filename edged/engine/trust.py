@@ -180,8 +180,11 @@ class Trust:
         )
 
     async def _accept(self, report: TrustReport, actor: str, event: str) -> None:
-        changed = (
-            self._report is None or self._report.seen != report.seen or self._report.online != report.online
+        old = self._report
+        changed = old is None or (old.seen, old.online, old.stale_seconds > 0) != (
+            report.seen,
+            report.online,
+            report.stale_seconds > 0,
         )
 
         def change(tx: Tx) -> None:

@@ -95,7 +95,11 @@ WITH active AS (
            CASE state WHEN 'reverted' THEN fallback END AS fallback
     FROM job WHERE seq IN (
         SELECT max(seq) FROM job WHERE state IN ('succeeded', 'reverted') GROUP BY device, component)
-), holding AS (SELECT * FROM active UNION ALL SELECT * FROM running)
+), stranded AS (
+    -- what a job that could not go back would have gone back to
+    SELECT NULL AS verified, CASE state WHEN 'failed' THEN fallback END AS fallback
+    FROM job WHERE seq IN (SELECT max(seq) FROM job WHERE touched = 1 GROUP BY device, component)
+), holding AS (SELECT * FROM active UNION ALL SELECT * FROM running UNION ALL SELECT * FROM stranded)
 SELECT json_extract(verified, '$.image.sha256') FROM holding
 UNION SELECT json_extract(verified, '$.index.sha256') FROM holding
 UNION SELECT json_extract(fallback, '$.image_sha256') FROM holding
@@ -172,19 +176,32 @@ class Artifacts:
         async with self._lock:
             return await self._free(await self._shortage(0))
 
-    async def room_for(self, size_bytes: int) -> None:
-        """Make sure that ``size_bytes`` more fit, removing what nobody needs.
+    async def room_for(self, size_bytes: int, sha256: str = "") -> None:
+        """Make sure that an artifact of ``size_bytes`` fits, removing what nobody needs. What is there already of the
+        download of ``sha256`` is a part of it.
 
         Raises ``Transient(DISK_FULL)`` with what is wanted, the quota, what is in use and what the disk has
         free.
         """
         async with self._lock:
-            shortage = await self._shortage(size_bytes)
+            partials = await asyncio.to_thread(_sizes, self._folder / "partial", _PARTIAL)
+            held = sum(size for name, size in partials.items() if name.partition(".")[0] == sha256)
+            missing = max(size_bytes - held, 0)
+            shortage = await self._shortage(missing)
+            if shortage > 0:
+                await self._drop_partials(partials, sha256)
+                shortage = await self._shortage(missing)
             if shortage > 0:
                 await self._free(shortage)
-                shortage = await self._shortage(size_bytes)
+                shortage = await self._shortage(missing)
             if shortage > 0:
-                raise await self._no_room(size_bytes)
+                raise await self._no_room(missing)
+
+    async def _drop_partials(self, partials: Collection[str], but: str) -> None:
+        """Downloads that no active job goes on with."""
+        wanted = {*await self._store.read(pinned), but}
+        gone = [self._folder / "partial" / name for name in partials if name.partition(".")[0] not in wanted]
+        await asyncio.to_thread(_remove, gone)
 
     async def _shortage(self, size_bytes: int) -> int:
         """How many bytes must go before ``size_bytes`` more fit; 0 or less where they fit."""

@@ -162,6 +162,16 @@ def last_for(tx: Tx, device: str, component: str, desired_version: int) -> Job |
     )
 
 
+def last_touched(tx: Tx, device: str, component: str) -> Job | None:
+    """The newest job that changed the device, ended or not, or None."""
+    return _one(
+        tx.db.execute(
+            "SELECT * FROM job WHERE device = ? AND component = ? AND touched = 1 ORDER BY seq DESC LIMIT 1",
+            [device, component],
+        )
+    )
+
+
 def advance(tx: Tx, old: Job, new: Job, event: str, detail: str = "") -> Job:
     """Replace ``old`` by ``new`` and write a line of history; returns what is stored.
 

@@ -82,6 +82,13 @@ def test_an_absent_device_is_waited_for_and_a_failing_one_is_not() -> None:
     policy = RetryPolicy(max_attempts=3)
     absent = decide(policy, 1000, Transient(Reason.DEVICE_ABSENT), NOW, progressed=False)
     failing = decide(policy, 2, Transient(Reason.NO_RESPONSE), NOW, progressed=False)
+    hiccup = Transient(Reason.NO_RESPONSE)
+    back = decide(policy, 1000, hiccup, NOW, progressed=False, waited=Reason.DEVICE_ABSENT)
+    assert isinstance(back, Again) and back.attempts == 1, (
+        "the first failure after a wait for the world is the first"
+    )
+    again = decide(policy, 2, hiccup, NOW, progressed=False, waited=Reason.NO_RESPONSE)
+    assert isinstance(again, Exhausted)
     assert isinstance(absent, Again)
     assert isinstance(failing, Exhausted)
 

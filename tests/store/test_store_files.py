@@ -235,10 +235,14 @@ def test_what_was_just_used_stays_until_its_job_can_pin_it(path: Path) -> None:
 def test_partial_downloads_count_and_the_disk_keeps_a_reserve(path: Path) -> None:
     async def main() -> None:
         async with shelf(path, quota=1000) as s:
-            s.artifacts.partial(digest(b"half")).write_bytes(bytes(900))
-            await s.artifacts.room_for(100)
+            half = s.artifacts.partial(digest(b"half"))
+            half.write_bytes(bytes(900))
+            await s.artifacts.room_for(1000, digest(b"half"))
             with pytest.raises(Transient):
-                await s.artifacts.room_for(101)
+                await s.artifacts.room_for(1001, digest(b"half"))
+            assert half.exists()
+            await s.artifacts.room_for(101)
+            assert not half.exists(), "a download that nobody wants holds up another"
         async with shelf(path, reserve=1 << 60) as s:
             with pytest.raises(Transient, match=f"of which {1 << 60} are kept"):
                 await s.artifacts.room_for(1)
