@@ -314,7 +314,8 @@ class LinkSpec:
 @dataclass(frozen=True, slots=True)
 class MapperSpec:
     """A mapper. ``name`` is wire and protocol (``uart-stk500``); ``flash_protocols`` are the values of a release's
-    signed ``flash.protocol`` that this mapper can flash."""
+    signed ``flash.protocol`` that this mapper can flash, ``flash_params`` the names in its signed ``flash.params`` that
+    ``stage`` heeds (they are in ``image.params``): a release with another one is refused before anything is sent."""
 
     name: str
     connect: Callable[[Device, Env], AbstractAsyncContextManager[Session]]
@@ -323,6 +324,7 @@ class MapperSpec:
     flash_protocols: frozenset[str] = frozenset()
     probe: Callable[[str, Env], Awaitable[Identity | None]] | None = None
     """Who answers at this address? Disturbs the device; called only when an operator asks."""
+    flash_params: frozenset[str] = frozenset()
     api_version: int = API_VERSION
 
 

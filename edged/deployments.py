@@ -193,7 +193,10 @@ class Deployments:
     async def _admit(self, release: VerifiedRelease, unit: DeviceUnit) -> Refused | None:
         device = unit.device
         counters = await self._store.read(lambda tx: floors.counters(tx, device.id))
-        known = Admission(device, counters.get(FIRMWARE, 0), counters, unit.spec.flash_protocols)
+        spec = unit.spec
+        known = Admission(
+            device, counters.get(FIRMWARE, 0), counters, spec.flash_protocols, spec.flash_params
+        )
         try:
             admit(release.facts, known)
         except Refused as exc:

@@ -15,17 +15,19 @@ class Admission:
     """What is known of the device besides its configuration.
 
     ``floor``: the counter of the newest release that succeeded (0: none). ``component_counters``: the floors of the
-    device's components, for ``requires``. ``flash_protocols``: what the mapper can flash.
+    device's components, for ``requires``. ``flash_protocols``: what the mapper can flash; ``flash_params``: which of the
+    protocol's parameters it heeds.
     """
 
     device: Device
     floor: int
     component_counters: Mapping[str, int]
     flash_protocols: frozenset[str]
+    flash_params: frozenset[str] = frozenset()
 
 
 def admit(facts: ReleaseFacts, known: Admission) -> None:
-    """Check a release's signed facts, in this order: model, hardware, protocol, counter, requirements.
+    """Check a release's signed facts, in this order: model, hardware, protocol with its parameters, counter, requirements.
 
     Raises ``Refused`` with the first reason that applies.
     """
@@ -46,6 +48,13 @@ def admit(facts: ReleaseFacts, known: Admission) -> None:
             Reason.PROTOCOL_MISMATCH,
             f"{facts.ref} is flashed by {facts.flash.protocol}; "
             f"mapper {device.mapper} speaks {', '.join(sorted(known.flash_protocols)) or 'no flash protocol'}",
+        )
+    unknown = sorted(facts.flash.params.keys() - known.flash_params)
+    if unknown:
+        raise Refused(
+            Reason.PROTOCOL_MISMATCH,
+            f"{facts.ref} is to be flashed with {', '.join(unknown)}, which mapper {device.mapper} does not know; "
+            f"it knows {', '.join(sorted(known.flash_params)) or 'no parameter'}",
         )
     if facts.release_counter < known.floor:
         raise Refused(

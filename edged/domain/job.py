@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from edged.errors import Reason
+from edged_firmware.facts import ParamValue
 
 
 class State(StrEnum):
@@ -65,13 +67,14 @@ class Fallback:
     """What is flashed when the new image is not good; verified on the node's disk before the first erase.
 
     ``image_sha256`` and ``index_sha256`` name artifacts. ``release`` is ``NAME@VERSION`` where it is known to be one,
-    None where the device's flash was read out.
+    None where the device's flash was read out. ``params`` are the release's signed parameters of the flash protocol.
     """
 
     image_sha256: str
     index_sha256: str
     opaque: bool
     release: str | None
+    params: Mapping[str, ParamValue] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from edged.errors import Reason, Transient
 from edged.store.artifacts import Artifacts
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.durable import write_durably
-from edged_firmware.facts import SignedTarget, VerifiedRelease
+from edged_firmware.facts import ParamValue, SignedTarget, VerifiedRelease
 from edged_firmware.fetch import Expected, Fetcher
 from edged_firmware.image import FileSource, pack
 
@@ -27,19 +27,22 @@ READ_OUT_CHUNK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class ImageKey:
-    """An image on disk by what it is: digests of the image file and of its chunk index."""
+    """An image on disk by what it is: digests of the image file and of its chunk index; and how it is flashed."""
 
     image_sha256: str
     index_sha256: str
     opaque: bool
+    params: tuple[tuple[str, ParamValue], ...] = ()
 
     @classmethod
     def of_release(cls, release: VerifiedRelease) -> ImageKey:
-        return cls(release.image.sha256, release.index.sha256, release.facts.format == "opaque")
+        params = tuple(sorted(release.facts.flash.params.items()))
+        return cls(release.image.sha256, release.index.sha256, release.facts.format == "opaque", params)
 
     @classmethod
     def of_fallback(cls, fallback: Fallback) -> ImageKey:
-        return cls(fallback.image_sha256, fallback.index_sha256, fallback.opaque)
+        params = tuple(sorted(fallback.params.items()))
+        return cls(fallback.image_sha256, fallback.index_sha256, fallback.opaque, params)
 
 
 class Images:
@@ -123,7 +126,7 @@ class Images:
         """The verified reader. Raises ``Refused`` where the files are not what ``key`` says."""
         index = await self._index(key.index_sha256)
         async with FileSource(self._artifacts.path(key.image_sha256)) as source:
-            yield await Image.open(source, index, key.opaque, self._observer.chunk_verified)
+            yield await Image.open(source, index, key.opaque, self._observer.chunk_verified, dict(key.params))
 
     async def _index(self, sha256: str) -> ChunkIndex:
         path = self._artifacts.path(sha256)

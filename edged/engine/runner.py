@@ -276,6 +276,7 @@ class JobRunner:
             floor=counters.get(self.job.component, 0),
             component_counters=counters,
             flash_protocols=self._unit.spec.flash_protocols,
+            flash_params=self._unit.spec.flash_params,
         )
         admission.admit(release.facts, known)
 
@@ -442,7 +443,7 @@ class JobRunner:
         await self._ledger.commit(replace(self.job, no_fallback=True), "no fallback", detail=why)
 
     async def _commit_fallback(self, key: ImageKey, release: str | None, detail: str) -> None:
-        fallback = Fallback(key.image_sha256, key.index_sha256, key.opaque, release)
+        fallback = Fallback(key.image_sha256, key.index_sha256, key.opaque, release, dict(key.params))
         text = f"{release or 'read-out'}, {detail}"
         await self._ledger.commit(replace(self.job, fallback=fallback), "fallback secured", detail=text)
 

@@ -115,6 +115,7 @@ class FakeDevice:
     pending: bool = False
     absent: bool = False
     properties: dict[str, object] = field(default_factory=dict)
+    flashed_with: dict[str, object] = field(default_factory=dict)
     counts: Counts = field(default_factory=Counts)
     tap: bytearray = field(default_factory=bytearray)
 
@@ -295,6 +296,7 @@ class FakeSession:
 
     async def stage(self, image: Image, progress: Progress) -> None:
         hardware = await self._hardware()
+        hardware.flashed_with = dict(image.params)
         pages = _pages(image, self._device.flash_base, hardware.page_bytes)
         total = sum(length for _, _, _, length in pages)
         begin = await self._prefix(image, pages, total, progress)
@@ -400,6 +402,7 @@ class FakePlugin:
                 parse_config=parse_config,
                 flash_protocols=frozenset({"fake"}),
                 probe=self._probe,
+                flash_params=frozenset({"erase"}),
             )
         ]
 

@@ -18,7 +18,7 @@ import os
 import stat
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +29,7 @@ from typing import Protocol, Self, runtime_checkable
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.durable import storage_error
 from edged_firmware.errors import Reason, Refused, Transient
+from edged_firmware.facts import ParamValue
 
 MAGIC = b"EDGEDIMG"
 VERSION = 1
@@ -190,12 +191,19 @@ class Image:
     - ``size_bytes``: their total length.
     - ``length``: bytes of the file.
     - ``opaque``: True where the vendor's file passes through as one segment at address 0.
+    - ``params``: the flash protocol's parameters, as the release's facts were signed; empty for a flash that was read out.
 
     Several tasks may read at once. It holds at most 1 MiB of the file in memory.
     """
 
     def __init__(
-        self, reader: _VerifiedFile, segments: tuple[Segment, ...], begin: int, *, opaque: bool
+        self,
+        reader: _VerifiedFile,
+        segments: tuple[Segment, ...],
+        begin: int,
+        *,
+        opaque: bool,
+        params: Mapping[str, ParamValue],
     ) -> None:
         self._reader = reader
         self._begins = _begins(segments, begin)
@@ -203,10 +211,16 @@ class Image:
         self.size_bytes = sum(segment.length for segment in segments)
         self.length = reader.index.length
         self.opaque = opaque
+        self.params = params
 
     @classmethod
     async def open(
-        cls, source: ByteSource, index: ChunkIndex, opaque: bool = False, observe: Observe | None = None
+        cls,
+        source: ByteSource,
+        index: ChunkIndex,
+        opaque: bool = False,
+        observe: Observe | None = None,
+        params: Mapping[str, ParamValue] | None = None,
     ) -> Image:
         """Read the segment table (or take the file as one segment, where ``opaque``).
 
@@ -219,7 +233,7 @@ class Image:
             segments, begin = _opaque(index.length), 0
         else:
             segments, begin = await _read_table(reader)
-        return cls(reader, segments, begin, opaque=opaque)
+        return cls(reader, segments, begin, opaque=opaque, params=params or {})
 
     async def read(self, segment: int | Segment, offset: int, length: int) -> bytes:
         """``length`` verified bytes from ``offset`` of ``segment``, its number or the segment itself.
