@@ -147,7 +147,7 @@ class Metrics:
         yield _histogram(
             "edged_chunk_verify_seconds", "Time to verify a chunk against its index", self._chunk_verify
         )
-        yield _histogram("edged_chunk_write_seconds", "Time to write 64 KiB to a device", self._chunk_write)
+        yield _histogram("edged_chunk_write_seconds", "Time to write 4 KiB to a device", self._chunk_write)
         yield _histogram("edged_store_commit_seconds", "Time of a commit of the database", self._commit)
         if self._trust is not None:
             refreshed, stale_s, online = self._trust

@@ -14,6 +14,8 @@ from edged.sessions import let_go
 
 T = TypeVar("T")
 TICK_S = 0.2
+OBSERVED_BYTES = 4096
+"""What the time of a write is told for: small enough for the smallest parts, and the same for all of them."""
 
 
 class Interrupted(Exception):
@@ -63,14 +65,12 @@ class Meter:
         checkpoints: Checkpoints,
         *,
         image_bytes: int = 0,
-        chunk_bytes: int = 64 * 1024,
         observe_write: Callable[[float], None] | None = None,
     ) -> None:
         self._clock = clock
         self._stall_s = stall_s
         self._checkpoints = checkpoints
         self._image_bytes = image_bytes
-        self._chunk_bytes = chunk_bytes
         self._observe_write = observe_write
         now = clock.monotonic()
         self._status = Status(Phase.COMPARE, 0, 0, 0.0)
@@ -113,8 +113,10 @@ class Meter:
             self.read_bytes += moved
 
     def _observe_chunk(self, now: float, done_bytes: int) -> None:
-        if self._observe_write and done_bytes - self._chunk_from >= self._chunk_bytes:
-            self._observe_write(now - self._chunk_began)
+        moved = done_bytes - self._chunk_from
+        if self._observe_write and moved >= OBSERVED_BYTES:
+            # a mapper may tell of its progress in larger steps
+            self._observe_write((now - self._chunk_began) * OBSERVED_BYTES / moved)
             self._chunk_began, self._chunk_from = now, done_bytes
 
     async def watch(

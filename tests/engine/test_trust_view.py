@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from edged.config import TrustSettings
 from edged.engine.observer import Silent
 from edged.engine.trust import Trust
 from edged.errors import Permanent, Reason, Refused, Transient
+from edged.store import audit
 from edged.store.database import Store
 from edged.testing.node import life
 from edged_firmware.trust import TrustReport, TrustRequest, verify
@@ -46,6 +48,27 @@ def test_many_who_ask_at_once_share_a_refresh(tmp_path: Path, publisher: Publish
             assert counted.runs <= 2
             await trust.resolve("app@2.0.0")
             assert counted.runs <= 2, "what is fresh was verified again"
+
+    asyncio.run(run())
+
+
+def test_that_metadata_went_stale_within_its_grace_is_in_the_audit_trail(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    """Who cuts the line, or serves what is old, must leave a trace also where it is borne for a while."""
+    place, later = Place(tmp_path / "state", publisher), timedelta(0)
+
+    async def run() -> None:
+        nonlocal later
+        async with life(place.config, place.plugins, now=lambda: datetime.now(UTC) + later) as node:
+            assert (await node.trust.refresh()).stale_seconds == 0
+            later = timedelta(days=20)
+            for _ in range(2):
+                assert (await node.trust.refresh()).stale_seconds > 0
+            rows = await node.store.read(audit.list)
+            stale = [row.data["stale_s"] for row in rows if row.event == "trust.refresh"]
+            assert len(stale) == 2, "once for each change"
+            assert stale[0] == 0 and isinstance(stale[1], float) and stale[1] > 86400
 
     asyncio.run(run())
 
