@@ -99,14 +99,20 @@ class Place:
     devices: list[DeviceSettings] = field(default_factory=list)
 
     def device(
-        self, name: str = "dev-1", *, app: str | None = "1.0.0", bus: str = "bus", **options: Any
+        self,
+        name: str = "dev-1",
+        *,
+        app: str | None = "1.0.0",
+        bus: str = "bus",
+        watch: bool = True,
+        **options: Any,
     ) -> FakeDevice:
         """Put a device on a bus, as it left the factory with version ``app``, and configure it."""
         device = self.plugin.add(bus, FakeDevice(name, **options))
         if app is not None:
             device.install(fake_app(app, IMAGE_BYTES))
         self.devices.append(
-            DeviceSettings(id=name, model="widget", mapper="fake", address=f"fake:{bus}/{name}")
+            DeviceSettings(id=name, model="widget", mapper="fake", address=f"fake:{bus}/{name}", watch=watch)
         )
         return device
 
