@@ -18,3 +18,4 @@ def test_demo(tmp_path: Path, options: list[str]) -> None:
     for text in ("chunk_mismatch", "counter_lower", "Intact", "succeeded: runs blink@2.0.0"):
         assert text in done.stdout + done.stderr
     assert ("agrees byte for byte" in done.stdout) == (not options)
+    assert done.stdout.count("; 0 bytes were sent") == (0 if options else 2)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edged.domain.reasons import EXIT_DONE, EXIT_REFUSED
+from edged.errors import Reason
 
 if TYPE_CHECKING:
     from edged.testing.demo import Bench
@@ -33,10 +34,7 @@ class _Outcome:
     code: int
     seconds: float
     note: str
-
-    @property
-    def right(self) -> bool:
-        return self.code == self.expected
+    right: bool
 
 
 @click.command()
@@ -98,15 +96,18 @@ def _run(bench: Bench, folder: Path) -> list[_Outcome]:
     outcomes = []
     daemon = [part.format(config=config) for part in bench.daemon]
     with _daemon(daemon, folder / "daemon.log", edged):
-        for version, expected, note in (
-            (first, EXIT_DONE, "flashed, read back, healthy"),
-            (second, EXIT_DONE, "flashed, read back, healthy"),
-            (TAMPERED, EXIT_REFUSED, "one bit is not what was signed: nothing was sent"),
-            (first, EXIT_REFUSED, "its release counter is lower: nothing was sent"),
+        for version, reason, note in (
+            (first, None, "flashed, read back, healthy"),
+            (second, None, "flashed, read back, healthy"),
+            (TAMPERED, Reason.CHUNK_MISMATCH, "one bit is not what was signed"),
+            (first, Reason.COUNTER_LOWER, "its release counter is lower"),
         ):
             _say(f"The operator deploys blink@{version} to {DEVICE}")
             deploy = [*edged, "deploy", f"blink@{version}", "--to", DEVICE, "--wait", "--yes"]
-            outcomes.append(_step(f"deploy blink@{version}", expected, deploy, note))
+            if reason is None:
+                outcomes.append(_step(f"deploy blink@{version}", EXIT_DONE, deploy, note))
+            else:
+                outcomes.append(_refusal(f"deploy blink@{version}", reason, deploy, note, bench))
         _say("What the device runs, and what happened")
         _call([*edged, "devices"])
         _call([*edged, "jobs"])
@@ -188,7 +189,22 @@ def _step(what: str, expected: int, command: list[str], note: str, quiet: Path |
                 command, check=False, timeout=_STEP_S, stdout=output, stderr=subprocess.STDOUT
             )
         code = done.returncode
-    return _Outcome(what, expected, code, time.monotonic() - begun, note)
+    return _Outcome(what, expected, code, time.monotonic() - begun, note, code == expected)
+
+
+def _refusal(what: str, reason: Reason, command: list[str], note: str, bench: Bench) -> _Outcome:
+    """A step that must be refused for ``reason``, with nothing sent to the board, which counts for itself."""
+    before = bench.received_bytes() if bench.received_bytes else 0
+    begun = time.monotonic()
+    done = subprocess.run(
+        command, check=False, timeout=_STEP_S, capture_output=True, text=True, env=_environment()
+    )
+    click.echo(done.stdout + done.stderr, nl=False)
+    right = done.returncode == EXIT_REFUSED and reason.value in done.stdout + done.stderr
+    if bench.received_bytes:
+        sent = bench.received_bytes() - before
+        note, right = f"{note}; {sent} bytes were sent", right and sent == 0
+    return _Outcome(what, EXIT_REFUSED, done.returncode, time.monotonic() - begun, note, right)
 
 
 def _table(outcomes: list[_Outcome]) -> None:

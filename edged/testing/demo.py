@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,8 @@ class Bench:
     images: dict[str, Path]
     device_config: str = ""
     board_port: Path | None = None
+    received_bytes: Callable[[], int] | None = None
+    """What the board has been sent so far, by its own count; None where nobody but the daemon counts."""
 
 
 @contextmanager
@@ -58,6 +60,7 @@ def simulated_board(folder: Path) -> Iterator[Bench]:
             daemon=(sys.executable, "-P", "-m", "edged", "--config", "{config}", "run"),
             images=images,
             board_port=device.port,
+            received_bytes=lambda: device.stats().bytes_in,
         )
 
 
