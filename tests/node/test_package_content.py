@@ -60,6 +60,13 @@ def test_one_package_for_all_machines(package: Deb) -> None:
     assert package.field("Version") == _version()
 
 
+def test_it_is_as_small_as_the_docs_say(package: Deb) -> None:
+    told = re.search(r": ([\d.]+) MB, (\d+) MB installed", (ROOT / "docs/packaging.md").read_text())
+    assert told is not None
+    assert round(package.path.stat().st_size / 1e6, 1) <= float(told[1]) + 0.2
+    assert round(int(package.field("Installed-Size")) * 1024 / 1e6) <= int(told[2]) + 1
+
+
 def test_depends_on_what_debian_compiles_and_on_nothing_guessed(package: Deb) -> None:
     """Metadata of the vendored libraries would make dh_python3 depend on Debian's packages of them."""
     assert sorted(package.field("Depends").split(", ")) == [
