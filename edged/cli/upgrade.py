@@ -28,7 +28,7 @@ UNREACHABLE_CURE = (
 helper_option = click.option(
     "--helper",
     "helper_path",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=click.Path(path_type=Path, dir_okay=False, readable=False),
     default=SOCKET,
     show_default=True,
     help="The helper's socket.",

@@ -118,7 +118,7 @@ class Apt:
             argv = [*self._apt("apt-get"), "download", f"{PACKAGE}={version}"]
             ended = await run(argv, timeout_s=FETCH_S, cwd=folder)
             if not ended.ok:
-                raise Refusal(_why(ended), f"{PACKAGE} {version}: {ended.gist}")
+                raise Refusal(why_not_fetched(ended), f"{PACKAGE} {version}: {ended.gist}")
             data = _only_file(folder)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Refusal(Why.HASH_MISMATCH, f"{PACKAGE} {version} is not the file that the index names")
@@ -165,9 +165,13 @@ class Apt:
         return [*self._apt("apt-get"), "install", "--yes", "--no-remove", "--no-install-recommends"]
 
 
-def _why(ended: Ended) -> Why:
-    """Why apt did not fetch a file; apt has one exit code for all of it."""
+def why_not_fetched(ended: Ended) -> Why:
+    """Why apt did not fetch a file or an index; apt has one exit code for all of it."""
     for words, why in (
+        ("is not signed", Why.SIGNATURE_INVALID),
+        ("NO_PUBKEY", Why.SIGNATURE_INVALID),
+        ("signatures were invalid", Why.SIGNATURE_INVALID),
+        ("no longer signed", Why.SIGNATURE_INVALID),
         ("could not be authenticated", Why.SIGNATURE_INVALID),
         ("unauthenticated", Why.SIGNATURE_INVALID),
         ("Hash Sum mismatch", Why.HASH_MISMATCH),

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from edged.helper import protocol
-from edged.helper.apt import Apt
+from edged.helper.apt import Apt, why_not_fetched
 from edged.helper.commands import run
 from edged.helper.protocol import CURES, Refusal, Request, Verb, Why
 from edged.helper.state import Operation, Phase, State
@@ -299,7 +299,8 @@ class Upgrades:
         sha256 = await self._apt.sha256(new)
         if not sha256 and not update.ok:
             raise Refusal(
-                Why.FETCH_FAILED, f"{new} is not known, and the repositories cannot be read: {update.gist}"
+                why_not_fetched(update),
+                f"{new} is not known, and the repositories cannot be read: {update.gist}",
             )
         if not sha256:
             raise Refusal(Why.NOT_FOUND, f"no repository of this node has edged {new}")
