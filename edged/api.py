@@ -309,6 +309,9 @@ class LinkSpec:
 
     scheme: str
     open: Callable[[str, Env], AbstractAsyncContextManager[Link]]
+    parse_address: Callable[[str], object] = str
+    """Given the same rest. Raises ``ValueError`` with a useful text, such as "allowed: HOST:PORT", where ``open`` could not
+    understand it; what it returns is not used. A slip is then found before the first job; without it everything passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +323,7 @@ class MapperSpec:
     name: str
     connect: Callable[[Device, Env], AbstractAsyncContextManager[Session]]
     parse_config: Callable[[Mapping[str, object]], object]
-    """Raises ``ValueError`` with a useful text: which key, what was found, what is allowed."""
+    """Raises ``ValueError`` with a useful text: which key, what was found, what is allowed; one line for each fault."""
     flash_protocols: frozenset[str] = frozenset()
     probe: Callable[[str, Env], Awaitable[Identity | None]] | None = None
     """Who answers at this address? Disturbs the device; called only when an operator asks."""

@@ -2,22 +2,26 @@
 
 ``edged.toml`` holds the node's settings; ``models.d/*.toml`` hold ``[[model]]`` tables and ``devices.d/*.toml``
 ``[[device]]`` tables (either may also stand in ``edged.toml``). Each fault is one line: file, key, what was found, what
-is allowed. All faults are reported, not only the first. Relative paths are relative to the folder of ``edged.toml``.
+is allowed. All faults are reported, not only the first: each key is read and checked for itself, and what is sound is kept
+for the checks that follow. Relative paths are relative to the folder of ``edged.toml``.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import re
 import socket
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import attrs
 import cattrs
-from cattrs.errors import AttributeValidationNote, ForbiddenExtraKeysError, IterableValidationNote
 
 from edged.api import HealthCheck
 from edged.errors import ConfigError
@@ -29,55 +33,84 @@ _SECRET_MAY_GO = re.compile(r"https://|http://(127\.0\.0\.1|localhost|\[::1\])[:
 
 
 class _NotAllowed(ValueError):
-    """A value outside what is allowed; its text is the "allowed" part of the message. ``key`` is the attribute that
-    holds ``value``, where a validator of the record found it."""
-
-    def __init__(self, allowed: str, key: str = "", value: object = None) -> None:
-        super().__init__(allowed)
-        self.key = key
-        self.value = value
+    """A value outside what is allowed; its text is the "allowed" part of the message."""
 
 
-def _between(low: float, high: float) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+class _Unsound(ValueError):
+    """A table without which there is no record: a key that is required is missing or not allowed. It was told already."""
+
+
+def _between(low: float, high: float) -> Callable[[object, object, Any], None]:
+    def check(_: object, __: object, value: Any) -> None:
         if not low <= value <= high:
-            raise _NotAllowed(f"a number from {low:g} to {high:g}", attribute.name, value)
+            raise _NotAllowed(f"a number from {low:g} to {high:g}")
 
     return check
 
 
-def _one_of(*choices: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _one_of(*choices: str) -> Callable[[object, object, Any], None]:
+    def check(_: object, __: object, value: Any) -> None:
         if value not in choices:
-            allowed = "one of " + ", ".join(repr(choice) for choice in choices)
-            raise _NotAllowed(allowed, attribute.name, value)
+            raise _NotAllowed("one of " + ", ".join(repr(choice) for choice in choices))
 
     return check
 
 
-def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:
-    def check(_: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _matches(pattern: re.Pattern[str], allowed: str) -> Callable[[object, object, Any], None]:
+    def check(_: object, __: object, value: Any) -> None:
         if not pattern.fullmatch(value):
-            raise _NotAllowed(allowed, attribute.name, value)
+            raise _NotAllowed(allowed)
 
     return check
 
 
-def _is_regex(_: object, attribute: attrs.Attribute[Any], value: str) -> None:
+def _is_regex(_: object, __: object, value: str) -> None:
     try:
         re.compile(value.replace("{identifies_as}", "x"))
     except re.error as exc:
-        raise _NotAllowed(f"a regular expression ({exc})", attribute.name, value) from exc
+        raise _NotAllowed(f"a regular expression ({exc})") from exc
+
+
+def _is_repository(_: object, __: object, value: str) -> None:
+    scheme, mark, _rest = value.partition("://")
+    try:
+        parts = urlsplit(value)
+        port = parts.port  # raises where it is no port
+    except ValueError:
+        pass
+    else:
+        reaches = parts.path if scheme == "file" else parts.hostname and port != 0
+        if not mark or (scheme in ("https", "http", "file") and reaches):
+            return
+    raise _NotAllowed("https://HOST/PATH, http://HOST/PATH, file:///PATH, a folder, or empty")
+
+
+def _is_listen(_: object, __: object, value: str) -> None:
+    host, _colon, port = value.rpartition(":")
+    try:
+        ipaddress.ip_address(host[1:-1] if host[:1] + host[-1:] == "[]" else host)
+        fits = port.isascii() and port.isdecimal() and int(port) < 65536
+    except ValueError:
+        fits = False
+    if value and not fits:
+        raise _NotAllowed(
+            "ADDRESS:PORT, such as '127.0.0.1:9464' or '[::1]:9464', with a port up to 65535; or empty"
+        )
 
 
 _is_id = _matches(_ID, "letters, digits, '.', '_' and '-', at most 63, beginning with a letter or digit")
+
+
+def _host_name() -> str:
+    """The host name, as far as an id may have it."""
+    return re.sub(r"[^A-Za-z0-9._-]|^[^A-Za-z0-9]+", "", socket.gethostname())[:63] or "node"
 
 
 @attrs.frozen(kw_only=True)
 class Node:
     """``[node]``: who this node is and where its state lies."""
 
-    id: str = attrs.field(factory=socket.gethostname, validator=_is_id)
+    id: str = attrs.field(factory=_host_name, validator=_is_id)
     state_dir: Path = Path("/var/lib/edged")
 
 
@@ -98,7 +131,7 @@ class TrustSettings:
     as the Authorization header (RFC 9110 11.6.2); empty: none.
     """
 
-    repository: str = ""
+    repository: str = attrs.field(default="", validator=_is_repository)
     credential: str = attrs.field(
         default="",
         validator=_matches(re.compile(r"|[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"), "the name of a file, or empty"),
@@ -157,10 +190,7 @@ class EngineSettings:
 class MetricsSettings:
     """``[metrics]``: the Prometheus endpoint; ``listen`` empty: none."""
 
-    listen: str = attrs.field(
-        default="127.0.0.1:9464",
-        validator=_matches(re.compile(r"|\[?[0-9A-Fa-f:.]+\]?:\d{1,5}"), "ADDRESS:PORT, or empty"),
-    )
+    listen: str = attrs.field(default="127.0.0.1:9464", validator=_is_listen)
 
 
 @attrs.frozen(kw_only=True)
@@ -254,62 +284,160 @@ class _Devices:
     device: tuple[DeviceSettings, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What :func:`examine` found. ``config`` is what is sound: a key with a fault has its default there, a model or device
+    with one is missing. ``places`` says by device where it stands, for further faults: ``FILE: device[0]``."""
+
+    config: Config
+    problems: list[str]
+    places: Mapping[str, str]
+
+
 def load(path: Path) -> Config:
     """Read ``path`` and the folders ``models.d`` and ``devices.d`` beside it.
 
     Raises ``ConfigError`` with every fault that was found.
     """
-    problems: list[str] = []
-    converter = _converter(path.parent)
-    config = _read(path, Config, converter, problems) or Config()
+    found = examine(path)
+    if found.problems:
+        raise ConfigError(found.problems)
+    return found.config
+
+
+def examine(path: Path) -> Examined:
+    """:func:`load` for whoever wants to go on with what is sound."""
+    reader = _Reader(path.parent)
+    config = reader.read(path, Config) or Config()
+    models, devices = list(config.model), list(config.device)
+    for file in _toml_files(path.parent / "models.d"):
+        models += (reader.read(file, _Models) or _Models()).model
+    for file in _toml_files(path.parent / "devices.d"):
+        devices += (reader.read(file, _Devices) or _Devices()).device
     repository = config.trust.repository
     if repository and "://" not in repository:
         config = attrs.evolve(
             config, trust=attrs.evolve(config.trust, repository=str(path.parent / repository))
         )
-    models, devices = list(config.model), list(config.device)
-    for file in _toml_files(path.parent / "models.d"):
-        models += (_read(file, _Models, converter, problems) or _Models()).model
-    for file in _toml_files(path.parent / "devices.d"):
-        devices += (_read(file, _Devices, converter, problems) or _Devices()).device
+    problems = reader.problems + list(_cross_check(reader, devices))
     config = attrs.evolve(config, model=tuple(models), device=tuple(devices))
-    problems += _cross_check(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    return Examined(config, problems, {name: places[0] for name, places in reader.places["device"].items()})
 
 
 def _toml_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.toml"))
 
 
-def _read(file: Path, kind: type[T], converter: cattrs.Converter, problems: list[str]) -> T | None:
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-        tables = [key for key in ("model", "device") if not isinstance(data.get(key, []), list)]
-        if tables:
-            problems += [
-                f"{file}: {key}: found one table or value; allowed: [[{key}]] tables" for key in tables
-            ]
-            return None
-        return converter.structure(data, kind)
-    except OSError as exc:
-        problems.append(f"{file}: cannot be read: {exc.strerror}")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
-        problems.append(f"{file}: not TOML: {exc}")
-    except cattrs.BaseValidationError as exc:
-        problems += [f"{file}: {text}" for text in _explain(exc, data, "")]
-    return None
+_LISTS: dict[object, tuple[str, type]] = {
+    tuple[Model, ...]: ("model", Model),
+    tuple[DeviceSettings, ...]: ("device", DeviceSettings),
+}
 
 
-def _converter(folder: Path) -> cattrs.Converter:
-    """Strict where cattrs is lenient: no number from a text, no text from a number, no key that nobody reads."""
-    converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    for kind, accepted in ((str, (str,)), (int, (int,)), (float, (int, float)), (bool, (bool,))):
-        converter.register_structure_hook(kind, _strictly(kind, accepted))
-    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _texts)
-    converter.register_structure_hook(Path, lambda value, _: folder / _strictly(str, (str,))(value, str))
-    return converter
+class _Reader:
+    """Files to records. Strict where cattrs is lenient: no number from a text, no text from a number, no key that nobody
+    reads. A fault is told and reading goes on.
+
+    ``places`` has, for models and for devices, where each id stands: also those that have a fault elsewhere. ``unread``:
+    of some model not even the id is known.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.problems: list[str] = []
+        self.places: dict[str, dict[str, list[str]]] = {"model": {}, "device": {}}
+        self.unread = False
+        self._file = folder
+        self._path = ""
+        self._converter = convert = cattrs.Converter(detailed_validation=False)
+        convert.register_structure_hook_func(attrs.has, self._table)
+        convert.register_structure_hook_func(_LISTS.__contains__, self._tables)
+        for kind, accepted in ((str, (str,)), (int, (int,)), (float, (int, float)), (bool, (bool,))):
+            convert.register_structure_hook(kind, _strictly(kind, accepted))
+        convert.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _texts)
+        convert.register_structure_hook_func(lambda kind: kind == dict[str, Any], _any_table)
+        convert.register_structure_hook(Path, lambda value, _: folder / _strictly(str, (str,))(value, str))
+
+    def read(self, file: Path, kind: type[T]) -> T | None:
+        """What is sound in ``file``; None where it cannot be read at all."""
+        self._file, self._path = file, ""
+        try:
+            data = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as exc:
+            fault = f"cannot be read: {exc.strerror}"
+        except (ValueError, RecursionError) as exc:
+            fault = f"not TOML: {exc}"
+        else:
+            return self._converter.structure(data, kind)
+        self.problems.append(f"{file}: {fault}")
+        self.unread = self.unread or kind is not _Devices
+        return None
+
+    def _table(self, data: object, kind: type[Any]) -> Any:
+        """Raises ``_Unsound`` where a required key has no sound value."""
+        if not isinstance(data, Mapping):
+            raise _NotAllowed("a table")
+        attrs.resolve_types(kind)
+        fields: Mapping[str, attrs.Attribute[Any]] = attrs.fields_dict(kind)
+        sound: dict[str, Any] = {}
+        for name, field in fields.items():
+            with self._below(f".{name}", data.get(name)):
+                if name in data or attrs.has(field.type or object):
+                    sound[name] = self._checked(field, data.get(name, {}))
+                elif field.default is attrs.NOTHING:
+                    self._tell("found nothing; this key is required")
+                elif not isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+                    sound[name] = field.default
+        for name in sorted(data.keys() - fields.keys()):
+            with self._below(f".{name}", None):
+                self._tell(f"found an unknown key; allowed: {', '.join(sorted(fields))}")
+        for name, fault in _TOGETHER.get(kind, _nothing)(sound):
+            with self._below(f".{name}", None):
+                self._tell(f"found {sound[name]!r}; allowed: {fault}")
+        if any(field.default is attrs.NOTHING and name not in sound for name, field in fields.items()):
+            raise _Unsound
+        return kind(**sound)
+
+    def _checked(self, field: attrs.Attribute[Any], data: object) -> object:
+        value = self._converter.structure(data, field.type or object)
+        if field.validator is not None:
+            field.validator(None, field, value)
+        return value
+
+    def _tables(self, data: object, kind: object) -> tuple[Any, ...]:
+        name, record = _LISTS[kind]
+        if not isinstance(data, list):
+            self.unread = self.unread or name == "model"
+            raise _NotAllowed(f"[[{name}]] tables")
+        found: list[Any] = []
+        for number, item in enumerate(data):
+            with self._below(f"[{number}]", item):
+                self._note_place(name, item)
+                found.append(self._converter.structure(item, record))
+        return tuple(found)
+
+    def _note_place(self, name: str, item: object) -> None:
+        told = item.get("id") if isinstance(item, Mapping) else None
+        if isinstance(told, str):
+            self.places[name].setdefault(told, []).append(f"{self._file}: {self._path}")
+        else:
+            self.unread = self.unread or name == "model"
+
+    @contextmanager
+    def _below(self, key: str, found: object) -> Iterator[None]:
+        """One step down; what is not allowed there is told, and skipped."""
+        before = self._path
+        self._path = f"{before}{key}".removeprefix(".")
+        try:
+            yield
+        except _NotAllowed as exc:
+            self._tell(f"found {found!r:.200}; allowed: {exc}")
+        except _Unsound:
+            pass
+        finally:
+            self._path = before
+
+    def _tell(self, fault: str) -> None:
+        self.problems.append(f"{self._file}: {self._path}: {fault}")
 
 
 def _texts(value: object, _: object) -> tuple[str, ...]:
@@ -319,75 +447,70 @@ def _texts(value: object, _: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _any_table(value: object, _: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _NotAllowed("a table")
+    return value
+
+
 def _strictly(kind: type[T], accepted: tuple[type, ...]) -> Callable[[object, object], T]:
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
     def structure(value: object, _: object) -> T:
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise _NotAllowed(names[kind])
-        return kind(value)  # type: ignore[call-arg]
+        try:
+            return kind(value)  # type: ignore[call-arg]
+        except OverflowError:
+            raise _NotAllowed(names[kind]) from None
 
     return structure
 
 
-def _explain(error: BaseException, data: object, path: str) -> Iterator[str]:
-    """One line for each leaf of cattrs' tree of errors, with the key's path and what stands there."""
-    if isinstance(error, cattrs.BaseValidationError):
-        for inner in error.exceptions:
-            yield from _explain(inner, *_below(inner, data, path))
-    elif isinstance(error, ForbiddenExtraKeysError):
-        known = ", ".join(sorted(attribute.name for attribute in attrs.fields(error.cl)))
-        for key in sorted(error.extra_fields):
-            yield f"{_join(path, key)}: found an unknown key; allowed: {known}"
-    elif isinstance(error, KeyError):
-        yield f"{_join(path, str(error.args[0]))}: found nothing; this key is required"
-    elif isinstance(error, _NotAllowed) and error.key:
-        yield f"{_join(path, error.key)}: found {error.value!r}; allowed: {error}"
-    else:
-        yield f"{path or 'the file'}: found {data!r}; allowed: {error}"
+# -- keys that must fit each other: each check is given the sound keys of one table, and yields key and what is allowed
+
+_Fits = Iterator[tuple[str, str]]
 
 
-def _below(error: BaseException, data: object, path: str) -> tuple[object, str]:
-    for note in getattr(error, "__notes__", ()):
-        if isinstance(note, AttributeValidationNote):
-            if isinstance(error, KeyError):
-                return data, path
-            found = data.get(note.name) if isinstance(data, Mapping) else data
-            return found, _join(path, note.name)
-        if isinstance(note, IterableValidationNote):
-            found = data[note.index] if isinstance(data, list) and isinstance(note.index, int) else data
-            return found, f"{path}[{note.index}]"
-    return data, path
+def _nothing(_: Mapping[str, Any]) -> _Fits:
+    yield from ()
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _trust_fits(sound: Mapping[str, Any]) -> _Fits:
+    repository = sound.get("repository")
+    if sound.get("credential") and repository is not None and not _SECRET_MAY_GO.match(repository):
+        what = "https:// (or http:// to this machine), so that nobody on the way reads the credential"
+        yield "repository", f"with trust.credential: {what}"
 
 
-def _cross_check(config: Config) -> list[str]:
-    """What no single file can tell: ids used twice, devices of a model that nobody described."""
-    problems = [
-        f"{kind} {name!r}: found {count} times; allowed: once"
-        for kind, names in (
-            ("model", [model.id for model in config.model]),
-            ("device", [device.id for device in config.device]),
-        )
-        for name, count in _repeated(names)
-    ]
-    if config.trust.credential and not _SECRET_MAY_GO.match(config.trust.repository):
-        allowed = "https:// (or http:// to this machine), so that nobody on the way reads the credential"
-        problems.append(
-            f"trust.repository: found {config.trust.repository!r}; allowed with trust.credential: {allowed}"
-        )
-    known = ", ".join(sorted(config.models)) or "none is described"
-    problems += [
-        f"device {device.id!r}: model: found {device.model!r}; allowed: {known}"
-        for device in config.device
-        if device.model not in config.models
-    ]
-    return problems
+def _engine_fits(sound: Mapping[str, Any]) -> _Fits:
+    first, longest = sound.get("first_backoff_s"), sound.get("longest_backoff_s")
+    if first is not None and longest is not None and first > longest:
+        yield "first_backoff_s", f"at most longest_backoff_s, which is {longest:g}"
 
 
-def _repeated(names: Iterable[str]) -> list[tuple[str, int]]:
-    listed = list(names)
-    return [(name, listed.count(name)) for name in sorted(set(listed)) if listed.count(name) > 1]
+def _health_fits(sound: Mapping[str, Any]) -> _Fits:
+    if sound.get("kind") == "property" and sound.get("query") == "":
+        yield "query", "what is to be asked, where kind is 'property'"
+
+
+_TOGETHER: dict[type, Callable[[Mapping[str, Any]], _Fits]] = {
+    TrustSettings: _trust_fits,
+    EngineSettings: _engine_fits,
+    HealthSettings: _health_fits,
+}
+
+
+def _cross_check(reader: _Reader, devices: list[DeviceSettings]) -> Iterator[str]:
+    """What no single table can tell: ids used twice, devices of a model that nobody described."""
+    for kind in ("model", "device"):
+        for name, places in sorted(reader.places[kind].items()):
+            for place in places[1:]:
+                yield f"{place}.id: found {name!r}, which is {places[0]} already; allowed: each id once"
+    if reader.unread:
+        return  # it may be the model that could not be read
+    known = ", ".join(sorted(reader.places["model"])) or "none, since no model is described"
+    for device in devices:
+        if device.model not in reader.places["model"]:
+            place = reader.places["device"][device.id][0]
+            yield f"{place}.model: found {device.model!r}; allowed: {known}"

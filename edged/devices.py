@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -26,7 +26,7 @@ from edged.domain.admission import check_identity
 from edged.domain.job import ACTIVE_STATES, State
 from edged.domain.reconcile import FIRMWARE, release_of
 from edged.domain.twin import Value, delta
-from edged.errors import EdgedError, Permanent, Reason, Refused
+from edged.errors import Permanent, Reason, Refused
 from edged.links import LinkPool, device_env
 from edged.plugins import Plugins
 from edged.reports import Reports
@@ -39,8 +39,16 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a device cannot be used. ``detail``: key of its table, what was found, what is allowed."""
+
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A configured device that cannot be used; the others can."""
+    """A configured device that cannot be used; the others can. ``reason`` is that of the first fault."""
 
     settings: DeviceSettings
     reason: Reason
@@ -78,22 +86,50 @@ def resolve(
     settings: DeviceSettings, config: Config, plugins: Plugins
 ) -> tuple[Device, MapperSpec] | LeftOut:
     """The device and its mapper, or why it is left out."""
-    try:
-        spec = plugins.mapper(settings.mapper)
-        if settings.address.partition(":")[0] not in plugins.links:
-            plugins.link(settings.address.partition(":")[0])
-        return device_of(settings, config.models[settings.model], _parse(spec, settings)), spec
-    except EdgedError as exc:
-        return LeftOut(settings, exc.reason, exc.detail)
+    found = examine(settings, plugins)
+    if isinstance(found, tuple):
+        spec, parsed = found
+        return device_of(settings, config.models[settings.model], parsed), spec
+    return LeftOut(settings, found[0].reason, "; ".join(fault.detail for fault in found))
 
 
-def _parse(spec: MapperSpec, settings: DeviceSettings) -> object:
+def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, object] | list[Fault]:
+    """The device's mapper and what that made of the device's own table; or every fault, at least one."""
+    faults = list(_address_faults(settings, plugins))
+    spec = plugins.mappers.get(settings.mapper)
+    if spec is None:
+        text = f"mapper: found {settings.mapper!r}; allowed: {_listed(plugins.mappers)}"
+        return [Fault(Reason.UNSUPPORTED, text), *faults]
     try:
-        return spec.parse_config(settings.config)
+        parsed = spec.parse_config(settings.config)
     except ValueError as exc:
-        raise Permanent(Reason.CONFIG_INVALID, f"device {settings.id!r}: config.{exc}") from exc
-    except Exception as exc:
-        raise Permanent(Reason.PLUGIN_FAILED, f"mapper {spec.name}: parse_config raised {exc!r}") from exc
+        return faults + [Fault(Reason.CONFIG_INVALID, f"config.{line}") for line in _lines(exc)]
+    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        return [*faults, Fault(Reason.PLUGIN_FAILED, f"config: mapper {spec.name} raised {exc!r}")]
+    return faults or (spec, parsed)
+
+
+def _address_faults(settings: DeviceSettings, plugins: Plugins) -> Iterator[Fault]:
+    scheme, _, rest = settings.address.partition(":")
+    found = f"address: found {settings.address!r}"
+    if scheme not in plugins.links:
+        schemes = _listed(f"{known}:" for known in plugins.links)
+        yield Fault(Reason.UNSUPPORTED, f"{found}; allowed: an address that begins with one of: {schemes}")
+        return
+    try:
+        plugins.links[scheme].parse_address(rest)
+    except ValueError as exc:
+        yield Fault(Reason.CONFIG_INVALID, f"{found}; {'; '.join(_lines(exc))}")
+    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        yield Fault(Reason.PLUGIN_FAILED, f"{found}; the link {scheme}: raised {exc!r}")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)) or "none is installed"
+
+
+def _lines(error: ValueError) -> list[str]:
+    return str(error).splitlines() or [repr(error)]
 
 
 class Devices:

@@ -40,6 +40,7 @@ flash_size = 16384
 [model.health]
 kind = "property"
 pattern = "version={identifies_as}"
+query = "version"
 timeout_s = 2
 [[device]]
 id = "one"

@@ -281,12 +281,15 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
             "typo",
             "unwired",
         }
-        assert "no mapper 'warp'; mappers: fake" in devices["alien"]["detail"]
+        assert "mapper: found 'warp'; allowed: fake" in devices["alien"]["detail"]
         assert "slots: found an unknown key" in devices["typo"]["detail"]
-        assert "no link for 'rope'" in devices["unwired"]["detail"]
+        assert (
+            "address: found 'rope:1'; allowed: an address that begins with one of: fake:"
+            in devices["unwired"]["detail"]
+        )
         answer = place.run("deploy", "app@2.0.0", "--to", "alien")
         assert answer.code == 1
-        assert "alien is left out: no mapper 'warp'" in answer.err
+        assert "alien is left out: mapper: found 'warp'" in answer.err
 
 
 def test_the_wrong_hardware_is_seen_before_anything_is_sent(tmp_path: Path) -> None:

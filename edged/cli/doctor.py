@@ -205,8 +205,8 @@ def check_ports(config: Config) -> Iterator[Finding]:
     """Are the serial ports there, and may this user open them?"""
     for settings in config.device:
         scheme, _, rest = settings.address.partition(":")
-        if scheme != "serial":
-            continue
+        if scheme != "serial" or not rest.startswith(("/", "by-id/", "by-path/")):
+            continue  # what is no port check_devices has said
         path = Path(rest) if rest.startswith("/") else Path("/dev/serial") / rest
         if not path.exists():
             cure = "connect the device; ls -l /dev/serial/by-id shows what is there"

@@ -86,28 +86,29 @@ def _trust_line(trust: dict[str, Any]) -> str:
 def check_config(context: Context, as_json: bool) -> None:
     """Check the configuration files; list every fault.
 
-    Also asks each device's mapper whether it understands the device's own table. Needs no daemon.
+    Also asks each device's mapper whether it understands the device's own table, and its link the address. Needs no daemon.
 
     \b
     Examples:
       edged check-config
       edged --config ./edged.toml check-config --json
     """
-    config = _load(context, as_json=as_json)
-    from edged import plugins
-    from edged.devices import LeftOut, resolve
+    from edged import config, devices, plugins
 
-    found = plugins.discover()
-    left_out = [
-        one for one in (resolve(item, config, found) for item in config.device) if isinstance(one, LeftOut)
-    ]
-    if left_out:
-        _give_up([f"device {one.settings.id!r}: {one.detail}" for one in left_out], as_json=as_json)
+    found, installed = config.examine(context.config_path), plugins.discover()
+    problems = list(found.problems)
+    for settings in found.config.device:
+        seen = devices.examine(settings, installed)
+        if isinstance(seen, list):
+            problems += [f"{found.places[settings.id]}.{fault.detail}" for fault in seen]
+    if problems:
+        _give_up(problems, as_json=as_json)
+    models, described = found.config.model, found.config.device
     if as_json:
-        show_json({"problems": [], "models": len(config.model), "devices": len(config.device)})
+        show_json({"problems": [], "models": len(models), "devices": len(described)})
     else:
         click.echo(
-            f"{context.config_path}: {counted(config.model, 'model')}, {counted(config.device, 'device')}, no fault."
+            f"{context.config_path}: {counted(models, 'model')}, {counted(described, 'device')}, no fault."
         )
 
 

@@ -81,7 +81,7 @@ def fake_device(folder: Path) -> Iterator[Bench]:
         hardware_id="fake:1",
         flash_bytes=_FAKE_FLASH_BYTES,
         device_config=f"size_bytes = {_FAKE_FLASH_BYTES}",
-        health='kind = "property"\npattern = "version={identifies_as}"\ntimeout_s = 5',
+        health='kind = "property"\npattern = "version={identifies_as}"\nquery = "version"\ntimeout_s = 5',
         daemon=(sys.executable, "-P", "-m", "edged.testing.daemon", "{config}"),
         images=images,
     )

@@ -15,7 +15,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason, Transient
 from edged_uart.config import UartConfig, parse_v1, parse_v2
-from edged_uart.link import SCHEME, SerialLink, open_serial
+from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address
 from edged_uart.session import BootLoader, UartSession
 from edged_uart.stk500v1 import Stk500v1
 from edged_uart.stk500v2 import Stk500v2
@@ -37,7 +37,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
 @hookimpl
 def edged_links() -> Iterable[LinkSpec]:
     """The serial port."""
-    return [LinkSpec(SCHEME, open_serial)]
+    return [LinkSpec(SCHEME, open_serial, parse_address)]
 
 
 def _v1(link: SerialLink, config: UartConfig) -> BootLoader:

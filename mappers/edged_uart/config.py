@@ -36,12 +36,14 @@ class UartConfig:
 
 
 def parse_v1(table: Mapping[str, object]) -> UartConfig:
-    """The table of a board that speaks STK500. Raises ValueError: key, what was found, what is allowed."""
+    """The table of a board that speaks STK500. Raises ValueError: a line for each fault, with key, what was
+    found, what is allowed."""
     return _parse(table, sorted(_CHECKS.keys() - {"erase"}))
 
 
 def parse_v2(table: Mapping[str, object]) -> UartConfig:
-    """The table of a board that speaks STK500v2. Raises ValueError: key, what was found, what is allowed."""
+    """The table of a board that speaks STK500v2. Raises ValueError: a line for each fault, with key, what was
+    found, what is allowed."""
     config = _parse(table, sorted(_CHECKS.keys() - {"pacing"}))
     if config.reset == "none" and config.erase == "from_start":
         raise ValueError(
@@ -52,13 +54,18 @@ def parse_v2(table: Mapping[str, object]) -> UartConfig:
 
 
 def _parse(table: Mapping[str, object], known: list[str]) -> UartConfig:
-    for key, value in table.items():
-        if key not in known:
-            raise ValueError(f"{key}: not known; allowed: {', '.join(known)}")
-        allowed, holds = _CHECKS[key]
-        if isinstance(value, bool) or not holds(value):
-            raise ValueError(f"{key}: found {value!r}; allowed: {allowed}")
+    faults = [fault for key, value in table.items() if (fault := _fault(key, value, known))]
+    if faults:
+        raise ValueError("\n".join(faults))
     return UartConfig(**dict[str, Any](table))
+
+
+def _fault(key: str, value: object, known: list[str]) -> str:
+    if key not in known:
+        return f"{key}: found an unknown key; allowed: {', '.join(known)}"
+    allowed, holds = _CHECKS[key]
+    is_sound = not isinstance(value, bool) and holds(value)
+    return "" if is_sound else f"{key}: found {value!r}; allowed: {allowed}"
 
 
 def _is_baud(value: object) -> bool:

@@ -35,19 +35,31 @@ _FORBIDDEN: Final = frozenset({errno.EACCES, errno.EPERM})
 _NO_MODEM_LINES: Final = frozenset({errno.ENOTTY, errno.EINVAL})
 
 
-def port_path(rest: str) -> str:
+def parse_address(rest: str) -> str:
     """The device file that the part of an address after ``serial:`` names.
 
-    ``/dev/ttyUSB0`` stays; ``by-id/NAME`` and ``by-path/NAME`` lie below ``/dev/serial``. Raises
-    Permanent(CONFIG_INVALID) for anything else.
+    ``/dev/ttyUSB0`` stays; ``by-id/NAME`` and ``by-path/NAME`` lie below ``/dev/serial``. Raises ValueError for
+    anything else.
     """
-    if rest.startswith("/"):
+    folder, _, name = rest.partition("/")
+    if rest.startswith("/") and rest.isprintable():
         return rest
-    if rest.startswith(("by-id/", "by-path/")) and ".." not in rest.split("/"):
+    if (
+        folder in ("by-id", "by-path")
+        and name not in ("", ".", "..")
+        and "/" not in name
+        and name.isprintable()
+    ):
         return f"/dev/serial/{rest}"
-    raise Permanent(
-        Reason.CONFIG_INVALID, f"serial:{rest}: found {rest!r}; allowed: /dev/NAME, by-id/NAME, by-path/NAME"
-    )
+    raise ValueError("allowed: serial:by-id/NAME, serial:by-path/NAME, serial:/dev/NAME")
+
+
+def port_path(rest: str) -> str:
+    """:func:`parse_address` for an address that comes from elsewhere. Raises Permanent(CONFIG_INVALID)."""
+    try:
+        return parse_address(rest)
+    except ValueError as error:
+        raise Permanent(Reason.CONFIG_INVALID, f"address: found 'serial:{rest}'; {error}") from error
 
 
 @asynccontextmanager

@@ -258,7 +258,8 @@ def test_without_a_daemon_a_command_ends_with_4_and_says_how_to_start_it(
 
 @pytest.mark.parametrize("command", ["run", "check-config"])
 def test_a_faulty_configuration_ends_with_2_and_every_fault_on_a_line(tmp_path: Path, command: str) -> None:
-    place = Place(tmp_path, extra=DEVICES + '[storage]\nkeep_jobs_days = "long"\n[nonsense]\nx = 1\n').write()
+    models = DEVICES.partition("[[device]]")[0]
+    place = Place(tmp_path, extra=models + '[storage]\nkeep_jobs_days = "long"\n[nonsense]\nx = 1\n').write()
     answer = place.run(command)
     assert answer.code == 2
     lines = answer.err.splitlines()
@@ -274,7 +275,7 @@ def test_check_config_asks_the_mappers_too(tmp_path: Path) -> None:
     place = Place(tmp_path).write()
     answer = place.run("check-config", "--json")
     assert answer.code == 2
-    assert answer.json["problems"][0].startswith("device 'one': no mapper 'fake'")
+    assert answer.json["problems"][0].startswith(f"{place.config}: device[0].mapper: found 'fake'; allowed: ")
     sound = Place(tmp_path / "sound", extra=DEVICES.partition("[[device]]")[0]).write()
     assert sound.run("check-config", "--json").json == {"problems": [], "models": 1, "devices": 0}
     assert sound.run("check-config").out.endswith(": 1 model, 0 devices, no fault.\n")

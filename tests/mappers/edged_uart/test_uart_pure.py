@@ -119,7 +119,7 @@ def test_port_names() -> None:
         ("uart-stk500", {"baud": 12}, ["baud", "12", "1200"]),
         ("uart-stk500", {"baud": True}, ["baud", "True"]),
         ("uart-stk500", {"baud": "9600"}, ["baud", "'9600'"]),
-        ("uart-stk500", {"erase": "page"}, ["erase", "not known"]),
+        ("uart-stk500", {"erase": "page"}, ["erase", "unknown key"]),
         ("uart-stk500", {"page_bytes": 100}, ["page_bytes", "100", "128"]),
         ("uart-stk500", {"reset": "rts"}, ["reset", "'rts'", "'dtr'"]),
         ("uart-stk500", {"answer_s": 0}, ["answer_s", "0.05"]),
