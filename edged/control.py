@@ -21,11 +21,11 @@ from edged.deployments import BadRequest, Deployments
 from edged.devices import Devices, LeftOut
 from edged.domain import steps
 from edged.domain.job import Job, State
-from edged.domain.reconcile import FIRMWARE, release_of
+from edged.domain.reconcile import DRIFT, FIRMWARE, release_of
 from edged.domain.twin import Value, delta
 from edged.engine.events import Broadcast, Event
 from edged.engine.loop import Engine
-from edged.engine.reconciler import cancel, retry
+from edged.engine.reconciler import cancel, left_alone, retry
 from edged.engine.trust import Trust
 from edged.errors import EdgedError, Permanent, Reason
 from edged.links import device_env
@@ -118,7 +118,7 @@ class Control:
             "trust": trust_json(parts.trust, parts.config.trust.repository),
             "plugins": [plugin_json(state) for state in parts.plugins.states],
             "audit_seq": snapshot.audit_seq,
-            "problems": cast(list[JsonValue], list(self._problems())),
+            "problems": cast(list[JsonValue], [*self._problems(), *await self._left_alone_problems()]),
         }
 
     def _problems(self) -> list[Json]:
@@ -144,6 +144,23 @@ class Control:
             {"part": part, "reason": None, "detail": text, "cure": ""} for part, text in self.faults.items()
         ]
         return found
+
+    async def _left_alone_problems(self) -> list[Json]:
+        try:
+            found = await self._read(self._all_left_alone)
+        except EdgedError:
+            return []  # the store's own problem is told already
+        return [
+            {"part": "firmware", **why, "detail": f"{device} {why['detail']}"}
+            for device, why in found.items()
+        ]
+
+    def _all_left_alone(self, tx: Tx) -> dict[str, Json]:
+        """By device, why it is not brought back to what it should run."""
+        settings = self._parts.config.engine
+        drifted = jobs.devices_with(tx, DRIFT) & self._parts.config.devices.keys()
+        looked = {device: left_alone(tx, device, settings) for device in sorted(drifted)}
+        return {device: explain_reason(why.reason, why.detail) for device, why in looked.items() if why}
 
     async def snapshot(self) -> Snapshot:
         """Numbers for the metrics."""
@@ -176,17 +193,18 @@ class Control:
 
     async def devices(self) -> Json:
         """All configured devices, with what each runs and should run."""
-        known, active, counters = await self._read(
+        known, active, alone, counters = await self._read(
             lambda tx: (
                 twins.all(tx),
                 _active(tx),
+                self._all_left_alone(tx),
                 {key[0]: floor.counter for key, floor in floors.all_floors(tx).items()},
             )
         )
         return {
             "devices": [
                 self._device(settings, known.get(settings.id, twins.Twin()), active.get(settings.id))
-                | {"floor": counters.get(settings.id, 0)}
+                | {"floor": counters.get(settings.id, 0), "left_alone": alone.get(settings.id)}
                 for settings in self._parts.config.device
             ]
         }
@@ -194,18 +212,20 @@ class Control:
     async def device(self, device: str) -> Json:
         """One device: state, twin, last jobs. Raises ``Permanent(DEVICE_UNKNOWN)``."""
         settings = self._settings(device)
-        twin, active, last, floor = await self._read(
+        twin, active, last, floor, alone = await self._read(
             lambda tx: (
                 twins.get(tx, device),
                 jobs.active_for(tx, device, FIRMWARE),
                 jobs.find(tx, device=device, limit=10),
                 floors.get(tx, device, FIRMWARE),
+                left_alone(tx, device, self._parts.config.engine),
             )
         )
         attached = self._parts.devices.attached.get(device)
         model = self._parts.config.models[settings.model]
         return self._device(settings, twin, active) | {
             "floor": floor,
+            "left_alone": explain_reason(alone.reason, alone.detail) if alone else None,
             "hardware_ids": list(model.hardware_ids),
             "flash_size": model.flash_size,
             "attached": attached_json(attached) if attached else None,

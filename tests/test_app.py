@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import grp
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,10 @@ from cli_kit import DEVICES, Listener, Place, eventually
 from engine_kit import Publisher, published
 
 from edged.cli.client import Client
+from edged.clock import SystemClock
+from edged.domain.job import Job, State
+from edged.domain.reconcile import FIRMWARE, firmware_value
+from edged.store import Store, Tx, jobs, twins
 
 DEAD_SERVER = "http://127.0.0.1:1/repo"
 
@@ -290,6 +296,49 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
         answer = place.run("deploy", "app@2.0.0", "--to", "alien")
         assert answer.code == 1
         assert "alien is left out: mapper: found 'warp'" in answer.err
+
+
+def test_a_device_that_is_left_alone_is_told_with_its_cure(tmp_path: Path, publisher: Publisher) -> None:
+    place = Place(tmp_path, publisher).write()
+    place.state.mkdir()
+    asyncio.run(_brought_back_often(place.state / "edged.db"))
+    said = (
+        "runs_exhausted: was brought back to app@2.0.0 3 times within 24 h and came back with another version; "
+        "cure: find out who or what changes the device, then edged deploy again"
+    )
+    with place.daemon():
+        eventually(lambda: place.client.get("status")["devices"]["running"] == 2)
+        (problem,) = place.client.get("status")["problems"]
+        assert (problem["part"], problem["reason"]) == ("firmware", "runs_exhausted")
+        assert problem["detail"].startswith("one was brought back to app@2.0.0 3 times")
+        assert place.run("status").out.splitlines()[-1].endswith(said.partition("; ")[2])
+        assert f"one: {said}" in place.run("devices").out
+        assert f"desired   app@2.0.0: {said}" in place.run("device", "show", "one").out
+        assert place.client.get("devices", "two")["left_alone"] is None
+        assert len(place.client.get("jobs", device="one")["jobs"]) == 4
+        done = place.run("deploy", "app@2.0.0", "--to", "one", "--wait", "--yes")
+        assert done.code == 0, done.err
+        assert place.client.get("status")["problems"] == []
+
+
+async def _brought_back_often(database: Path) -> None:
+    """As if a device had been brought back three times today, and were back with something else again."""
+
+    def run(tx: Tx, number: int) -> None:
+        job = Job(
+            id=f"01JOB{number}", device="one", component=FIRMWARE, release="app@2.0.0", desired_version=1, run=number,
+            source="drift" if number > 1 else "root", created=tx.now, updated=tx.now, deadline=tx.now,
+        )  # fmt: skip
+        jobs.add(tx, job)
+        for state in (State.FETCHING, State.READY, State.VERIFYING, State.SUCCEEDED):
+            job = jobs.advance(tx, job, replace(job, state=state), "step")
+
+    async with Store.open(database, SystemClock()) as store:
+        await store.write(
+            lambda tx: twins.set_desired(tx, "one", FIRMWARE, firmware_value("app@2.0.0"), "root")
+        )
+        for number in range(1, 5):
+            await store.write(lambda tx, number=number: run(tx, number))  # type: ignore[misc]
 
 
 def test_the_wrong_hardware_is_seen_before_anything_is_sent(tmp_path: Path) -> None:

@@ -43,6 +43,9 @@ def devices(context: Context, as_json: bool) -> None:
         if device["reason"]:
             cure = f"; cure: {device['cure']}" if device["cure"] else ""
             click.echo(f"{device['id']}: {device['reason']}: {device['detail']}{cure}")
+        if device["left_alone"]:
+            why = device["left_alone"]
+            click.echo(f"{device['id']}: {why['reason']}: {why['detail']}; cure: {why['cure']}")
     if not rows:
         click.echo("No device is configured: add one in devices.d beside the configuration file.")
 
@@ -74,13 +77,14 @@ def show(context: Context, device_id: str, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    attached = found["attached"] or {}
+    attached, alone = found["attached"] or {}, found["left_alone"] or {}
     lines = {
         "device": f"{found['id']} ({found['model']}, mapper {found['mapper']}, {found['address']})",
         "state": found["state"] + (f": {found['reason']}: {found['detail']}" if found["reason"] else ""),
         "cure": found["cure"],
         "runs": text(found["runs"]),
-        "desired": text(found["desired"]),
+        "desired": text(found["desired"])
+        + (f": {alone['reason']}: {alone['detail']}; cure: {alone['cure']}" if alone else ""),
         "floor": f"release counter {found['floor']}",
         "hardware": text(attached.get("hardware_id")),
         "link": f"{attached['ceiling_bytes_per_s']:.0f} bytes/s at most" if attached else "-",

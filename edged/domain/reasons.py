@@ -83,6 +83,7 @@ _CURES: dict[Reason, str] = {
     Reason.VERIFY_FAILED: "the flash does not keep what was written: check the supply voltage, replace the device",
     Reason.DEVICE_REVERTED: "the new image did not survive its trial boot; see edged job show",
     Reason.REVERT_FAILED: "the device is between two images: see edged job show, mend the link, then edged job retry",
+    Reason.RUNS_EXHAUSTED: "find out who or what changes the device, then edged deploy again",
     Reason.STORAGE_FAILED: "edged doctor says what the disk or the database lacks",
     Reason.LINK_BUSY: "close the program that uses the port; the job goes on by itself",
     Reason.LINK_LOST: "reconnect the device; the job goes on by itself",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from edged.api import JsonValue
 from edged.domain.job import Job, State
@@ -10,6 +12,10 @@ from edged.domain.twin import Value
 from edged.errors import Reason
 
 FIRMWARE = "firmware"
+DRIFT = "drift"
+"""The source of a job that brings a device back."""
+DRIFT_WINDOW = timedelta(days=1)
+"""Within this time ``max_runs`` jobs bring a device back; then a person has to look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,20 @@ class CancelJob:
 
     job: Job
     reason: Reason = Reason.SUPERSEDED
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """The device runs something else than it should and is not brought back any more: it was, ``runs`` times lately."""
+
+    release: str
+    runs: int
+    reason: Reason = Reason.RUNS_EXHAUSTED
+
+    @property
+    def detail(self) -> str:
+        hours = DRIFT_WINDOW.total_seconds() / 3600
+        return f"was brought back to {self.release} {self.runs} times within {hours:.0f} h and came back with another version"
 
 
 def release_of(value: JsonValue) -> str | None:
@@ -49,13 +69,16 @@ def reconcile(
     reported: Value | None,
     active: Job | None,
     last: Job | None,
+    brought_back: Sequence[datetime],
+    now: datetime,
     max_runs: int,
-) -> MakeJob | CancelJob | None:
+) -> MakeJob | CancelJob | LeftAlone | None:
     """One device, one component.
 
     ``active`` is its unfinished job, ``last`` the newest ended job for the present desired version. An end state latches
     until desired changes or an operator retries; but a device that *succeeded* and then comes back with another
-    version is brought back, at most ``max_runs`` times per desired version.
+    version is brought back, at most ``max_runs`` times within :data:`DRIFT_WINDOW`. ``brought_back``: when that was done
+    since somebody asked for this version last.
     """
     wanted = release_of(desired.value) if desired else None
     if active is not None:
@@ -67,5 +90,10 @@ def reconcile(
         return None
     if last is None:
         return MakeJob(wanted, desired.version, 1, desired.source)
-    drifted = last.state is State.SUCCEEDED and last.run < max_runs
-    return MakeJob(wanted, desired.version, last.run + 1, "drift") if drifted else None
+    if last.state is not State.SUCCEEDED:
+        return None
+    # what lies in the future was counted by a clock that was wrong
+    runs = sum(now - DRIFT_WINDOW < time <= now for time in brought_back)
+    if runs >= max_runs:
+        return LeftAlone(wanted, runs)
+    return MakeJob(wanted, desired.version, last.run + 1, DRIFT)

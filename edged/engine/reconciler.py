@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from edged.api import JsonValue
 from edged.config import EngineSettings
 from edged.domain.job import Job
-from edged.domain.reconcile import FIRMWARE, CancelJob, MakeJob, reconcile
+from edged.domain.reconcile import DRIFT, FIRMWARE, CancelJob, LeftAlone, MakeJob, reconcile
 from edged.engine.ids import ulid
 from edged.errors import Permanent, Reason
 from edged.store import audit, jobs, outbox, twins
@@ -20,11 +20,8 @@ def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: 
 
     ``is_back``: the device was just seen, so that a job that waits for an absent device is due.
     """
-    twin = twins.get(tx, device)
-    desired = twin.desired.get(FIRMWARE)
     active = jobs.active_for(tx, device, FIRMWARE)
-    last = jobs.last_for(tx, device, FIRMWARE, desired.version) if desired and active is None else None
-    match reconcile(desired, twin.reported.get(FIRMWARE), active, last, settings.max_runs):
+    match _decide(tx, device, active, settings):
         case MakeJob() as wish:
             return _make(tx, device, wish, settings)
         case CancelJob() as wish:
@@ -33,6 +30,25 @@ def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: 
     if is_back and active and active.waiting and active.waiting.reason is Reason.DEVICE_ABSENT:
         return jobs.advance(tx, active, replace(active, waiting=None, attempts=0), "device is back")
     return None
+
+
+def left_alone(tx: Tx, device: str, settings: EngineSettings) -> LeftAlone | None:
+    """Why nothing is done about a device that runs something else than it should; None where it is as it should be, or a
+    job is or was made for that."""
+    found = _decide(tx, device, jobs.active_for(tx, device, FIRMWARE), settings)
+    return found if isinstance(found, LeftAlone) else None
+
+
+def _decide(
+    tx: Tx, device: str, active: Job | None, settings: EngineSettings
+) -> MakeJob | CancelJob | LeftAlone | None:
+    twin = twins.get(tx, device)
+    desired = twin.desired.get(FIRMWARE)
+    last, times = None, tuple[datetime, ...]()
+    if desired is not None and active is None:
+        last = jobs.last_for(tx, device, FIRMWARE, desired.version)
+        times = jobs.newest_of(tx, device, FIRMWARE, desired.version, DRIFT, settings.max_runs)
+    return reconcile(desired, twin.reported.get(FIRMWARE), active, last, times, tx.now, settings.max_runs)
 
 
 def retry(tx: Tx, job: Job, actor: str, settings: EngineSettings) -> Job:

@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
+from itertools import takewhile
 
 from edged.clock import from_text, to_text
 from edged.domain.job import SUCCESSORS, Fallback, Job, State, Waiting
@@ -26,12 +27,14 @@ __all__ = [
     "advance",
     "checkpoint",
     "count_by_state_and_reason",
+    "devices_with",
     "due",
     "find",
     "forget",
     "get",
     "history",
     "last_for",
+    "newest_of",
     "next_due_at",
     "postpone",
     "prune",
@@ -160,6 +163,25 @@ def last_for(tx: Tx, device: str, component: str, desired_version: int) -> Job |
             [device, component, desired_version],
         )
     )
+
+
+def newest_of(
+    tx: Tx, device: str, component: str, desired_version: int, source: str, limit: int
+) -> tuple[datetime, ...]:
+    """When the newest runs for this desired version were made, as far back as they are all of ``source``; at most
+    ``limit``."""
+    rows = tx.db.execute(
+        "SELECT source, created FROM job WHERE device = ? AND component = ? AND desired_version = ?"
+        " ORDER BY run DESC LIMIT ?",
+        [device, component, desired_version, limit],
+    )
+    return tuple(from_text(row["created"]) for row in takewhile(lambda row: row["source"] == source, rows))
+
+
+def devices_with(tx: Tx, source: str) -> frozenset[str]:
+    """The devices that have a job of ``source``, ended or not."""
+    rows = tx.db.execute("SELECT DISTINCT device FROM job WHERE source = ?", [source])
+    return frozenset(row["device"] for row in rows)
 
 
 def last_touched(tx: Tx, device: str, component: str) -> Job | None:

@@ -64,6 +64,7 @@ class Reason(StrEnum):
     # bounds and wishes
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"
     STEPS_EXHAUSTED = "steps_exhausted"
+    RUNS_EXHAUSTED = "runs_exhausted"
     DEADLINE_PASSED = "deadline_passed"
     REVERT_FAILED = "revert_failed"
     CANCELLED = "cancelled"

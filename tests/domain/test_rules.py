@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from edged.api import Device, Identity, Segment
 from edged.domain import admission, reasons
 from edged.domain.job import State
-from edged.domain.reconcile import CancelJob, MakeJob, firmware_value, reconcile, release_of
+from edged.domain.reconcile import (
+    DRIFT_WINDOW,
+    CancelJob,
+    LeftAlone,
+    MakeJob,
+    firmware_value,
+    reconcile,
+    release_of,
+)
 from edged.domain.retry import Again, Exhausted, RetryPolicy, decide
 from edged.domain.twin import Value, change, delta
 from edged.errors import Reason, Refused, Transient
@@ -119,7 +127,6 @@ OTHER = Value(firmware_value("blink@1.0.0"), 8, NOW, "health")
             job(state=State.SUCCEEDED, desired_version=3),
             MakeJob("blink@2.0.0", 3, 2, "drift"),
         ),
-        (WISH, OTHER, None, job(state=State.SUCCEEDED, desired_version=3, run=3), None),
         # an active job for the wish is left alone, one for an old wish is cancelled before the first change only
         (WISH, OTHER, job(desired_version=3), None, None),
         (WISH, OTHER, job(desired_version=2), None, CancelJob(job(desired_version=2))),
@@ -130,7 +137,51 @@ OTHER = Value(firmware_value("blink@1.0.0"), 8, NOW, "health")
     ],
 )
 def test_reconcile(desired: Any, reported: Any, active: Any, last: Any, expected: Any) -> None:
-    assert reconcile(desired, reported, active, last, max_runs=3) == expected
+    assert reconcile(desired, reported, active, last, (), NOW, max_runs=3) == expected
+
+
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("hours_ago", "expected"),
+    [
+        ((), MakeJob("blink@2.0.0", 3, 10, "drift")),
+        ((1, 2), MakeJob("blink@2.0.0", 3, 10, "drift")),
+        ((1, 2, 3), LeftAlone("blink@2.0.0", 3)),
+        ((0, 0, 23), LeftAlone("blink@2.0.0", 3)),
+        # long ago is forgotten, and so is what a wrong clock wrote
+        ((1, 2, 24), MakeJob("blink@2.0.0", 3, 10, "drift")),
+        ((-9000, -9000, -9000), MakeJob("blink@2.0.0", 3, 10, "drift")),
+    ],
+)
+def test_a_device_is_brought_back_so_many_times_within_a_day(
+    hours_ago: tuple[int, ...], expected: Any
+) -> None:
+    last = job(state=State.SUCCEEDED, desired_version=3, run=9)
+    times = [NOW - hours * HOUR for hours in hours_ago]
+    assert reconcile(WISH, OTHER, None, last, times, NOW, max_runs=3) == expected
+    assert reconcile(WISH, HAS, None, last, times, NOW, max_runs=3) is None
+    failed = replace(last, state=State.REVERTED)
+    assert reconcile(WISH, OTHER, None, failed, times, NOW, max_runs=3) is None
+
+
+@given(st.lists(st.integers(0, 40), max_size=40), st.integers(1, 4))
+def test_drift_is_bounded_within_a_day_and_never_given_up_for_good(
+    pauses_h: list[int], max_runs: int
+) -> None:
+    now, made = NOW, list[datetime]()
+    for pause_h in pauses_h:
+        now += pause_h * HOUR
+        last = job(state=State.SUCCEEDED, desired_version=3, run=1 + len(made))
+        lately = made[-max_runs:]
+        found = reconcile(WISH, OTHER, None, last, lately, now, max_runs)
+        full = len(lately) == max_runs and now - lately[0] < DRIFT_WINDOW
+        assert isinstance(found, LeftAlone) == full
+        if isinstance(found, MakeJob):
+            made.append(now)
+    for first, later in zip(made, made[max_runs:], strict=False):
+        assert later - first >= DRIFT_WINDOW
 
 
 def test_firmware_value_round_trip() -> None:

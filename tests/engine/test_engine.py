@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import attrs
@@ -10,9 +11,11 @@ import pytest
 from engine_kit import Place, Publisher
 
 from edged.domain.job import State
+from edged.domain.reconcile import LeftAlone
+from edged.engine.reconciler import left_alone, retry
 from edged.errors import Reason
 from edged.store import audit, floors, jobs
-from edged.testing.fake import fake_app
+from edged.testing.fake import FakeDevice, fake_app
 from edged.testing.node import TestNode, life
 
 
@@ -123,6 +126,58 @@ def test_a_device_that_comes_back_with_another_version_is_brought_back(place: Pl
             assert device.app is not None and device.app.version == "2.0.0"
             rows = await node.store.read(lambda tx: audit.list(tx, 0, 1000))
             assert "device.drifted" in [row.event for row in rows]
+
+    asyncio.run(run())
+
+
+async def _swap(place: Place, device: FakeDevice) -> None:
+    """Another board with the old image stands at the address."""
+    bus = place.plugin.bus("bus")
+    bus.lost = True
+    await asyncio.sleep(0.1)
+    device.install(fake_app("1.0.0"))
+    bus.lost = False
+
+
+async def _brought_back(node: TestNode, jobs: int) -> None:
+    async with asyncio.timeout(20):
+        while len(await node.jobs("dev-1")) < jobs:
+            await asyncio.sleep(0.01)
+    assert (await node.ended("dev-1")).state is State.SUCCEEDED
+
+
+def test_a_device_that_comes_back_too_often_is_left_alone_until_somebody_asks_or_time_passes(
+    place: Place,
+) -> None:
+    device = place.device(slot_count=2)
+    place.engine = attrs.evolve(place.engine, max_runs=1)
+    later = timedelta()
+
+    async def why(node: TestNode) -> LeftAlone | None:
+        return await node.store.read(lambda tx: left_alone(tx, "dev-1", place.engine))
+
+    async def run() -> None:
+        nonlocal later
+        async with life(place.config, place.plugins, now=lambda: datetime.now(UTC) + later) as node:
+            await node.want("dev-1", "app@2.0.0")
+            assert (await node.ended("dev-1")).state is State.SUCCEEDED
+            await _swap(place, device)
+            await _brought_back(node, 2)
+            assert await why(node) is None
+            await _swap(place, device)
+            async with asyncio.timeout(20):
+                while await why(node) != LeftAlone("app@2.0.0", 1):
+                    await asyncio.sleep(0.01)
+            assert device.app is not None and device.app.version == "1.0.0"
+            (newest, _) = await node.jobs("dev-1")
+            again = await node.store.write(lambda tx: retry(tx, newest, "operator", place.engine))
+            node.engine.job_changed(again)
+            await _brought_back(node, 3)
+            await _swap(place, device)
+            await _brought_back(node, 4)
+            later += timedelta(hours=25)
+            await _swap(place, device)
+            await _brought_back(node, 5)
 
     asyncio.run(run())
 

@@ -291,6 +291,27 @@ def test_finding(path: Path) -> None:
     assert read(path, jobs.count_by_state_and_reason) == counted
 
 
+def test_the_newest_runs_of_one_source_end_where_another_asked(path: Path) -> None:
+    def make(run: int, source: str, hours: int) -> Callable[[Tx], Job]:
+        created = START + timedelta(hours=hours)
+        return lambda tx: place(
+            tx, make_job(f"j{run}", run=run, source=source, created=created, state=State.SUCCEEDED)
+        )
+
+    runs = [(1, "operator", 0), (2, "drift", 1), (3, "operator", 2), (4, "drift", 3), (5, "drift", 4)]
+    write(path, *[make(*run) for run in runs])
+
+    def newest(source: str, limit: int = 9, version: int = 1) -> tuple[int, ...]:
+        times = read(path, lambda tx: jobs.newest_of(tx, "uno", "firmware", version, source, limit))
+        return tuple((time - START) // timedelta(hours=1) for time in times)
+
+    assert newest("drift") == (4, 3)
+    assert newest("drift", limit=1) == (4,)
+    assert newest("operator") == newest("drift", version=2) == ()
+    assert read(path, lambda tx: jobs.devices_with(tx, "drift")) == {"uno"}
+    assert read(path, lambda tx: jobs.devices_with(tx, "cloud")) == frozenset()
+
+
 def test_pruning_keeps_what_says_what_a_device_runs(path: Path) -> None:
     ends = [
         (State.SUCCEEDED, None),
