@@ -102,7 +102,8 @@ def _fault(reported: Reported) -> str:
     if reported.unit is not None and not (isinstance(reported.unit, str) and reported.unit.isprintable()):
         return f"{reported.name}: {reported.unit!r:.100} is no unit"
     try:
-        json.dumps(reported.value, allow_nan=False)
+        # encoded: a lone surrogate is text that nobody could be shown
+        json.dumps(reported.value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         return f"{reported.name}: {exc}"
     return ""

@@ -358,6 +358,8 @@ async def _body(request: web.Request) -> Json:
     raw = await request.read()
     try:
         body = json.loads(raw or b"{}", parse_constant=_no_constant)
+        # what Python's JSON reads beside JSON: 1e999 is infinite, and a lone surrogate has no encoding
+        json.dumps(body, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as exc:
         raise BadRequest(f"the body is not JSON: {exc}") from exc
     if not isinstance(body, dict):

@@ -120,6 +120,8 @@ def test_who_reports_more_names_than_fit_waits_for_the_disk(
     "bad",
     [
         Reported("level", float("nan")),
+        Reported("level", "\ud800"),
+        Reported("level", {"a": ["\udcff"]}),
         Reported("level", b"raw"),  # type: ignore[arg-type]
         Reported("level", object()),  # type: ignore[arg-type]
         Reported("", 1),
