@@ -68,7 +68,10 @@ class LineFormatter(logging.Formatter):
 
 def _quoted(value: object) -> str:
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    # what is no visible character must not command the terminal that the log is read at
+    if text.isprintable():
+        return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return json.dumps(text)
 
 
 def _time(record: logging.LogRecord) -> str:

@@ -42,6 +42,14 @@ def test_key_and_value_with_quotes_only_where_they_are_needed() -> None:
     )
 
 
+@pytest.mark.parametrize("bad", ["\x1b[31m", "\x9b2J", "\u202eexe", "\x7f", "a\nb=c", "\ud800"])
+def test_what_is_no_visible_character_is_escaped(bad: str) -> None:
+    record = logging.makeLogRecord({"msg": "event", "detail": f"grün{bad}"})
+    line = LineFormatter("keyvalue").format(record)
+    assert line.isprintable()
+    assert line.endswith(f" detail={json.dumps(f'grün{bad}')}")
+
+
 def test_empty_fields_are_left_out_but_zero_is_not() -> None:
     line = LineFormatter("keyvalue").format(record("x", reason="", job=None, count=0, ok=False))
     assert line.endswith("event=x count=0 ok=false")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edged.cli.context import Context, command, counted, json_option, show_json
+from edged.cli.context import Context, command, counted, echo, json_option, show_json
 from edged.domain import reasons
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def list_command(context: Context, after: int | None, limit: int, as_json: bool)
         show_json(found)
         return
     for row in found["records"]:
-        click.echo(
+        echo(
             f"{row['seq']:>6}  {row['time']}  {row['actor']:<10}  {row['event']:<20}  {json.dumps(row['data'])}"
         )
 
@@ -131,7 +131,7 @@ def export(context: Context, file: Path, as_json: bool) -> None:
     if as_json:
         show_json({"file": str(file), "rows": rows, "key": key_hex})
     else:
-        click.echo(f"{file}: {counted(rows, 'row')}; check it with: edged audit verify --file {file}")
+        echo(f"{file}: {counted(rows, 'row')}; check it with: edged audit verify --file {file}")
 
 
 def _show_report(found: Mapping[str, Any], *, as_json: bool) -> None:
@@ -139,11 +139,9 @@ def _show_report(found: Mapping[str, Any], *, as_json: bool) -> None:
         show_json(found)
     elif found["intact"]:
         key = f"checked with key {found['key'][:16]}" if found["key"] else "not checked: no key at hand"
-        click.echo(
-            f"Intact: {counted(found['rows'], 'row')}; {counted(found['signed_heads'], 'signature')} {key}."
-        )
+        echo(f"Intact: {counted(found['rows'], 'row')}; {counted(found['signed_heads'], 'signature')} {key}.")
     else:
-        click.echo(f"NOT INTACT at row {found['first_bad_seq']}: {found['detail']}", err=True)
+        echo(f"NOT INTACT at row {found['first_bad_seq']}: {found['detail']}", err=True)
 
 
 # -- the database file

@@ -110,8 +110,23 @@ def fail(code: int, kind: str, reason: str | None, detail: str, cure: str, *, as
         show_json({"code": kind, "reason": reason, "detail": detail, "cure": cure})
     why = f" ({reason})" if reason else ""
     hint = f"; cure: {cure}" if cure else ""
-    click.echo(f"edged: {kind.replace('_', ' ')}{why}: {' '.join(detail.split())}{hint}", err=True)
+    echo(f"edged: {kind.replace('_', ' ')}{why}: {' '.join(detail.split())}{hint}", err=True)
     raise SystemExit(code)
+
+
+def echo(line: str, *, err: bool = False) -> None:
+    """One line for a person. All that is shown goes through here or :func:`show_json`."""
+    click.echo(printable(line), err=err)
+
+
+def printable(line: str) -> str:
+    """``line`` with escapes for what is no visible character: what a device or somebody else made up must neither command
+    the terminal, nor look like a line of ours, nor have no encoding."""
+    if line.isprintable():
+        return line
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in line
+    )
 
 
 def show_json(answer: object) -> None:
@@ -123,9 +138,10 @@ def show_table(rows: list[list[str]], header: list[str]) -> None:
     """Aligned columns, no frame: readable by people and by ``awk``. Nothing where there are no rows."""
     if not rows:
         return
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
-        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def text(value: Any) -> str:

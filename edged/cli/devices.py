@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edged.cli.context import Context, command, json_option, show_json, show_table, text
+from edged.cli.context import Context, command, echo, json_option, show_json, show_table, text
 
 
 @click.command()
@@ -42,12 +42,12 @@ def devices(context: Context, as_json: bool) -> None:
     for device in found["devices"]:
         if device["reason"]:
             cure = f"; cure: {device['cure']}" if device["cure"] else ""
-            click.echo(f"{device['id']}: {device['reason']}: {device['detail']}{cure}")
+            echo(f"{device['id']}: {device['reason']}: {device['detail']}{cure}")
         if device["left_alone"]:
             why = device["left_alone"]
-            click.echo(f"{device['id']}: {why['reason']}: {why['detail']}; cure: {why['cure']}")
+            echo(f"{device['id']}: {why['reason']}: {why['detail']}; cure: {why['cure']}")
     if not rows:
-        click.echo("No device is configured: add one in devices.d beside the configuration file.")
+        echo("No device is configured: add one in devices.d beside the configuration file.")
 
 
 @click.group()
@@ -91,11 +91,11 @@ def show(context: Context, device_id: str, as_json: bool) -> None:
     }
     for name, line in lines.items():
         if line:
-            click.echo(f"{name:<9} {line}")
+            echo(f"{name:<9} {line}")
     _show_twin(found["twin"])
     for job in found["jobs"]:
         why = f"  {job['reason']}: {job['detail']}" if job["reason"] else ""
-        click.echo(f"job       {job['id']}  {job['release']}  {job['state']}{why}")
+        echo(f"job       {job['id']}  {job['release']}  {job['state']}{why}")
 
 
 @click.group()
@@ -148,11 +148,11 @@ def set_command(context: Context, device_id: str, assignments: tuple[str, ...], 
     if as_json:
         show_json(answer)
     elif answer["job"]:
-        click.echo(
+        echo(
             f"{device_id}: job {answer['job']} ({answer['outcome']}); watch it: edged job watch {answer['job']}"
         )
     else:
-        click.echo(f"{device_id}: {answer['outcome'].replace('_', ' ')}.")
+        echo(f"{device_id}: {answer['outcome'].replace('_', ' ')}.")
 
 
 def _assignment(item: str) -> tuple[str, Any]:

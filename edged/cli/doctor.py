@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edged.cli.context import Context, command, counted, json_option, show_json, size_text
+from edged.cli.context import Context, command, counted, echo, json_option, show_json, size_text
 from edged.domain import reasons
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def doctor(context: Context, backup_file: Path | None, as_json: bool) -> None:
     else:
         for finding in found:
             cure = f"; cure: {finding.cure}" if finding.cure else ""
-            click.echo(f"{finding.level.value:<4}  {finding.what:<8}  {finding.detail}{cure}")
+            echo(f"{finding.level.value:<4}  {finding.what:<8}  {finding.detail}{cure}")
     if any(finding.level is Level.FAIL for finding in found):
         raise SystemExit(reasons.EXIT_FAILED)
 
@@ -96,8 +96,8 @@ def _back_up(context: Context, file: Path, *, as_json: bool) -> None:
         show_json({"file": str(file), "size_bytes": len(data), "members": [member.name for member in found]})
         return
     for member in found:
-        click.echo(f"{size_text(len(member.data)):>10}  {member.name}")
-    click.echo(f"{file}: {size_text(len(data))}. Keep it safe: whoever has it can sign as this node.")
+        echo(f"{size_text(len(member.data)):>10}  {member.name}")
+    echo(f"{file}: {size_text(len(data))}. Keep it safe: whoever has it can sign as this node.")
 
 
 def _examine(context: Context) -> Iterator[Finding]:

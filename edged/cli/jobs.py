@@ -11,6 +11,7 @@ import click
 from edged.cli.context import (
     Context,
     command,
+    echo,
     job_exit_code,
     json_option,
     show_json,
@@ -58,7 +59,7 @@ def deploy(
         found = client.post("plans", body=wish)
         _show_plan(found)
         if _refuses(found):
-            click.echo("Nothing is deployed.", err=True)
+            echo("Nothing is deployed.", err=True)
             raise SystemExit(reasons.EXIT_REFUSED)
         click.confirm("Deploy?", abort=True)
     answer = client.post("deployments", body=wish)
@@ -119,7 +120,7 @@ def _show_plan(found: dict[str, Any]) -> None:
         )
     if found["offline"]:
         head += f": cannot be checked now: {found['offline']['detail']}"
-    click.echo(head)
+    echo(head)
     rows = [
         [
             item["device"],
@@ -134,7 +135,7 @@ def _show_plan(found: dict[str, Any]) -> None:
     for item in found["devices"]:
         if item["refused"]:
             cure = f"; cure: {item['refused']['cure']}" if item["refused"]["cure"] else ""
-            click.echo(
+            echo(
                 f"{item['device']}: refused ({item['refused']['reason']}): {item['refused']['detail']}{cure}"
             )
 
@@ -152,7 +153,7 @@ def _show_deployment(answer: dict[str, Any], *, as_json: bool) -> None:
         show_json(answer)
         return
     if answer["offline"]:
-        click.echo(f"Not checked yet, the repository does not answer: {answer['offline']['detail']}")
+        echo(f"Not checked yet, the repository does not answer: {answer['offline']['detail']}")
     for item in answer["devices"]:
         words = {
             "created": f"job {item['job']}",
@@ -161,7 +162,7 @@ def _show_deployment(answer: dict[str, Any], *, as_json: bool) -> None:
             "after_active": f"follows job {item.get('after')}, which ends first",
             "up_to_date": f"runs {answer['release']} already",
         }
-        click.echo(f"{item['device']}: {words[item['outcome']]}")
+        echo(f"{item['device']}: {words[item['outcome']]}")
 
 
 @click.command()
@@ -189,7 +190,7 @@ def jobs(context: Context, device: str | None, state: str | None, limit: int, as
     ]
     show_table(rows, ["JOB", "DEVICE", "RELEASE", "STATE", "DONE", "WHY", "UPDATED"])
     if not rows:
-        click.echo("No jobs.")
+        echo("No jobs.")
 
 
 def _progress(job: dict[str, Any]) -> str:
@@ -232,7 +233,7 @@ def show(context: Context, job_id: str, as_json: bool) -> None:
     _show_job(found)
     for entry in found["history"]:
         why = f"{entry['reason']}: " if entry["reason"] else ""
-        click.echo(f"  {entry['time']}  {entry['to']:<10}  {entry['event']}  {why}{entry['detail']}".rstrip())
+        echo(f"  {entry['time']}  {entry['to']:<10}  {entry['event']}  {why}{entry['detail']}".rstrip())
 
 
 @job.command()
@@ -267,7 +268,7 @@ def cancel(context: Context, job_id: str, as_json: bool) -> None:
       edged job cancel 01JD8Z...
     """
     found = context.client().post("jobs", job_id, "cancel")
-    show_json(found) if as_json else click.echo(f"Job {job_id} is asked to end; it is {found['state']} now.")
+    show_json(found) if as_json else echo(f"Job {job_id} is asked to end; it is {found['state']} now.")
 
 
 @job.command()
@@ -283,21 +284,21 @@ def retry(context: Context, job_id: str, as_json: bool) -> None:
       edged job retry 01JD8Z...
     """
     found = context.client().post("jobs", job_id, "retry")
-    show_json(found) if as_json else click.echo(
+    show_json(found) if as_json else echo(
         f"Job {found['id']} is made; watch it: edged job watch {found['id']}"
     )
 
 
 def _show_job(job: dict[str, Any]) -> None:
-    click.echo(
+    echo(
         f"{job['id']}: {job['release']} on {job['device']}: {job['state']}, {_progress(job)}, run {job['run']}"
     )
     if job["waiting"]:
-        click.echo(f"waits until {job['waiting']['until']}: {job['waiting']['reason']}: {job['detail']}")
+        echo(f"waits until {job['waiting']['until']}: {job['waiting']['reason']}: {job['detail']}")
     elif job["reason"]:
-        click.echo(f"{job['reason']}: {job['detail']}")
+        echo(f"{job['reason']}: {job['detail']}")
     if job["cure"]:
-        click.echo(f"cure: {job['cure']}")
+        echo(f"cure: {job['cure']}")
 
 
 def _code(job: dict[str, Any]) -> int:

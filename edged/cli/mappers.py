@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from edged.cli.context import Context, command, fail, json_option, show_json, show_table
+from edged.cli.context import Context, command, echo, fail, json_option, show_json, show_table
 from edged.domain import reasons
 
 
@@ -41,11 +41,9 @@ def list_command(context: Context, as_json: bool) -> None:
     show_table(rows, ["MAPPER", "FLASH PROTOCOLS", "PROBES"])
     for plugin in found["plugins"]:
         if plugin["problem"]:
-            click.echo(
-                f"plugin {plugin['name']} ({plugin['distribution']}) is not in use: {plugin['problem']}"
-            )
+            echo(f"plugin {plugin['name']} ({plugin['distribution']}) is not in use: {plugin['problem']}")
     if not rows:
-        click.echo("No mapper is installed.")
+        echo("No mapper is installed.")
 
 
 @mapper.command()
@@ -86,12 +84,12 @@ def probe(
     if as_json:
         show_json(found)
         return
-    click.echo(f"hardware  {identity['hardware_id']}")
+    echo(f"hardware  {identity['hardware_id']}")
     if identity["serial_number"]:
-        click.echo(f"serial    {identity['serial_number']}")
+        echo(f"serial    {identity['serial_number']}")
     for name, value in identity["detail"].items():
-        click.echo(f"{name:<9} {value}")
+        echo(f"{name:<9} {value}")
     for slot in found.get("slots", []):
-        click.echo(
+        echo(
             f"slot      {slot['name']}: runs {slot['runs'] or 'unknown'}{', active' if slot['active'] else ''}"
         )

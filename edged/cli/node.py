@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edged.cli.context import Context, command, counted, json_option, show_json, text
+from edged.cli.context import Context, command, counted, echo, json_option, show_json, text
 from edged.domain import reasons
 
 if TYPE_CHECKING:
@@ -55,20 +55,18 @@ def status(context: Context, as_json: bool) -> None:
         return
     devices, trust = found["devices"], found["trust"]
     jobs = ", ".join(f"{count} {state}" for state, count in sorted(found["jobs"].items())) or "none"
-    click.echo(
-        f"node      {found['node']}, edged {found['version']}, pid {found['pid']}, since {found['started']}"
-    )
+    echo(f"node      {found['node']}, edged {found['version']}, pid {found['pid']}, since {found['started']}")
     away = devices["configured"] - devices["running"]
-    click.echo(
+    echo(
         f"devices   {devices['configured']} configured, {devices['running']} connected, {devices['left_out']} left out"
         + ("; edged devices says why" if away else "")
     )
-    click.echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
-    click.echo(f"trust     {_trust_line(trust)}")
-    click.echo(f"audit     {counted(found['audit_seq'], 'row')}, key {found['public_key'][:16]}")
+    echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
+    echo(f"trust     {_trust_line(trust)}")
+    echo(f"audit     {counted(found['audit_seq'], 'row')}, key {found['public_key'][:16]}")
     for problem in found["problems"]:
         cure = f"; cure: {problem['cure']}" if problem["cure"] else ""
-        click.echo(f"PROBLEM   {problem['part']}: {problem['detail']}{cure}")
+        echo(f"PROBLEM   {problem['part']}: {problem['detail']}{cure}")
 
 
 def _trust_line(trust: dict[str, Any]) -> str:
@@ -107,9 +105,7 @@ def check_config(context: Context, as_json: bool) -> None:
     if as_json:
         show_json({"problems": [], "models": len(models), "devices": len(described)})
     else:
-        click.echo(
-            f"{context.config_path}: {counted(models, 'model')}, {counted(described, 'device')}, no fault."
-        )
+        echo(f"{context.config_path}: {counted(models, 'model')}, {counted(described, 'device')}, no fault.")
 
 
 def _load(context: Context, *, as_json: bool) -> Config:
@@ -128,5 +124,5 @@ def _give_up(problems: list[str], *, as_json: bool) -> None:
     if as_json:
         show_json({"problems": problems})
     for problem in problems:
-        click.echo(f"edged: configuration: {problem}", err=True)
+        echo(f"edged: configuration: {problem}", err=True)
     raise SystemExit(reasons.EXIT_USAGE)

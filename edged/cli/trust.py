@@ -10,6 +10,7 @@ import click
 from edged.cli.context import (
     Context,
     command,
+    echo,
     json_option,
     show_json,
     show_table,
@@ -84,13 +85,13 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
     state = {None: "not verified yet", True: "online", False: "offline, from the last good metadata"}[
         found["online"]
     ]
-    click.echo(f"repository  {text(found['repository'])} ({state})")
+    echo(f"repository  {text(found['repository'])} ({state})")
     if found["offline_because"]:
-        click.echo(f"offline     {found['offline_because']}")
+        echo(f"offline     {found['offline_because']}")
     if found["stale_s"]:
-        click.echo(f"stale       the metadata expired {found['stale_s'] / 3600:.1f} hours ago")
+        echo(f"stale       the metadata expired {found['stale_s'] / 3600:.1f} hours ago")
     if found["failure"]:
-        click.echo(f"failure     {found['failure']['detail']}; cure: {text(found['failure']['cure'])}")
+        echo(f"failure     {found['failure']['detail']}; cure: {text(found['failure']['cure'])}")
     show_table(
         [[role["role"], str(role["version"]), role["expires"]] for role in found["roles"]],
         ["ROLE", "VERSION", "EXPIRES"],
@@ -106,4 +107,4 @@ def _show(found: dict[str, Any], *, as_json: bool) -> None:
     ]
     show_table(rows, ["RELEASE", "COUNTER", "MODELS", "SIZE"])
     for item in found["rejected"]:
-        click.echo(f"not usable: {item['path']}: {item['detail']}")
+        echo(f"not usable: {item['path']}: {item['detail']}")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import click
 
-from edged.cli.context import Context, command, fail, json_option, show_json
+from edged.cli.context import Context, command, echo, fail, json_option, show_json
 from edged.domain import reasons
 from edged.helper.client import HelperClient, HelperGone
 from edged.helper.protocol import SOCKET
@@ -63,23 +63,21 @@ def status(context: Context, helper_path: Path, as_json: bool) -> None:
     if as_json:
         show_json(found)
         return
-    click.echo(
+    echo(
         f"package   edged {found['version'] or '-'}, {'whole' if found['whole'] else found['dpkg'] or 'not installed'}"
     )
-    click.echo(f"kept      {', '.join(found['kept']) or '-'}; before it ran {found['previous'] or '-'}")
+    echo(f"kept      {', '.join(found['kept']) or '-'}; before it ran {found['previous'] or '-'}")
     if found["operation"]:
-        click.echo(f"at work   {_named(found['operation'])}: {found['operation']['phase']}")
+        echo(f"at work   {_named(found['operation'])}: {found['operation']['phase']}")
     if found["outcome"]:
-        click.echo(
-            f"last      {_named(found['outcome'])}: {_told(found['outcome'])} ({found['outcome']['ended']})"
-        )
+        echo(f"last      {_named(found['outcome'])}: {_told(found['outcome'])} ({found['outcome']['ended']})")
     if found["recovered"]:
         one = found["recovered"]
-        click.echo(
+        echo(
             f"boot      upgrade to {one['to'] or '-'} was cut: {one['result']} by {one['step']} ({one['time']})"
         )
     if found["interrupted"]:
-        click.echo("PROBLEM   an upgrade was cut; cure: systemctl start edged-recover")
+        echo("PROBLEM   an upgrade was cut; cure: systemctl start edged-recover")
 
 
 @node.command()
@@ -130,7 +128,7 @@ def reboot(context: Context, helper_path: Path, as_json: bool) -> None:
     if as_json:
         show_json(found)
     else:
-        click.echo("The node restarts.")
+        echo("The node restarts.")
 
 
 def _follow(helper_path: Path, request: Answer, *, as_json: bool) -> None:
@@ -139,7 +137,7 @@ def _follow(helper_path: Path, request: Answer, *, as_json: bool) -> None:
     if as_json:
         show_json(outcome)
     else:
-        click.echo(outcome["detail"])
+        echo(outcome["detail"])
 
 
 async def _to_the_end(client: HelperClient, request: Answer, *, quiet: bool) -> Answer:
@@ -151,7 +149,7 @@ async def _to_the_end(client: HelperClient, request: Answer, *, quiet: bool) -> 
                 return answer
             accepted = True
             if not quiet:
-                click.echo(f"{answer.get('phase', answer.get('event'))} …", err=True)
+                echo(f"{answer.get('phase', answer.get('event'))} …", err=True)
     except HelperGone:
         if not accepted:
             raise

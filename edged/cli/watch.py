@@ -12,10 +12,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
-import click
-
 from edged.cli.client import ApiError, Client, Unreachable
-from edged.cli.context import size_text
+from edged.cli.context import echo, printable, size_text
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -154,10 +152,10 @@ class _JsonLines:
 
     def job(self, job: Job) -> None:
         if job["state"] in _ENDED:
-            click.echo(json.dumps({"kind": "ended", **job}))
+            echo(json.dumps({"kind": "ended", **job}))
 
     def event(self, event: dict[str, Any]) -> None:
-        click.echo(json.dumps(event))
+        echo(json.dumps(event))
 
 
 class _Lines:
@@ -171,7 +169,7 @@ class _Lines:
         line = describe(job)
         if self._said.get(job["id"]) != line:
             self._said[job["id"]] = line
-            click.echo(line)
+            echo(line)
 
     def event(self, event: dict[str, Any]) -> None:
         if event.get("kind") != "progress" or not event["total_bytes"]:
@@ -179,7 +177,7 @@ class _Lines:
         now = time.monotonic()
         if now - self._at.get(event["job"], 0.0) >= LINE_S:
             self._at[event["job"]] = now
-            click.echo(f"{event['device']}: {progress_text(event)}")
+            echo(f"{event['device']}: {progress_text(event)}")
 
 
 def describe(job: Job) -> str:
@@ -236,7 +234,7 @@ class _Bars:
         self._progress.update(task, description=f"{job['device']} {job['state']}", speed="", left="")
         if (job["waiting"] or job["state"] in _ENDED) and self._said.get(job["id"]) != line:
             self._said[job["id"]] = line
-            self._progress.console.print(line, markup=False, highlight=False)
+            self._progress.console.print(printable(line), markup=False, highlight=False)
         if job["state"] in _ENDED:
             self._progress.remove_task(task)
 

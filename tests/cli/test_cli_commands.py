@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from engine_kit import Publisher, published
 
 from edged import cli
+from edged.cli.client import Client
 from edged.cli.jobs import _time_text
 
 
@@ -141,6 +142,44 @@ def test_twins_are_read_and_set(place: Place) -> None:
     assert place.run("job", "watch", job["job"]).code == 0
     assert place.run("twin", "set", "one", "nonsense").code == 2
     assert place.run("twin", "set", "one", "firmware=app").code == 2
+
+
+def test_a_value_cannot_command_the_terminal(place: Place) -> None:
+    answer = place.run("twin", "set", "one", r'evil="\u001b[31m\u202eexe\u009b2J\nPROBLEM"', "tame=grün")
+    assert answer.code == 0, answer.err
+    for words in (["twin", "get", "one"], ["device", "show", "one"]):
+        lines = place.run(*words).out.splitlines()
+        (line,) = [line for line in lines if line.startswith("evil")]
+        assert line.split() == ["evil", r"\x1b[31m\u202eexe\x9b2J\nPROBLEM", "-"]
+        (tame,) = [line for line in lines if line.startswith("tame")]
+        assert tame.split() == ["tame", "grün", "-"]
+        assert tame.rindex("-") == line.rindex("-"), "columns are as wide as what is shown"
+    held = place.run("twin", "get", "one", "--json").json["desired"]["evil"]["value"]
+    assert held == "\x1b[31m\u202eexe\x9b2J\nPROBLEM"
+    assert place.run("twin", "set", "one", "evil=null", "tame=null").code == 0
+
+
+def test_a_value_without_an_encoding_is_refused_and_one_that_is_there_is_shown(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = place.run("twin", "set", "one", r'x="\ud800"')
+    assert answer.code == 2
+    assert answer.err.startswith("edged: bad request (request_invalid): the body is not JSON: ")
+    twin = place.client.get("devices", "one", "twin")
+    side = {"value": "\ud800", "version": 1, "time": "", "source": "device", "unit": None}
+    monkeypatch.setattr(Client, "get", lambda *_, **__: twin | {"reported": {"x": side}})
+    assert "\\ud800" in place.run("twin", "get", "one").out
+
+
+def test_all_that_is_shown_goes_through_one_place() -> None:
+    """What shows nothing but a publisher's own files, or the demo's own texts, is free to use lines."""
+    free = {"context.py", "release.py", "demo.py", "tuf.py"}
+    folder = Path(cli.__file__).parent
+    assert not [
+        path.name
+        for path in folder.glob("*.py")
+        if path.name not in free and "click.echo" in path.read_text()
+    ]
 
 
 def test_jobs_are_listed_and_filtered(place: Place) -> None:
