@@ -20,11 +20,13 @@ import pytest
 from cli_kit import DEVICES, Listener, Place, eventually
 from engine_kit import Publisher, published
 
+from edged import app
 from edged.cli.client import Client
 from edged.clock import SystemClock
+from edged.config import load
 from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE, firmware_value
-from edged.store import Store, Tx, jobs, twins
+from edged.store import Store, Tx, audit, jobs, twins
 
 DEAD_SERVER = "http://127.0.0.1:1/repo"
 
@@ -339,6 +341,25 @@ async def _brought_back_often(database: Path) -> None:
         )
         for number in range(1, 5):
             await store.write(lambda tx, number=number: run(tx, number))  # type: ignore[misc]
+
+
+def test_a_check_of_the_audit_trail_lets_others_read(tmp_path: Path) -> None:
+    place = Place(tmp_path, extra="").write()
+    many = 10 * audit.VERIFY_ROWS
+
+    async def run() -> None:
+        async with app.build(load(place.config)) as daemon:
+            store = daemon.parts.store
+            await store.write(lambda tx: [audit.append(tx, "root", "event", {"n": n}) for n in range(many)])
+            check = asyncio.create_task(daemon.control.verify_audit())
+            reads = 0
+            while not check.done():
+                await store.read(audit.head)
+                reads += 1
+            assert (await check)["rows"] == many
+            assert reads >= 5
+
+    asyncio.run(run())
 
 
 def test_the_wrong_hardware_is_seen_before_anything_is_sent(tmp_path: Path) -> None:

@@ -36,10 +36,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GENESIS",
+    "VERIFY_ROWS",
     "AuditReport",
     "Head",
     "Record",
     "SignedHead",
+    "Verifying",
     "append",
     "broken",
     "dump",
@@ -47,11 +49,15 @@ __all__ = [
     "list",
     "sign_head",
     "verify",
+    "verify_more",
     "verify_rows",
 ]
 
 GENESIS: Final = "0" * 64
+VERIFY_ROWS: Final = 500
+"""So many rows a reader may check at once, some milliseconds, before others have their turn."""
 _FORMAT: Final = 1
+_FIRST: Final = -(2**63)
 
 Row: TypeAlias = "sqlite3.Row | Mapping[str, Any]"
 """A row as it is stored: of the database, or of a file that it was written to."""
@@ -99,6 +105,15 @@ class AuditReport:
     first_bad_seq: int | None
     reason: str
     signed_heads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verifying:
+    """A check of the chain on its way: what was found up to ``head``. ``ended``: there is nothing more to check."""
+
+    report: AuditReport = AuditReport(True, 0, None, "", 0)
+    head: Head = Head(0, GENESIS)
+    ended: bool = False
 
 
 def append(tx: Tx, actor: str, event: str, data: Mapping[str, JsonValue]) -> Head:
@@ -160,6 +175,24 @@ def verify(tx: Tx, public_key: Ed25519PublicKey | None) -> AuditReport:
     return verify_rows(_rows(tx), _signatures(tx), public_key)
 
 
+def verify_more(
+    tx: Tx, so_far: Verifying, public_key: Ed25519PublicKey | None, limit: int = VERIFY_ROWS
+) -> Verifying:
+    """:func:`verify` in slices, each in a transaction of its own: check the next ``limit`` rows.
+
+    What is added meanwhile is checked as well. Rows are never changed, so that those that were checked stay so.
+    """
+    first = so_far.head.seq + 1 if so_far.head.seq else _FIRST
+    rows = tx.db.execute("SELECT * FROM audit WHERE seq >= ? ORDER BY seq LIMIT ?", [first, limit]).fetchall()
+    if not rows:
+        newest = tx.db.execute("SELECT max(seq) FROM signatures").fetchone()[0]
+        return _at_the_end(so_far, newest or 0)
+    signed = tx.db.execute(
+        "SELECT * FROM signatures WHERE seq BETWEEN ? AND ?", [rows[0]["seq"], rows[-1]["seq"]]
+    )
+    return _checked(so_far, rows, {row["seq"]: row for row in signed}, public_key)
+
+
 def verify_rows(
     rows: Iterable[Row], signatures: Iterable[Row], public_key: Ed25519PublicKey | None
 ) -> AuditReport:
@@ -168,19 +201,34 @@ def verify_rows(
     Raises ``KeyError`` or ``TypeError`` where a row is not what this module stores.
     """
     signed = {row["seq"]: row for row in signatures}
-    report, before = AuditReport(True, 0, None, "", 0), Head(0, GENESIS)
+    found = _checked(Verifying(), rows, signed, public_key)
+    return (found if found.ended else _at_the_end(found, max(signed, default=0))).report
+
+
+def _checked(
+    so_far: Verifying,
+    rows: Iterable[Row],
+    signed: Mapping[int, Row],
+    public_key: Ed25519PublicKey | None,
+) -> Verifying:
+    """``rows`` follow on ``so_far``; ``signed`` has the signed heads among them. Ended where a row is not intact."""
+    report, before = so_far.report, so_far.head
     for row in rows:
         fault = _row_fault(row, before) or _head_fault(signed.get(row["seq"]), row, public_key)
         if fault:
-            return broken(report, fault)
+            return Verifying(broken(report, fault), before, ended=True)
         before = Head(row["seq"], row["hash"])
         report = replace(
             report, rows=report.rows + 1, signed_heads=report.signed_heads + (row["seq"] in signed)
         )
-    newest_signed = max(signed, default=0)
-    if newest_signed > before.seq:
-        return broken(report, f"the rows after {before.seq} are missing: the head {newest_signed} was signed")
-    return report
+    return Verifying(report, before)
+
+
+def _at_the_end(found: Verifying, newest_signed: int) -> Verifying:
+    last, report = found.head.seq, found.report
+    if newest_signed > last:
+        report = broken(report, f"the rows after {last} are missing: the head {newest_signed} was signed")
+    return replace(found, report=report, ended=True)
 
 
 def broken(report: AuditReport, fault: str) -> AuditReport:

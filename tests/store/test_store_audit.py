@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_kit import START, raw, read, write
+from store_kit import START, HandClock, raw, read, write
 
-from edged.store import Tx, audit
+from edged.store import Store, Tx, audit
 
 KEY = Ed25519PrivateKey.generate()
 ROWS = 10
@@ -36,7 +37,26 @@ def fill(path: Path, signed_at: tuple[int, ...] = (4, 8)) -> None:
 
 
 def report_of(path: Path) -> audit.AuditReport:
-    return read(path, lambda tx: audit.verify(tx, KEY.public_key()))
+    """What the whole finds; slices of any size find the same."""
+    report = read(path, lambda tx: audit.verify(tx, KEY.public_key()))
+    for limit in (1, 3, ROWS, 1000):
+        assert in_slices(path, limit) == report
+    return report
+
+
+def in_slices(path: Path, limit: int, between: Callable[[Tx], object] | None = None) -> audit.AuditReport:
+    async def main() -> audit.AuditReport:
+        found = audit.Verifying()
+        async with Store.open(path, HandClock()) as store:
+            while not found.ended:
+                found = await store.read(
+                    lambda tx, so_far=found: audit.verify_more(tx, so_far, KEY.public_key(), limit)  # type: ignore[misc]
+                )
+                if between is not None and found.report.rows < ROWS:
+                    await store.write(between)
+        return found.report
+
+    return asyncio.run(main())
 
 
 def without_guards(path: Path, *statements: str) -> None:
@@ -113,6 +133,8 @@ SWAP = "UPDATE audit SET {0} = (SELECT {0} FROM audit AS o WHERE o.seq = 11 - au
         (["UPDATE audit SET prev_hash = hash WHERE seq = 7"], 7, "does not follow"),
         (["DELETE FROM audit WHERE seq = 5"], 5, "missing"),
         (["DELETE FROM audit WHERE seq = 1"], 1, "missing"),
+        (["UPDATE audit SET seq = 0 WHERE seq = 1"], 1, "missing"),
+        (["UPDATE audit SET seq = -9223372036854775808 WHERE seq = 1"], 1, "missing"),
         (["DELETE FROM audit WHERE seq = 5", "UPDATE audit SET seq = seq - 1 WHERE seq > 5"], 5, "not follow"),
         (["DELETE FROM audit WHERE seq > 7"], 8, "the head 8 was signed"),
         (["DELETE FROM audit"], 1, "the head 8 was signed"),
@@ -134,6 +156,41 @@ def test_what_was_done_to_the_file_is_found(
     assert (report.intact, report.first_bad_seq) == (False, first_bad)
     assert says in report.reason
     assert report.rows == first_bad - 1
+
+
+def test_what_is_added_between_two_slices_is_checked_too(path: Path) -> None:
+    fill(path)
+
+    def add_signed(tx: Tx) -> None:
+        add(0)(tx)
+        audit.sign_head(tx, KEY.sign)
+
+    assert in_slices(path, 4, add_signed) == audit.AuditReport(True, ROWS + 2, None, "", 4)
+
+
+def test_other_reads_come_between_the_slices_of_a_long_check(path: Path) -> None:
+    many = 6 * audit.VERIFY_ROWS
+    write(path, lambda tx: [add(n)(tx) for n in range(many)])
+
+    async def main() -> list[int]:
+        seen: list[int] = []
+        async with Store.open(path, HandClock()) as store:
+
+            async def look() -> None:
+                while not found.ended:
+                    await store.read(audit.head)
+                    seen.append(found.report.rows)
+
+            found = audit.Verifying()
+            other = asyncio.create_task(look())
+            while not found.ended:
+                found = await store.read(lambda tx, so_far=found: audit.verify_more(tx, so_far, None))  # type: ignore[misc]
+            await other
+        assert found.report.rows == many
+        return seen
+
+    seen = asyncio.run(main())
+    assert len({rows for rows in seen if 0 < rows < many}) >= 4
 
 
 def test_a_chain_that_was_computed_anew_does_not_fit_the_signed_head(path: Path) -> None:
