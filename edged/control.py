@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -92,13 +93,13 @@ class Control:
     # -- the node
 
     async def status(self) -> Json:
-        """The node at a glance: store, engine, devices, jobs, trust, and ``problems`` with their cures."""
+        """The node at a glance: store, engine, devices, jobs, trust, and ``problems`` with their cures.
+
+        ``jobs`` and ``audit_seq`` are null where the database cannot be read.
+        """
         parts = self._parts
         units = parts.devices.sessions.all()
         snapshot = await self.snapshot()
-        counts: dict[str, int] = {}
-        for (state, _), count in snapshot.jobs.items():
-            counts[state.value] = counts.get(state.value, 0) + count
         return {
             "node": parts.config.node.id,
             "version": __version__,
@@ -109,7 +110,7 @@ class Control:
             "public_key": parts.key.public_hex,
             "read_only": parts.store.read_only_reason,
             "running_jobs": len(parts.engine.running),
-            "jobs": cast(Json, counts),
+            "jobs": _jobs_by_state(snapshot),
             "devices": {
                 "configured": len(parts.config.device),
                 "running": sum(unit.unit.state is UnitState.RUNNING for unit in units),
@@ -176,7 +177,7 @@ class Control:
         try:
             counts, lags, depth, seq = await self._read(look)
         except EdgedError:
-            counts, lags, depth, seq = {}, {}, {}, 0
+            counts, lags, depth, seq = {}, {}, {}, None
         units = parts.devices.sessions.all()
         return Snapshot(
             writable=parts.store.read_only_reason is None,
@@ -475,6 +476,15 @@ def _states(text: str | None) -> list[State] | None:
     except ValueError:
         allowed = ", ".join(["active", "ended", *State])
         raise BadRequest(f"state: found {text!r}; allowed: {allowed}") from None
+
+
+def _jobs_by_state(snapshot: Snapshot) -> Json | None:
+    if snapshot.audit_seq is None:
+        return None
+    counts = Counter[str]()
+    for (state, _), count in snapshot.jobs.items():
+        counts[state.value] += count
+    return dict(counts)
 
 
 def _active(tx: Tx) -> dict[str, Job]:

@@ -31,14 +31,14 @@ WIRE_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 class Snapshot:
     """Numbers of this moment, for the metrics. Lags in seconds; ``outbox`` has the events that wait, by consumer.
 
-    What comes from the store is empty where it cannot be read.
+    What comes from the store is empty where it cannot be read, ``audit_seq`` is None then.
     """
 
     writable: bool
     jobs: Mapping[tuple[State, Reason | None], int]
     twin_lag_s: Mapping[str, float]
     outbox: Mapping[str, int]
-    audit_seq: int
+    audit_seq: int | None
     units: Mapping[str, UnitState]
     restarts: Mapping[str, int]
     plugins: Mapping[str, bool]
@@ -190,9 +190,13 @@ def _asked(snapshot: Snapshot) -> Iterator[Metric]:
         ("consumer",),
         _keyed(snapshot.outbox),
     )
-    yield _gauge(
-        "edged_audit_head_seq", "Number of the newest row of the audit trail", (), {(): snapshot.audit_seq}
-    )
+    if snapshot.audit_seq is not None:
+        yield _gauge(
+            "edged_audit_head_seq",
+            "Number of the newest row of the audit trail",
+            (),
+            {(): snapshot.audit_seq},
+        )
     yield _gauge("edged_plugin_up", "Whether the plugin is in use", ("plugin",), _keyed(snapshot.plugins))
     yield _gauge(
         "edged_device_state",

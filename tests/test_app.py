@@ -261,6 +261,10 @@ def test_a_damaged_database_keeps_the_daemon_up_for_the_operator(
         assert "damaged" in status["read_only"]
         assert status["problems"][0]["part"] == "store"
         assert status["problems"][0]["cure"]
+        assert (status["jobs"], status["audit_seq"]) == (None, None)
+        said = place.run("status").out
+        assert "jobs      unknown; 0 at work now" in said
+        assert "audit     unknown, key" in said
         answer = place.run("deploy", "app@2.0.0", "--to", "one", "--yes")
         assert (answer.code, answer.out) == (1, "")
         assert "storage_failed" in answer.err

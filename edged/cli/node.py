@@ -54,7 +54,10 @@ def status(context: Context, as_json: bool) -> None:
         show_json(found)
         return
     devices, trust = found["devices"], found["trust"]
-    jobs = ", ".join(f"{count} {state}" for state, count in sorted(found["jobs"].items())) or "none"
+    # what the database cannot tell is not none
+    counts, rows = found["jobs"], found["audit_seq"]
+    jobs = "unknown" if counts is None else _listed(counts)
+    audit = "unknown" if rows is None else counted(rows, "row")
     echo(f"node      {found['node']}, edged {found['version']}, pid {found['pid']}, since {found['started']}")
     away = devices["configured"] - devices["running"]
     echo(
@@ -63,10 +66,14 @@ def status(context: Context, as_json: bool) -> None:
     )
     echo(f"jobs      {jobs}; {found['running_jobs']} at work now")
     echo(f"trust     {_trust_line(trust)}")
-    echo(f"audit     {counted(found['audit_seq'], 'row')}, key {found['public_key'][:16]}")
+    echo(f"audit     {audit}, key {found['public_key'][:16]}")
     for problem in found["problems"]:
         cure = f"; cure: {problem['cure']}" if problem["cure"] else ""
         echo(f"PROBLEM   {problem['part']}: {problem['detail']}{cure}")
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
 
 def _trust_line(trust: dict[str, Any]) -> str:
