@@ -174,7 +174,8 @@ class HealthCheck:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What the check saw: ``evidence`` is the text that matched, or the last text seen."""
+    """What the check saw: ``evidence`` is the text that matched; where none did, what was seen instead:
+    the first few lines, where a crash says its cause, and the last."""
 
     healthy: bool
     evidence: str

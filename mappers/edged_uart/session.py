@@ -40,6 +40,8 @@ _BITS_PER_BYTE: Final = 10
 _WRITE_ROUNDS: Final = 2
 _SURELY_ANOTHER_IMAGE: Final = 4
 _LINE_BYTES: Final = 1024
+_EVIDENCE_LINES: Final = 5
+_EVIDENCE_CHARS: Final = 200
 _KEPT_LINES: Final = 64
 _ASK_AGAIN_S: Final = 1.0
 
@@ -89,6 +91,7 @@ class UartSession:
         self._wrote = False
         self._booted_at = self._loop.time()
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._first_lines: list[str] = []
         self.traits = SessionTraits(
             ceiling_bytes_per_s=config.baud / _BITS_PER_BYTE, slot_count=1, identify_disturbs=True
         )
@@ -222,6 +225,7 @@ class UartSession:
     def _booted(self) -> None:
         self._booted_at = self._loop.time()
         self._lines.clear()
+        self._first_lines.clear()
 
     async def _page_bytes(self, loader: BootLoader, segments: tuple[Segment, ...]) -> int:
         """The part's page size; nothing is written before this has passed."""
@@ -299,6 +303,8 @@ class UartSession:
             return None
         line = raw.decode("ascii", "replace").strip("\r\n")
         self._lines.append(line)
+        if len(self._first_lines) < _EVIDENCE_LINES:
+            self._first_lines.append(line)
         return line
 
     async def _await_match(self, pattern: re.Pattern[str], deadline: float) -> Health:
@@ -306,7 +312,14 @@ class UartSession:
             line = await self._next_line(left)
             if line is not None and pattern.search(line):
                 return Health(True, line)
-        return Health(False, self._lines[-1] if self._lines else "")
+        return Health(False, self._evidence())
+
+    def _evidence(self) -> str:
+        """The first lines since the start, and the last: what crashes says why at its beginning."""
+        seen = self._first_lines
+        if self._lines and len(seen) == _EVIDENCE_LINES:
+            seen = [*seen[:-1], self._lines[-1]]
+        return "\n".join(line[:_EVIDENCE_CHARS] for line in seen)
 
     async def _ask_for(self, pattern: re.Pattern[str], query: str, deadline: float) -> Health:
         # a question that reaches the boot loader in place of the application can hold it there

@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 
 import edged_uart.link
+from edged.api import Device, Health, HealthCheck
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged_uart.config import UartConfig
 from edged_uart.link import SerialLink, one_byte
+from edged_uart.session import UartSession
+from edged_uart.stk500v1 import Stk500v1
 
 
 class Peer:
@@ -260,5 +264,30 @@ def test_a_reset_on_a_pty_opens_it_anew(peer: Peer) -> None:
         peer.hang_up()
         with pytest.raises(Transient):
             await link.pulse_reset()
+
+    on_link(peer, use)
+
+
+@pytest.mark.parametrize(
+    ("count", "evidence"),
+    [
+        (0, ""),
+        (2, "panic: bad magic\ndump 0"),
+        (5, "panic: bad magic\ndump 0\ndump 1\ndump 2\ndump 3"),
+        (102, "panic: bad magic\ndump 0\ndump 1\ndump 2\n" + "x" * 200),
+    ],
+)
+def test_what_an_application_says_instead_is_kept_from_its_beginning_and_bounded(
+    peer: Peer, count: int, evidence: str
+) -> None:
+    """What crashes says why first, and then repeats itself."""
+    lines = ["panic: bad magic", *(f"dump {number}" for number in range(100)), "x" * 500]
+
+    async def use(link: SerialLink) -> None:
+        board = Device("board", "board", "uart-stk500", link.address)
+        session = UartSession(board, UartConfig(), link, Stk500v1(link, 1.0, page_at_once=True))
+        peer.say("".join(f"{line}\r\n" for line in lines[:count]).encode())
+        health = await session.check_health(HealthCheck("line", "^ready", timeout_s=0.3))
+        assert health == Health(False, evidence)
 
     on_link(peer, use)
