@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from edged.api import JsonValue
+from edged.api import Device, JsonValue
 from edged.config import Config, EngineSettings
-from edged.devices import Devices, is_firmware
+from edged.devices import Attached, Devices, is_firmware
 from edged.domain.admission import Admission, admit
 from edged.domain.job import Job
 from edged.domain.reconcile import FIRMWARE, firmware_value, release_of
@@ -256,6 +256,7 @@ class Deployments:
         attached = self._devices.attached.get(device)
         ceiling = attached.traits.ceiling_bytes_per_s if attached else None
         size = verdict.release.image.length if verdict.release else None
+        read_out = _read_out_bytes(unit.device, attached)
         return {
             "device": device,
             "model": unit.device.model,
@@ -265,7 +266,8 @@ class Deployments:
             "active_job": active.id if active else None,
             "refused": explain_reason(refused.reason, refused.detail) if refused else None,
             "ceiling_bytes_per_s": ceiling,
-            "estimated_minutes": round(size / ceiling / 60, 2) if size and ceiling else None,
+            "read_out_bytes": read_out,
+            "estimated_minutes": round((size + read_out) / ceiling / 60, 2) if size and ceiling else None,
             "unit_state": unit.unit.state.value,
         }
 
@@ -336,6 +338,13 @@ def _answer(device: str, job: Job | None, outcome: str) -> Json:
         "outcome": outcome,
         "desired_version": job.desired_version if job else None,
     }
+
+
+def _read_out_bytes(device: Device, attached: Attached | None) -> int:
+    """What is read before the first byte is written, as the way back of a device with one slot."""
+    if attached is None or attached.traits.slot_count > 1 or not attached.reads_back:
+        return 0
+    return device.flash_size_bytes or 0
 
 
 def _action(release: str, runs: str | None, active: Job | None) -> str:

@@ -19,6 +19,7 @@ from edged.api import (
     Slots,
     SupportsDesired,
     SupportsFirmware,
+    SupportsReadBack,
 )
 from edged.clock import Clock
 from edged.config import Config, DeviceSettings, Model
@@ -58,6 +59,7 @@ class LeftOut:
 @dataclass(frozen=True, slots=True)
 class Attached:
     """What a device said when its session was opened last. ``identity`` None: asking would have disturbed it.
+    ``reads_back``: its flash can be read.
 
     ``rejected`` has, by name, the desired properties that the device would not take.
     """
@@ -65,6 +67,7 @@ class Attached:
     time: datetime
     traits: SessionTraits
     identity: Identity | None
+    reads_back: bool
     rejected: Mapping[str, str]
 
 
@@ -191,7 +194,8 @@ class Devices:
         if not session.traits.identify_disturbs:
             identity = expect(Identity, await plugin_call(self._call_s, session.identify))
             check_identity(device, (), identity)
-        self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, {})
+        reads_back = isinstance(session, SupportsReadBack)
+        self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, reads_back, {})
         self.returned(device.id)
         if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
             await self._notice_version(device, expect(Slots, await plugin_call(self._call_s, session.slots)))

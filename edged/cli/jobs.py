@@ -141,7 +141,7 @@ def _show_plan(found: dict[str, Any]) -> None:
 
 
 def _time_text(item: dict[str, Any]) -> str:
-    """What the line alone takes, for a person."""
+    """What the line alone takes, for a person: to read out what runs now where it must be kept, and to write."""
     minutes = item["estimated_minutes"]
     if minutes is None or item["action"] in ("nothing", "refuse"):
         return "-"
@@ -194,9 +194,12 @@ def jobs(context: Context, device: str | None, state: str | None, limit: int, as
 
 
 def _progress(job: dict[str, Any]) -> str:
+    """How much of the release the device holds, where that can be said: not on the way back, nor after it."""
     if job["state"] == "succeeded":
         return "100 %"
-    return f"{100 * job['done_bytes'] // job['total_bytes']} %" if job["total_bytes"] else "-"
+    if job["state"] not in ("staging", "activating", "verifying") or not job["total_bytes"]:
+        return "-"
+    return f"{100 * job['done_bytes'] // job['total_bytes']} %"
 
 
 def _why(job: dict[str, Any]) -> str:

@@ -208,8 +208,14 @@ class JobRunner:
             case State.REVERTING:
                 deadline = self._shop.clock.now() + timedelta(seconds=self._shop.settings.deadline_s)
                 job = replace(job, deadline=deadline, done_bytes=0)
-            case State.REVERTED if job.fallback is not None:
-                effects += (self._report(job.fallback.release, "fallback"),)
+            case State.REVERTED:
+                # what the way back moved is nothing of the release
+                job = replace(job, done_bytes=0)
+                if job.fallback is not None:
+                    effects += (self._report(job.fallback.release, "fallback"),)
+            case State.SUCCEEDED:
+                # also where nothing was left to send
+                job = replace(job, done_bytes=job.total_bytes)
             case State.FAILED if job.touched:
                 effects += (self._report(None, "job"),)
         self._view = None if move.to is not State.STAGING else self._view

@@ -17,7 +17,7 @@ from engine_kit import Publisher, published
 
 from edged import cli
 from edged.cli.client import Client
-from edged.cli.jobs import _time_text
+from edged.cli.jobs import _progress, _time_text
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,8 @@ def test_plan_then_deploy_then_show(place: Place) -> None:
     assert plan.code == 0
     assert "app@1.0.0: 2.0 KiB, counter 1, to download: 2." in plan.out
     assert plan.out.count("install") == 2
+    one, two = place.run("plan", "app@1.0.0", "--model", "widget", "--json").json["devices"]
+    assert (one["read_out_bytes"], two["read_out_bytes"]) == (16384, 0), "one has one slot, two has two"
     done = place.run("deploy", "app@1.0.0", "--model", "widget", "--wait", "--yes")
     assert done.code == 0, done.out + done.err
     assert "one: succeeded: runs app@1.0.0 (version=1.0.0)" in done.out
@@ -79,6 +81,9 @@ def test_a_deployment_that_fails_its_health_check_ends_with_1_and_says_why(place
     assert shown.code == 0
     assert "health_failed" in shown.out
     assert "reverting" in shown.out
+    assert f"reverted, -, run {job['run']}" in shown.out
+    (row,) = [line for line in place.run("jobs").out.splitlines() if line.startswith(job["id"])]
+    assert row.split()[3:6] == ["reverted", "-", "health_failed"]
     watched = place.run("job", "watch", job["id"])
     assert (watched.code, watched.out.count("\n")) == (1, 1)
     retried = place.run("job", "retry", job["id"], "--json").json
@@ -371,6 +376,35 @@ def test_the_doctor_of_another_user_blames_no_port(tmp_path: Path, monkeypatch: 
     place.state.mkdir()
     monkeypatch.setattr(os, "getuid", lambda: place.state.stat().st_uid + 1)
     assert "warn  port      plc: user" in place.run("doctor").out
+
+
+def test_a_plan_counts_what_is_read_out_before_anything_is_written(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path, publisher, extra=DEVICES.replace("fake:bus", "fake:slow")).write()
+    with place.daemon():
+        eventually(lambda: place.client.get("status")["devices"]["running"] == 2)
+        plan = place.run("plan", "app@2.0.0", "--model", "widget", "--json").json
+        one, two = plan["devices"]
+        seconds = [(plan["image_bytes"] + read_out) / 2000 for read_out in (16384, 0)]
+        assert [one["estimated_minutes"], two["estimated_minutes"]] == [round(s / 60, 2) for s in seconds]
+
+
+@pytest.mark.parametrize(
+    ("state", "done", "total", "text"),
+    [
+        ("queued", 0, 0, "-"),
+        ("fetching", 0, 100, "-"),
+        ("staging", 50, 100, "50 %"),
+        ("verifying", 99, 100, "99 %"),
+        ("succeeded", 0, 100, "100 %"),
+        ("reverting", 99, 100, "-"),
+        ("reverted", 99, 100, "-"),
+        ("failed", 50, 100, "-"),
+    ],
+)
+def test_how_much_is_done_is_said_where_it_is_known(state: str, done: int, total: int, text: str) -> None:
+    assert _progress({"state": state, "done_bytes": done, "total_bytes": total}) == text
 
 
 @pytest.mark.parametrize(

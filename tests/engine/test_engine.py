@@ -48,6 +48,7 @@ def test_a_release_reaches_the_device(place: Place, slots: int) -> None:
             assert await node.reported("dev-1") == {"name": "app", "version": "2.0.0"}
             assert await node.store.read(lambda tx: floors.get(tx, "dev-1", "firmware")) == 2
             assert device.counts.received == len(fake_app("2.0.0"))
+            assert job.done_bytes == job.total_bytes > 0
             states = [state for state, _ in await _events(node, job.id)]
             assert sorted(set(states), key=states.index) == [
                 State.QUEUED,
