@@ -155,11 +155,12 @@ class FetchSettings:
 
 @attrs.frozen(kw_only=True)
 class Storage:
-    """``[storage]``: disk budgets."""
+    """``[storage]``: disk budgets. ``report_interval_s``: what devices report is written at most so often."""
 
     artifact_quota_bytes: int = attrs.field(default=2 * 1024**3, validator=_between(1024**2, 10**13))
     keep_jobs_days: float = attrs.field(default=365.0, validator=_between(1, 36_500))
     outbox_rows: int = attrs.field(default=10_000, validator=_between(100, 10**7))
+    report_interval_s: float = attrs.field(default=10.0, validator=_between(0.2, 3600))
 
 
 @attrs.frozen(kw_only=True)

@@ -55,7 +55,7 @@ def build(ground: Ground, verify: Verify = verify_in_child) -> Core:
     """Put the parts together; ``verify`` is how metadata is verified."""
     config, store, clock = ground.config, ground.store, ground.clock
     broadcast = Broadcast()
-    reports = Reports(store, clock, broadcast)
+    reports = Reports(store, clock, broadcast, config.storage.report_interval_s)
     devices = Devices(config, ground.plugins, store, reports, clock)
     folder = config.node.state_dir / "trust"
     trust = Trust(

@@ -1,4 +1,5 @@
-"""What devices report, on its way to the twins: coalesced, so that a chatty device costs a few commits a second at most.
+"""What devices report, on its way to the twins: coalesced, so that a chatty device does not wear the disk out. A commit of
+one value is some 12 KiB on the disk, its journal's share included; one a second would be a gigabyte a day.
 
 Knows no protocol. A value that is replaced before it was stored was never stored: a twin holds the newest value, it is no
 time series.
@@ -24,6 +25,7 @@ from edged.store.database import Store, Tx
 log = logging.getLogger(__name__)
 
 FLUSH_S = 0.2
+"""Values that come within so long after the first go together."""
 RETRY_S = 5.0
 MOST_WAITING = 10_000
 """Values that wait for the disk; whoever reports more waits as well."""
@@ -33,12 +35,17 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/ -]{0,126}")
 
 
 class Reports:
-    """Takes reported values and stores them in batches, all devices in one transaction."""
+    """Takes reported values and stores them in batches, all devices in one transaction.
 
-    def __init__(self, store: Store, clock: Clock, broadcast: Broadcast) -> None:
+    ``interval_s``: so long from one batch to the next, at least; what comes after a longer silence is stored at once.
+    """
+
+    def __init__(self, store: Store, clock: Clock, broadcast: Broadcast, interval_s: float) -> None:
         self._store = store
         self._clock = clock
         self._broadcast = broadcast
+        self._interval_s = interval_s
+        self._due = 0.0
         self._waiting: dict[tuple[str, str], Reported] = {}
         self._left_out: set[str] = set()
         self._filled = asyncio.Event()
@@ -67,7 +74,8 @@ class Reports:
         """Store what waits, for ever. What the store cannot take is tried again, unless something newer came."""
         while True:
             await self._filled.wait()
-            await self._clock.sleep(FLUSH_S)
+            await self._clock.sleep(max(FLUSH_S, self._due - self._clock.monotonic()))
+            self._due = self._clock.monotonic() + self._interval_s
             if not await self.flush():
                 await self._clock.sleep(RETRY_S)
                 self._filled.set()

@@ -51,7 +51,7 @@ def run(path: Path, body: Callable[[reports.Reports, _Counting, Broadcast], Any]
         clock, broadcast = _Impatient(), Broadcast()
         async with Store.open(path / "edged.db", clock) as store:
             counting = _Counting(store)
-            await body(reports.Reports(counting, clock, broadcast), counting, broadcast)  # type: ignore[arg-type]
+            await body(reports.Reports(counting, clock, broadcast, 10.0), counting, broadcast)  # type: ignore[arg-type]
 
     asyncio.run(life())
 
@@ -157,3 +157,40 @@ def test_a_device_that_makes_up_names_does_not_fill_the_disk(
         assert await reported(store, "one") == {"p0": 0, "p1": "again", "p2": 2}
 
     run(tmp_path, body)
+
+
+class _Hand(SystemClock):
+    """Time passes by sleeping alone, and by hand; ``slept`` are the sleeps."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.seconds
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(round(seconds, 3))
+        self.seconds += seconds
+
+
+def test_a_chatty_device_is_written_once_an_interval_and_a_quiet_one_at_once(tmp_path: Path) -> None:
+    """Each commit wears the disk."""
+
+    async def life() -> None:
+        clock = _Hand()
+        async with Store.open(tmp_path / "edged.db", clock) as store:
+            counting = _Counting(store)
+            taken = reports.Reports(counting, clock, Broadcast(), 10.0)  # type: ignore[arg-type]
+            running = asyncio.create_task(taken.run())
+            for number, pause_s in enumerate((0.0, 0.0, 4.0, 60.0)):
+                clock.seconds += pause_s
+                await taken.put("one", Reported("uptime", number))
+                async with asyncio.timeout(5):
+                    while counting.writes <= number or await reported(counting, "one") != {"uptime": number}:
+                        await asyncio.sleep(0.001)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            assert clock.slept == [reports.FLUSH_S, 10.0, 6.0, reports.FLUSH_S]
+
+    asyncio.run(life())
