@@ -1,4 +1,5 @@
-"""The real ``edged run``: time to READY=1, memory idle and while it flashes, and which libraries that memory is.
+"""The real ``edged run``: time to READY=1, memory idle and while it flashes, which libraries that memory is, and what it
+writes to its disk.
 
 The node has one device, a simulated board with a real optiboot whose reports it watches, and the metrics' port is open.
 """
@@ -26,6 +27,7 @@ from edged.testing.avr import OPTIBOOT_328P, SimulatedAvr
 
 _READY_S: Final = 30.0
 _KIB_PER_MIB: Final = 1024
+_DAY_S: Final = 86_400
 _LIBRARIES: Final = (
     *("asyncio", "sqlite3", "logging", "tomllib", "importlib.metadata", "click", "attrs", "cattrs"),
     *("sqlite_utils", "pluggy", "cryptography.hazmat.primitives.asymmetric.ed25519", "serial"),
@@ -59,6 +61,12 @@ class Memory:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
         kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
         return cls(kib["Rss"] / _KIB_PER_MIB, kib["Pss"] / _KIB_PER_MIB)
+
+
+def _written_mib(pid: int) -> float:
+    """What a process has given to its disk (proc_pid_io(5): write_bytes); the file system's journal comes on top."""
+    fields = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+    return int(fields["write_bytes"]) / _KIB_PER_MIB**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +141,7 @@ def _flashing(started: Started, version: str) -> tuple[Memory, Memory]:
 
 def run(*, quick: bool) -> list[Figure]:
     """Start several times on the same state, then flash once."""
-    starts, rest_s = (1, 0.2) if quick else (7, 3.0)
+    starts, rest_s, idle_s = (1, 0.2, 1.0) if quick else (7, 3.0, 60.0)
     files = applications(4_000 if quick else 28_000)
     with tempfile.TemporaryDirectory(prefix="edged-bench-") as name:
         folder = Path(name)
@@ -142,10 +150,10 @@ def run(*, quick: bool) -> list[Figure]:
             bench = described(board, files)
             config = demo.configure(bench, demo.publish(bench, folder), folder)
             config.write_text(config.read_text().replace('listen = ""', 'listen = "127.0.0.1:0"'))
-            return _measure(config, starts, rest_s)
+            return _measure(config, starts, rest_s, idle_s)
 
 
-def _measure(config: Path, starts: int, rest_s: float) -> list[Figure]:
+def _measure(config: Path, starts: int, rest_s: float, idle_s: float) -> list[Figure]:
     with _daemon(config) as first:
         first_ready_s = first.ready_s
     ready, bare, idle = [], [], []
@@ -156,7 +164,11 @@ def _measure(config: Path, starts: int, rest_s: float) -> list[Figure]:
             time.sleep(rest_s)
             idle.append(Memory.of(started.process.pid))
     with _daemon(config) as started:
+        pid, before = started.process.pid, _written_mib(started.process.pid)
+        time.sleep(idle_s)
+        at_rest = _written_mib(pid)
         flashing, after = _flashing(started, demo.GOOD[-1])
+        written = (at_rest - before) / idle_s * _DAY_S, _written_mib(pid) - at_rest
     return [
         Figure(
             name="daemon.start",
@@ -174,7 +186,15 @@ def _measure(config: Path, starts: int, rest_s: float) -> list[Figure]:
         _memory("idle", "idle", idle, {"mib_by_import": _weigh(config.parent)}, goal=True),
         _memory("flashing", "at most while it fetches and flashes", [flashing], {}),
         _memory("after", "idle after the flash", [after], {}),
+        _written(
+            "idle", "written in a day, idle, one device reporting each second", written[0], "the disk's life"
+        ),
+        _written("update", "written for one update", written[1], "the image of 28 kB"),
     ]
+
+
+def _written(name: str, what: str, mib: float, against: str) -> Figure:
+    return Figure(name=f"daemon.written_{name}", what=what, unit="MiB", against=against, samples=(mib,))
 
 
 def _memory(

@@ -21,7 +21,10 @@ FIGURES = {
         *("stk500.utilisation", "stk500.cpu", "stk500.simulator_cpu", "stk500.stop_and_wait"),
         *("window.utilisation", "window.cpu", "window.simulator_cpu"),
     ],
-    "daemon": ["start", "memory_idle", "memory_flashing", "memory_after"],
+    "daemon": [
+        *("start", "memory_idle", "memory_flashing", "memory_after"),
+        *("written_idle", "written_update"),
+    ],
     "store": ["twin_updates_1", "twin_updates_64"],
 }
 needs_tools = pytest.mark.skipif(
