@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ def _root() -> None:
     """Guests need root: to mount, and to make a tree that belongs to many users."""
     assert os.geteuid() == 0, "tests/node boots guests, which needs root: sudo make test-node"
     assert shutil.which("systemd-nspawn"), "run packaging/setup-dev.sh --node"
+    # whoever ends the tests from outside does not leave guests behind: each block ends as by Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import json
 import subprocess
+import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,9 +71,9 @@ def make_releases(folder: Path, versions: tuple[str, ...], filler_bytes: int) ->
 
 @contextmanager
 def board(folder: Path) -> Iterator[SimulatedAvr]:
-    """Optiboot without an application on a simulated ATmega328P."""
+    """Optiboot on a simulated ATmega328P, with an application that nobody released: one without costs far more time."""
     folder.mkdir()
-    with SimulatedAvr(folder) as avr:
+    with SimulatedAvr(folder, application=build_app(version="0.0.1")) as avr:
         yield avr
 
 
@@ -133,3 +137,91 @@ def written(avr: SimulatedAvr, pages: int, timeout_s: float) -> None:
     while avr.stats().pages_written < wanted:
         assert time.monotonic() < deadline, f"only {avr.stats()}"
         time.sleep(0.01)
+
+
+API: Final = """
+import http.client, json, socket, sys, time
+
+def ask(method, path, body=None):
+    connection = http.client.HTTPConnection("edged")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect("/run/edged/edged.sock")
+    connection.request(method, "/v1/" + path, json.dumps(body) if body else None)
+    answer = connection.getresponse()
+    data = json.load(answer)
+    assert answer.status < 300, data
+    return data
+"""
+"""Begins a program that runs in a guest: the command line would take seconds to start on a slow machine."""
+
+
+def start_job(guest: Guest, version: str, device: str) -> str:
+    """Wish for a release through the API; the id of the job."""
+    program = f"""{API}
+answer = ask("POST", "deployments", {{"release": "blink@{version}", "devices": ["{device}"]}})
+print(json.dumps(answer["devices"][0]["job"]))
+"""
+    return str(json.loads(guest.python(program, timeout_s=120)))
+
+
+def await_job(guest: Guest, job_id: str, timeout_s: float) -> str:
+    """The state that the job ends in. Raises AssertionError where it does not end in time."""
+    program = f"""{API}
+end = time.monotonic() + {timeout_s}
+while (job := ask("GET", "jobs/{job_id}"))["state"] not in {ENDED} and time.monotonic() < end:
+    time.sleep(0.2)
+print(json.dumps(job))
+"""
+    found = json.loads(guest.python(program, timeout_s=timeout_s + 60))
+    assert found["state"] in ENDED, f"{found}\n{guest.journal('edged.service')[-3000:]}"
+    return str(found["state"])
+
+
+def send_releases(guest: Guest, releases: Releases) -> None:
+    """Bring the repository into the guest, as on a stick."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        tar.add(releases.folder, arcname=".")
+    guest.run("mkdir", "-p", RELEASES)
+    guest.run("tar", "-xC", RELEASES, stdin=packed.getvalue())
+
+
+def make_certificate(name: str) -> dict[str, bytes]:
+    """A throw-away authority and a server's certificate for ``name``: ca.pem, server.pem, server.key."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.x509.oid import NameOID
+
+    now = datetime.now(UTC)
+    keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(2)]
+    names = [x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)]) for text in ("test authority", name)]
+
+    def certify(which: int, *extensions: x509.ExtensionType) -> bytes:
+        certificate = (
+            x509.CertificateBuilder()
+            .subject_name(names[which])
+            .issuer_name(names[0])
+            .public_key(keys[which].public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=2))
+        )
+        # RFC 5280, 4.2.1: Python 3.13 insists on both key identifiers
+        identifiers = (
+            x509.SubjectKeyIdentifier.from_public_key(keys[which].public_key()),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(keys[0].public_key()),
+        )
+        for extension in (*identifiers, *extensions):
+            critical = isinstance(extension, x509.BasicConstraints | x509.KeyUsage)
+            certificate = certificate.add_extension(extension, critical=critical)
+        return certificate.sign(keys[0], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    may_sign = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
+    return {
+        "ca.pem": certify(0, x509.BasicConstraints(ca=True, path_length=None), may_sign),
+        "server.pem": certify(1, x509.SubjectAlternativeName([x509.DNSName(name)])),
+        "server.key": keys[1].private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ),
+    }

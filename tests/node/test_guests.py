@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
-from guest import Container, Image, Machine, Serial
-from guest.images import copy_disk, make_overlay
-from guest.qemu import CAN
-
-from edged.testing.avr import SimulatedAvr, build_app
+from guest import Container, Image, Machine
+from guest.images import copy_disk
 
 MARK = "/var/lib/mark"
 
@@ -46,38 +42,3 @@ def test_a_machine_boots_speaks_and_loses_what_was_not_flushed(bookworm: Image, 
         assert guest.sh(f"cat {MARK}") == "kept"
         assert guest.run("test", "-s", f"{MARK}-2", check=False).code == 1
         guest.power_off()
-
-
-@pytest.mark.timeout(600)
-def test_a_snapshot_a_plugged_port_and_its_reset(bookworm: Image, tmp_path: Path) -> None:
-    disk = make_overlay(bookworm.disk, tmp_path / "disk.qcow2")
-    board = tmp_path / "board"
-    board.mkdir()
-    with SimulatedAvr(board, application=build_app(version="1.2.0")) as avr:
-        port = Serial(avr.port, avr.pid)
-        with Machine(bookworm, disk, tmp_path / "vm", serials=[port], options=CAN) as guest:
-            before = avr.stats().external_resets
-            assert "edged-app demo 1.2.0 ready" in guest.python(READ_LINE, "/dev/ttyS1")
-            assert avr.stats().external_resets == before + 1
-            guest.save("here")
-            guest.sh(f"echo gone >{MARK}")
-            guest.kill()
-            began = time.monotonic()
-            guest.start(snapshot="here")
-            print(f"back in {time.monotonic() - began:.1f} s")
-            assert guest.run("test", "-e", MARK, check=False).code == 1
-
-
-READ_LINE = """
-import os, sys, termios, time, tty
-fd = os.open(sys.argv[1], os.O_RDWR | os.O_NOCTTY)
-tty.setraw(fd)
-mode = termios.tcgetattr(fd)
-mode[4] = mode[5] = termios.B115200
-termios.tcsetattr(fd, termios.TCSANOW, mode)
-found = b""
-end = time.monotonic() + 20
-while b"ready" not in found and time.monotonic() < end:
-    found += os.read(fd, 100)
-print(found.decode(errors="replace"))
-"""

@@ -14,7 +14,6 @@ import pytest
 from guest import Container, Image
 from guest.command import eventually
 from node_kit import (
-    DEVICE,
     RELEASES,
     SOCKET,
     Releases,
@@ -29,6 +28,7 @@ from node_kit import (
 )
 
 from edged.testing.avr import SimulatedAvr
+from edged.testing.demo import DEVICE
 
 PORT = "/dev/ttyACM0"
 VERSIONS = ("1.0.0", "2.0.0", "3.0.0")

@@ -31,8 +31,8 @@ KERNEL_LINE: Final = (
     "root=/dev/vda rw console=ttyS0 mitigations=off quiet systemd.show_status=error panic=-1 "
     "net.ifnames=0 random.trust_cpu=on modprobe.blacklist=ahci,kvm_amd,powernow_k8,i2c_i801,lpc_ich,psmouse,pcspkr"
 )
-CAN: Final = ("-object", "can-bus,id=cb0", "-device", "kvaser_pci,canbus=cb0")
-"""Options for a CAN controller, can0; vcan is in the kernel anyway."""
+CAN: Final = ("-object", "can-bus,id=cb0", *("-device", "kvaser_pci,canbus=cb0") * 2)
+"""Options for two CAN controllers on one bus, can0 and can1; vcan is in the kernel anyway."""
 
 WATCHDOG: Final = ("-device", "i6300esb", "-action", "watchdog=reset")
 """Options for a watchdog on the PCI bus, /dev/watchdog0."""
@@ -94,7 +94,9 @@ class Machine(Guest):
 
     ``folder`` gets its sockets, ``console.log`` and ``witness.log``: what the guest writes to
     ``/dev/virtio-ports/witness`` is there, whatever happens to the guest afterwards. ``serials`` are ttyS1 and
-    up. ``state`` is one more raw disk, /dev/vdb, or its ``-blockdev`` option. Use it as a context manager.
+    up, ``hotplug`` are adapters for :meth:`plug`. ``state`` is the ``-blockdev`` option of a second disk,
+    /dev/vdb, with the node name "state". Use it as a context manager: it boots, unless ``power_on`` is False, and
+    its end is a power cut.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Machine(Guest):
         kernel_line: str = "",
         cpus: int = 1,
         memory_mib: int = 512,
+        power_on: bool = True,
     ) -> None:
         self.image, self.disk, self.folder = image, disk, folder
         self.witness = folder / "witness.log"
@@ -119,18 +122,19 @@ class Machine(Guest):
         self._serials, self._hotplug = serials, hotplug or {}
         self._state, self._forwards, self._options = state, forwards, options
         self._kernel_line = f"{KERNEL_LINE} {kernel_line}"
-        self._cpus, self._memory_mib = cpus, memory_mib
+        self._cpus, self._memory_mib, self._power_on = cpus, memory_mib, power_on
         self._process: subprocess.Popen[bytes] | None = None
         self._channels: list[Channel] = []
         self._snapshot = ""
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.start()
-        except BaseException:
-            self.kill()
-            raise
+        if self._power_on:
+            try:
+                self.start()
+            except BaseException:
+                self.kill()
+                raise
         return self
 
     def __exit__(
@@ -226,7 +230,7 @@ class Machine(Guest):
                 if self._agent.receive(max(deadline - time.monotonic(), 0.1)).get("return") == mark:
                     return
             except GuestError as error:
-                raise GuestError(f"{error}; the console: {self._console_end()}") from error
+                raise GuestError(f"{error}; the console: {self.console_end()}") from error
 
     def execute(self, command: tuple[str, ...], stdin: bytes, timeout_s: float) -> Done:
         """Run ``command`` through the guest agent."""
@@ -249,7 +253,7 @@ class Machine(Guest):
                 )
                 return Done(command, status.get("exitcode", 128 + status.get("signal", 0)), out, err)
             if time.monotonic() > deadline:
-                raise GuestError(f"{' '.join(command)}: no end within {timeout_s} s; {self._console_end()}")
+                raise GuestError(f"{' '.join(command)}: no end within {timeout_s} s; {self.console_end()}")
             time.sleep(_POLL_S)
 
     @property
@@ -283,7 +287,8 @@ class Machine(Guest):
 
         return eventually(connected, _QMP_S, f"QEMU's socket {name}", every_s=0.02)
 
-    def _console_end(self) -> str:
+    def console_end(self) -> str:
+        """What the guest's kernel and systemd said last."""
         return self.console.read_text(errors="replace")[-1500:] if self.console.exists() else "nothing said"
 
     def _modem_environment(self) -> dict[str, str]:
@@ -309,7 +314,8 @@ class Machine(Guest):
             *("-append", self._kernel_line, "-rtc", "base=utc"),
             *("-qmp", f"unix:{self.folder}/qmp.sock,server=on,wait=off"),
             *("-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console"),
-            *("-drive", f"file={self.disk},format={kind},if=virtio,cache=unsafe"),
+            *("-drive", f"file={self.disk},format={kind},if=none,id=system,cache=unsafe"),
+            *("-device", "virtio-blk-pci,drive=system"),
             *("-device", "virtio-serial"),
             *("-chardev", f"socket,id=agent,path={self.folder}/agent.sock,server=on,wait=off"),
             *("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0"),
