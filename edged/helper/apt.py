@@ -191,8 +191,8 @@ def _folder_for_apt() -> Iterator[Path]:
     try:
         try:
             os.chown(folder, pwd.getpwnam("_apt").pw_uid, -1)
-        except KeyError:
-            log.info("there is no user _apt; apt downloads as root")
+        except (KeyError, PermissionError):
+            log.info("the folder cannot be given to the user _apt; apt downloads as this one")
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

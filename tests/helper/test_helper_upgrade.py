@@ -90,6 +90,16 @@ def test_refused_and_nothing_is_changed(on_1_0: Node, tmp_path: Path, version: s
     assert not (on_1_0.state / "in-progress").exists()
 
 
+def test_a_repository_that_is_away_does_not_hide_the_one_that_is_there(
+    on_1_0: Node, tmp_path: Path, repository: Repository
+) -> None:
+    with (on_1_0.root / "etc/apt/sources.list").open("a") as file:
+        file.write(f"deb [signed-by={repository.keyring}] file:{tmp_path}/away ./\n")
+    last = one(on_1_0, tmp_path, "upgrade", version="9.9")[-1]
+    assert last["reason"] == "fetch_failed", "it may be in the one that is away"
+    assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok"
+
+
 def test_a_package_on_hold_stays(on_1_0: Node, tmp_path: Path) -> None:
     on_1_0.dpkg("--version")
     run("sh", "-c", "echo edged hold | dpkg --set-selections", env=on_1_0.environment)

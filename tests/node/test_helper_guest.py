@@ -183,6 +183,34 @@ def test_the_helper_asks_the_kernel_who_is_there(
         assert guest.run("edged", "node", "status", user="_edged").code == 0
 
 
+def test_a_boot_goes_on_with_an_upgrade_that_a_shutdown_left(
+    bookworm: Image, tmp_path: Path, repository: Path, deb: Path
+) -> None:
+    """Nobody asks for anything after the boot; and a daemon that ends with its node is not taken for one that is not well."""
+    with node(bookworm, tmp_path, repository, deb) as guest:
+        runs(guest)
+        guest.write(
+            "/etc/systemd/system/edged-helper.service.d/quick.conf",
+            QUICK.replace("health-s 5", "health-s 20"),
+        )
+        guest.run("systemctl", "daemon-reload")
+        guest.run("systemctl", "restart", "edged-helper.service")
+        guest.run("systemd-run", "--collect", "--unit=asker", "edged", "node", "upgrade", NEW)
+        eventually(lambda: b'"watching"' in operation(guest), 120, "the new version to be watched")
+        guest.stop()
+        assert b'"watching"' in operation(guest)
+        guest.start()
+        eventually(lambda: operation(guest) == b"", 120, "the end of the upgrade")
+        outcome = guest.json("edged", "node", "status", "--json")["outcome"]
+        assert outcome["result"] == "ok" and runs(guest) == NEW, outcome
+
+
+def operation(guest: Container) -> bytes:
+    """What is written down of an upgrade that has not ended; empty where there is none. Read from outside."""
+    path = guest.root / STATE.lstrip("/") / "operation.json"
+    return path.read_bytes() if path.exists() else b""
+
+
 def test_killed_in_each_phase_it_goes_on(
     bookworm: Image, tmp_path: Path, repository: Path, deb: Path
 ) -> None:
