@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -330,9 +331,14 @@ def _executable(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def me() -> str:
+    """The name of whoever runs the tests."""
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
 @asynccontextmanager
 async def served(
-    node: Node, folder: Path, *, user: str = "nobody", idle_s: float = 60.0
+    node: Node, folder: Path, *, user: str = "", idle_s: float = 60.0
 ) -> AsyncIterator[HelperClient]:
     """The helper on a real socket; whoever runs the tests may ask."""
     path = folder / "helper.sock"
@@ -342,7 +348,7 @@ async def served(
         listening.listen(16)
         upgrades = node.upgrades()
         await upgrades.resume()
-        serving = asyncio.create_task(Server(listening, upgrades, user=user, idle_s=idle_s).run())
+        serving = asyncio.create_task(Server(listening, upgrades, user=user or me(), idle_s=idle_s).run())
         try:
             yield HelperClient(path)
         finally:
