@@ -14,7 +14,7 @@ from edged.helper.protocol import SOCKET
 
 UNITS = ROOT / "systemd"
 SERVICES = sorted(path.name for path in UNITS.glob("*.service"))
-MOST_TENTHS = {"edged.service": 17, "edged-helper.service": 32, "edged-recover.service": 32}
+MOST_TENTHS = {"edged.service": 17, "edged-helper.service": 34, "edged-recover.service": 34}
 """Ten times the exposure, at most. Off line, systemd 252 counts 0.2 more for the helper than for the unit that runs."""
 
 
@@ -131,6 +131,14 @@ def test_the_recovery_and_the_daemon_do_not_wait_for_each_other() -> None:
 def test_nothing_kills_dpkg_in_its_work() -> None:
     for name in ("edged-helper.service", "edged-recover.service"):
         assert Unit(name).one("Service", "KillMode") == "mixed"
+
+
+@pytest.mark.parametrize("name", ["edged-helper.service", "edged-recover.service"])
+def test_what_runs_dpkg_sees_the_kernel_s_modules(name: str) -> None:
+    """``dpkg --configure -a`` may run ``update-initramfs``, which without them makes an image that boots nothing, and says 0."""
+    unit = Unit(name)
+    assert not unit.all("Service", "ProtectKernelModules") and not unit.all("Service", "InaccessiblePaths")
+    assert "CAP_SYS_MODULE" not in unit.one("Service", "CapabilityBoundingSet")
 
 
 def test_the_helper_and_the_recovery_have_one_sandbox() -> None:
