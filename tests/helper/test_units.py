@@ -108,7 +108,9 @@ def test_the_daemon_is_always_there_again() -> None:
     daemon = Unit("edged.service")
     assert daemon.one("Service", "Restart") == "always" and daemon.one("Unit", "StartLimitIntervalSec") == "0"
     assert int(daemon.one("Service", "WatchdogSec")) > 0 and daemon.one("Service", "Type") == "notify"
-    assert Unit("edged.socket").one("Unit", "PartOf") == "edged.service"
+    socket = Unit("edged.socket")
+    assert socket.one("Unit", "PartOf") == "edged.service" and socket.one("Unit", "StartLimitIntervalSec") == "0"
+    assert daemon.one("Install", "Also") == "edged.socket", "what is disabled is started by the first question"
 
 
 def test_the_drivers_are_there_before_the_devices_are_allowed() -> None:

@@ -270,7 +270,12 @@ def test_stopped_it_stays_stopped_and_killed_it_comes_back(
         guest.run("systemctl", "stop", "edged.service")
         assert guest.run("edged", "status", check=False).code == 4
         assert guest.unit("edged.service", "ActiveState") == "inactive", "a question started it"
-        guest.run("systemctl", "start", "edged.service")
+        guest.run("systemctl", "disable", "edged.service")
+        assert guest.unit("edged.socket", "UnitFileState") == "disabled", "a question after a boot would start it"
+        guest.run("systemctl", "enable", "--now", "edged.service")
+        for _ in range(7):
+            guest.run("systemctl", "restart", "edged.service")
+        assert guest.run("edged", "status").code == 0, "the socket has a limit that the daemon has not"
         for killed in range(1, 8):
             guest.run("systemctl", "kill", "--kill-whom=main", "--signal=KILL", "edged.service", check=False)
             eventually(lambda: guest.unit("edged.service", "NRestarts") == str(killed), 30, "the next start")  # noqa: B023
