@@ -443,7 +443,7 @@ def test_the_page_of_the_helper_tells_of_all_three_programs(package: Deb, unpack
 
 
 def test_the_page_says_what_a_purge_deletes(package: Deb, unpacked: Path) -> None:
-    (deleted,) = re.findall(r"^    rm -rf (.*)$", package.script("postrm"), re.MULTILINE)
+    (deleted,) = re.findall(r"^    rm -rf (.*?) \|\|$", package.script("postrm"), re.MULTILINE)
     section = _page(unpacked, "edged.1").partition("REMOVAL AND PURGE\n")[2].partition("\nFILES\n")[0]
     told = section.partition("apt purge edged deletes")[2].partition("It does not ask")[0]
     assert set(deleted.split()) == set(re.findall(r"(/[\w/-]*\w)", told))
