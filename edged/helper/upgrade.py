@@ -273,10 +273,11 @@ class Upgrades:
     # -- the phases
 
     async def _prepare(self, operation: Operation) -> Operation | Outcome:
+        # dpkg is waited for, also where the helper is told to end
+        await self._apt.configure()
         return await self._unless_stopping(self._prepared(operation))
 
     async def _prepared(self, operation: Operation) -> Operation | Outcome:
-        await self._apt.configure()
         installed = await self._apt.installed()
         if not installed.whole:
             raise Refusal(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helper_kit import Answers, Node, Repository, ask, make_deb, run, served
+from helper_kit import Answers, Node, Repository, ask, make_deb, run, served, wait_for
 
 from edged.helper.client import HelperGone
 from edged.helper.protocol import Why
@@ -285,6 +285,25 @@ def test_told_to_end_while_it_watches_the_next_one_goes_on(on_1_0: Node, tmp_pat
     assert left is not None and left.phase is Phase.WATCHING and on_1_0.status() == "ii 2.0"
     found = asyncio.run(second())
     assert found["outcome"]["result"] == "ok" and found["version"] == "2.0"
+
+
+def test_told_to_end_it_waits_for_a_dpkg_that_sets_up_what_others_left(on_1_0: Node, tmp_path: Path) -> None:
+    slow = make_deb(
+        tmp_path,
+        "1",
+        name="part",
+        scripts={"postinst": 'touch "$DPKG_ROOT/begun"; sleep 2; touch "$DPKG_ROOT/ended"'},
+    )
+    on_1_0.dpkg("--unpack", slow)
+
+    async def asked() -> None:
+        async with served(on_1_0, tmp_path) as client:
+            assert (await anext(client.upgrade("2.0")))["phase"] == "preparing"
+            await asyncio.to_thread(wait_for, on_1_0.root / "begun")
+
+    asyncio.run(asked())
+    assert (on_1_0.root / "ended").exists(), "dpkg was killed in its work"
+    assert on_1_0.status() == "ii 1.0"
 
 
 def left(phase: Phase, to: str = "2.0", **more: Any) -> Operation:
