@@ -306,6 +306,21 @@ def test_told_to_end_it_waits_for_a_dpkg_that_sets_up_what_others_left(on_1_0: N
     assert on_1_0.status() == "ii 1.0"
 
 
+def test_what_an_operator_installs_meanwhile_stays(on_1_0: Node, tmp_path: Path, debs: Debs) -> None:
+    other = make_deb(tmp_path, "2.5")
+
+    async def asked() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            async for answer in client.upgrade("2.0"):
+                if answer.get("phase") == "watching":
+                    await asyncio.to_thread(on_1_0.dpkg, "-i", other)
+        return answer
+
+    last = asyncio.run(asked())
+    assert (last["result"], last["reason"]) == ("failed", "interrupted"), last
+    assert on_1_0.status() == "ii 2.5" and "2.5" in on_1_0.runs()
+
+
 def left(phase: Phase, to: str = "2.0", **more: Any) -> Operation:
     return Operation("upgrade", "1.0", to, phase, **more)
 
