@@ -109,8 +109,12 @@ def test_the_daemon_is_always_there_again() -> None:
     assert daemon.one("Service", "Restart") == "always" and daemon.one("Unit", "StartLimitIntervalSec") == "0"
     assert int(daemon.one("Service", "WatchdogSec")) > 0 and daemon.one("Service", "Type") == "notify"
     socket = Unit("edged.socket")
-    assert socket.one("Unit", "PartOf") == "edged.service" and socket.one("Unit", "StartLimitIntervalSec") == "0"
-    assert daemon.one("Install", "Also") == "edged.socket", "what is disabled is started by the first question"
+    assert (
+        socket.one("Unit", "PartOf") == "edged.service" and socket.one("Unit", "StartLimitIntervalSec") == "0"
+    )
+    assert daemon.one("Install", "Also") == "edged.socket", (
+        "what is disabled is started by the first question"
+    )
 
 
 def test_the_drivers_are_there_before_the_devices_are_allowed() -> None:
@@ -137,7 +141,7 @@ def test_nothing_kills_dpkg_in_its_work() -> None:
 
 @pytest.mark.parametrize("name", ["edged-helper.service", "edged-recover.service"])
 def test_what_runs_dpkg_sees_the_kernel_s_modules(name: str) -> None:
-    """``dpkg --configure -a`` may run ``update-initramfs``, which without them makes an image that boots nothing, and says 0."""
+    """``update-initramfs``, which ``dpkg --configure -a`` may run, makes an image that boots nothing without them, and says 0."""
     unit = Unit(name)
     assert not unit.all("Service", "ProtectKernelModules") and not unit.all("Service", "InaccessiblePaths")
     assert "CAP_SYS_MODULE" not in unit.one("Service", "CapabilityBoundingSet")

@@ -271,7 +271,9 @@ def test_stopped_it_stays_stopped_and_killed_it_comes_back(
         assert guest.run("edged", "status", check=False).code == 4
         assert guest.unit("edged.service", "ActiveState") == "inactive", "a question started it"
         guest.run("systemctl", "disable", "edged.service")
-        assert guest.unit("edged.socket", "UnitFileState") == "disabled", "a question after a boot would start it"
+        assert guest.unit("edged.socket", "UnitFileState") == "disabled", (
+            "a question after a boot would start it"
+        )
         guest.run("systemctl", "enable", "--now", "edged.service")
         for _ in range(7):
             guest.run("systemctl", "restart", "edged.service")
