@@ -184,18 +184,25 @@ class Upgrades:
         except Refusal as exc:
             return _ended(operation, "refused", exc.why, exc.detail)
         except (EdgedError, OSError) as exc:
-            return self._after_trouble(operation, exc)
+            return await self._after_trouble(operation, exc)
 
-    def _after_trouble(self, operation: Operation, exc: EdgedError | OSError) -> Operation | Outcome:
+    async def _after_trouble(self, operation: Operation, exc: EdgedError | OSError) -> Operation | Outcome:
         """A file could not be written, or a program not be run: go back where something may have been changed."""
         full = isinstance(exc, EdgedError) and exc.reason is Reason.DISK_FULL
         why = Why.DISK_FULL if full else Why.STORAGE_FAILED
         log.error("%s: %s", operation.phase, exc)
-        if operation.phase is Phase.PREPARING:
+        if operation.phase is Phase.PREPARING or await self._is_untouched(operation):
             return _ended(operation, "refused", why, str(exc))
         if operation.phase is Phase.REVERTING:
             return _ended(operation, "failed", Why.REVERT_FAILED, str(exc))
         return replace(operation, phase=Phase.REVERTING, reason=why.value, detail=str(exc))
+
+    async def _is_untouched(self, operation: Operation) -> bool:
+        """Whether dpkg was not called yet."""
+        if operation.phase is not Phase.INSTALLING or self._state.marked():
+            return False
+        installed = await self._apt.installed()
+        return installed.whole and installed.version == operation.from_version
 
     async def _enter(self, operation: Operation) -> None:
         if self._stop.is_set():

@@ -13,6 +13,7 @@ from helper_kit import Answers, Node, Repository, ask, make_deb, run, served, wa
 from edged.helper.client import HelperGone
 from edged.helper.protocol import Why
 from edged.helper.state import Operation, Phase, State
+from edged_firmware.errors import Reason, Transient
 
 Debs = dict[str, Path]
 
@@ -236,6 +237,22 @@ def test_a_package_that_cannot_be_kept_is_not_installed(on_1_0: Node, tmp_path: 
 
     last = asyncio.run(asked())[-1]
     assert (last["result"], last["reason"]) == ("refused", "storage_failed")
+    assert on_1_0.status() == "ii 1.0"
+
+
+def test_a_disk_that_is_full_before_dpkg_began_changes_nothing(
+    on_1_0: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = State.begin
+
+    def full(state: State, operation: Operation) -> None:
+        if operation.phase is not Phase.PREPARING:
+            raise Transient(Reason.DISK_FULL, "no space")
+        begin(state, operation)
+
+    monkeypatch.setattr(State, "begin", full)
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "disk_full"), last
     assert on_1_0.status() == "ii 1.0"
 
 

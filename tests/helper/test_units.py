@@ -141,7 +141,7 @@ def test_nothing_kills_dpkg_in_its_work() -> None:
 
 @pytest.mark.parametrize("name", ["edged-helper.service", "edged-recover.service"])
 def test_what_runs_dpkg_sees_the_kernel_s_modules(name: str) -> None:
-    """``update-initramfs``, which ``dpkg --configure -a`` may run, makes an image that boots nothing without them, and says 0."""
+    """``update-initramfs``, which ``dpkg --configure -a`` may run, makes without them an image that boots nothing."""
     unit = Unit(name)
     assert not unit.all("Service", "ProtectKernelModules") and not unit.all("Service", "InaccessiblePaths")
     assert "CAP_SYS_MODULE" not in unit.one("Service", "CapabilityBoundingSet")
