@@ -201,6 +201,24 @@ def test_a_package_that_goes_is_not_brought_back(on_1_0: Node, debs: Debs, tmp_p
     assert on_1_0.status() in ("", "un ") and not (on_1_0.state / "in-progress").exists()
 
 
+def test_a_shutdown_waits_for_dpkg(on_1_0: Node, tmp_path: Path) -> None:
+    """systemd tells the script, and kills all that is left when it ends."""
+    script = 'touch "$DPKG_ROOT/blocked"; sleep 2'
+    new = make_deb(tmp_path, "2.0", scripts={"postinst": script})
+    on_1_0.keep_deb(new)
+    on_1_0.dpkg("--unpack", new)
+    recovering = subprocess.Popen(
+        [LIBEXEC / "edged-recover"], env=os.environ | on_1_0.environment, start_new_session=True
+    )
+    try:
+        wait_for(on_1_0.root / "blocked")
+        recovering.terminate()
+        assert recovering.wait(30) == 0
+    finally:
+        kill(recovering)
+    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+
+
 def hold_lock(node: Node, name: str) -> int:
     """Take dpkg's lock, as another dpkg of this system would."""
     fd = os.open(node.root / "var/lib/dpkg" / name, os.O_RDWR | os.O_CREAT, 0o640)

@@ -136,7 +136,10 @@ def test_the_recovery_and_the_daemon_do_not_wait_for_each_other() -> None:
 
 def test_nothing_kills_dpkg_in_its_work() -> None:
     for name in ("edged-helper.service", "edged-recover.service"):
-        assert Unit(name).one("Service", "KillMode") == "mixed"
+        unit = Unit(name)
+        assert (
+            unit.one("Service", "KillMode") == "mixed" and int(unit.one("Service", "TimeoutStopSec")) >= 600
+        )
 
 
 @pytest.mark.parametrize("name", ["edged-helper.service", "edged-recover.service"])
