@@ -31,11 +31,12 @@ def read(environment: Mapping[str, str], name: str) -> str:
         )
     try:
         with (Path(folder) / f"{_PREFIX}{name}").open("rb") as file:
-            text = file.read(_MOST_BYTES).decode().strip()
+            data = file.read(_MOST_BYTES + 1)
+        text = data.decode().strip()
     except OSError as exc:
         raise Permanent(Reason.CONFIG_INVALID, f"credential {name!r}: {exc.strerror}; {_CURE}") from exc
     except UnicodeDecodeError:
         raise Permanent(Reason.CONFIG_INVALID, f"credential {name!r} is not text in UTF-8") from None
-    if not text or not text.isprintable():
+    if len(data) > _MOST_BYTES or not text or not text.isprintable():
         raise Permanent(Reason.CONFIG_INVALID, f"credential {name!r} is not one line of text; {_CURE}")
     return text

@@ -25,6 +25,7 @@ def test_reads_the_file_that_systemd_made_of_it(tmp_path: Path) -> None:
         (b"", "is not one line of text"),
         (b"Bearer abc\nX-Other: header", "is not one line of text"),
         (b"Bearer \xff", "is not text in UTF-8"),
+        (b"Bearer " + b"a" * 65536, "is not one line of text"),
     ],
 )
 def test_a_credential_that_cannot_be_used_is_said_but_not_shown(
@@ -84,6 +85,6 @@ def test_a_secret_is_not_sent_in_the_clear(tmp_path: Path) -> None:
     answer = place.run("check-config")
     assert answer.code == 2
     assert (
-        "trust.repository: found 'http://firmware.example.org'; allowed with trust.credential: https://"
+        "trust.repository: found 'http://firmware.example.org'; allowed: with trust.credential: https://"
         in answer.err
     )

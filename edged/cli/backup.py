@@ -5,15 +5,17 @@
     state/edged.db            twins, jobs, floors, audit trail: one moment of the database, checked
     state/node-key.pem        the node's key
     state/trust/root.json     the root of trust that an operator set, if so
-    config/...                edged.toml, models.d, devices.d, credentials, as far as this user can read them
+    config/...                edged.toml, models.d, devices.d, credentials
 
 Images are left out: they are fetched again. To put it back, see "Back up" in the README.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import stat
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -26,6 +28,8 @@ from edged.errors import Permanent, Reason
 if TYPE_CHECKING:
     from edged.config import Config
 
+_LOOK = "find out who put it there, and replace it by the file itself"
+_AS_ROOT = "run this command as root"
 _CONFIG_PARTS = ("models.d/*.toml", "devices.d/*.toml", "credentials/*")
 
 
@@ -68,7 +72,7 @@ def archive(found: Iterable[Member]) -> bytes:
 def _config_files(config_path: Path) -> Iterator[Path]:
     yield config_path
     for pattern in _CONFIG_PARTS:
-        yield from (file for file in sorted(config_path.parent.glob(pattern)) if os.access(file, os.R_OK))
+        yield from (file for file in sorted(config_path.parent.glob(pattern)) if file.is_file())
 
 
 def _database(path: Path) -> bytes:
@@ -93,9 +97,14 @@ def _database(path: Path) -> bytes:
 
 
 def _read(path: Path) -> bytes:
+    """A regular file, not a link: root reads what the daemon wrote, and one that was taken over could name any file."""
     try:
-        return path.read_bytes()
+        with os.fdopen(
+            os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb"
+        ) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Permanent(Reason.STORAGE_FAILED, f"{path} is not a regular file: {_LOOK}")
+            return file.read()
     except OSError as exc:
-        raise Permanent(
-            Reason.STORAGE_FAILED, f"{path}: {exc.strerror}; run this command as root or as the daemon's user"
-        ) from exc
+        why = f"it is a link: {_LOOK}" if exc.errno == errno.ELOOP else f"{exc.strerror}; {_AS_ROOT}"
+        raise Permanent(Reason.STORAGE_FAILED, f"{path}: {why}") from exc

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import subprocess
 from collections.abc import Callable
@@ -184,6 +185,32 @@ def test_a_backup_of_a_living_node_says_what_is_in_it(tmp_path: Path, publisher:
         assert answer.code == 0, answer.err
     assert "state/edged.db" in answer.out
     assert "whoever has it can sign as this node" in answer.out
+
+
+def make_link(path: Path) -> None:
+    path.symlink_to("/etc/passwd")
+
+
+def make_pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"), [(make_link, "it is a link"), (make_pipe, "is not a regular file")]
+)
+def test_a_backup_follows_no_link_of_the_daemons(
+    tmp_path: Path, publisher: Publisher, make: Callable[[Path], None], says: str
+) -> None:
+    """Root makes it, in a folder that the daemon writes to."""
+    place = Place(tmp_path, publisher).write()
+    with place.daemon():
+        pass
+    (place.state / "node-key.pem").unlink()
+    make(place.state / "node-key.pem")
+    answer = place.run("doctor", "--backup", str(tmp_path / "node.tar"))
+    assert answer.code == 1
+    assert says in answer.err
+    assert not (tmp_path / "node.tar").exists()
 
 
 @pytest.mark.parametrize("words", [["doctor", "--backup"], ["audit", "export"]])
