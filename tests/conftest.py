@@ -6,8 +6,13 @@ import os
 
 import pytest
 from engine_kit import Publisher, published
+from hypothesis import settings
 
 pytest_plugins = ["edged.testing.pytest_plugin"]
+
+# how long an example takes says more about the machine than about the code
+settings.register_profile("edged", deadline=None)
+settings.load_profile("edged")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edged_firmware.bandwidth import BandwidthCap
@@ -26,7 +26,6 @@ class Time:
         self.now += seconds
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 50_000), min_size=1, max_size=50), st.integers(1, 100_000))
 def test_over_any_time_no_more_than_the_cap_the_burst_and_a_piece(pieces: list[int], rate: int) -> None:
     async def scenario() -> None:

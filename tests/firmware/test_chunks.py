@@ -7,7 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edged_firmware.chunks import DEFAULT_CHUNK_BYTES, MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, ChunkIndex
@@ -24,7 +24,6 @@ def test_the_layout_is_as_written_down() -> None:
     assert encoded == head + hashlib.sha256(data[:512]).digest() + hashlib.sha256(data[512:]).digest()
 
 
-@settings(deadline=None)
 @given(FILES, SIZES)
 def test_decode_gives_back_what_was_encoded(data: bytes, size: int) -> None:
     index = ChunkIndex.build(data, size)
@@ -33,13 +32,11 @@ def test_decode_gives_back_what_was_encoded(data: bytes, size: int) -> None:
     assert index.count == -(-len(data) // size)
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=1500), max_size=6), SIZES)
 def test_how_the_file_was_cut_does_not_matter(pieces: list[bytes], size: int) -> None:
     assert ChunkIndex.build(iter(pieces), size) == ChunkIndex.build(b"".join(pieces), size)
 
 
-@settings(deadline=None)
 @given(FILES, SIZES)
 def test_every_chunk_of_the_file_passes(data: bytes, size: int) -> None:
     index = ChunkIndex.build(data, size)
@@ -49,7 +46,6 @@ def test_every_chunk_of_the_file_passes(data: bytes, size: int) -> None:
         index.check(number, data[offset : offset + length])
 
 
-@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=3000), st.data())
 def test_a_flipped_bit_in_a_chunk_is_refused(data: bytes, draw: st.DataObject) -> None:
     index = ChunkIndex.build(data, 512)
@@ -79,7 +75,6 @@ def test_a_chunk_that_is_not_there_is_an_argument_error(number: int) -> None:
         index.extent(number)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused_and_nothing_else(data: bytes) -> None:
     with pytest.raises(Refused) as raised:
@@ -87,7 +82,6 @@ def test_garbage_is_refused_and_nothing_else(data: bytes) -> None:
     assert raised.value.reason is Reason.INDEX_MISMATCH
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=1500), st.data())
 def test_a_changed_index_is_refused_or_is_another_index(data: bytes, draw: st.DataObject) -> None:
     index = ChunkIndex.build(data, 512)

@@ -72,7 +72,6 @@ def test_the_layout_is_as_written_down() -> None:
     assert packed == head + table + b"abcde"
 
 
-@settings(deadline=None)
 @given(packed_segments(), st.data())
 def test_a_read_is_the_slice(segments: list[tuple[int, bytes]], draw: st.DataObject) -> None:
     async def scenario() -> None:
@@ -89,7 +88,6 @@ def test_a_read_is_the_slice(segments: list[tuple[int, bytes]], draw: st.DataObj
     run(scenario())
 
 
-@settings(deadline=None)
 @given(packed_segments(), st.booleans(), st.booleans(), st.data())
 def test_a_flipped_bit_in_the_file_is_never_read(
     segments: list[tuple[int, bytes]], opaque: bool, plain: bool, draw: st.DataObject
@@ -128,7 +126,6 @@ def test_a_flipped_bit_in_the_file_is_never_read(
     run(scenario())
 
 
-@settings(deadline=None)
 @given(packed_segments(), st.data())
 def test_a_flipped_bit_in_the_index_never_gives_a_byte(
     segments: list[tuple[int, bytes]], draw: st.DataObject
@@ -148,7 +145,6 @@ def test_a_flipped_bit_in_the_index_never_gives_a_byte(
         run(scenario())
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_with_a_right_index_is_refused(file: bytes) -> None:
     with pytest.raises(Refused) as raised:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.errors import Reason
@@ -58,7 +58,6 @@ def test_whatever_else_is_refused(text: bytes) -> None:
     assert len(json.loads(refused(caught.value.why, caught.value.detail))["detail"]) <= MOST_DETAIL_CHARS
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=1024))
 def test_any_bytes_are_a_request_or_a_refusal(text: bytes) -> None:
     try:
@@ -76,7 +75,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["verb", "version", "path", ""]), JSON | st.sampled_from([*Verb]), max_size=4
@@ -110,7 +108,6 @@ def test_what_apt_or_a_file_name_would_read_otherwise_is_none(text: object) -> N
     assert not is_version(text)
 
 
-@settings(deadline=None)
 @given(st.text(max_size=80))
 def test_a_version_has_no_character_that_means_something_elsewhere(text: str) -> None:
     if is_version(text):

@@ -20,6 +20,8 @@ from edged_firmware.image import MemorySource, pack
 from edged_uart.session import UartSession
 
 Segments = list[tuple[int, bytes]]
+ANSWER_S = 4.0
+"""A simulator that shares two cores with other tests is slow to answer at times; a real board is not."""
 
 needs_avr = pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {missing_packages()}")
 MAPPERS = {spec.name: spec for spec in edged_uart.edged_mappers()}
@@ -52,7 +54,7 @@ def device(avr: SimulatedAvr, **config: object) -> Device:
         address=f"serial:{avr.port}",
         hardware_ids=(f"avr:{board.signature.hex()}",),
         flash_size_bytes=board.boot_at,
-        config=MAPPERS[name].parse_config({"baud": board.baud, **config}),
+        config=MAPPERS[name].parse_config({"baud": board.baud, "answer_s": ANSWER_S, **config}),
     )
 
 
