@@ -24,17 +24,19 @@ ROOT: Final = Path(__file__).resolve().parents[2]
 RELEASES: Final = "/srv/releases"
 SOCKET: Final = "/run/edged/edged.sock"
 HARDWARE: Final = f"avr:{OPTIBOOT_328P.signature.hex()}"
+FLASH_BYTES: Final = 8192
+"""What the model says: less than there is, so that little has to be read out before an update."""
 ENDED: Final = ("succeeded", "failed", "cancelled", "reverted")
 
 MODEL_FILE: Final = f"""\
 [[model]]
 id = "{MODEL}"
 hardware_ids = ["{HARDWARE}"]
-flash_size = {OPTIBOOT_328P.boot_at}
+flash_size = {{flash_bytes}}
 
 [model.health]
 kind = "line"
-pattern = "edged-app .* {{identifies_as}} ready"
+pattern = "edged-app .* {{{{identifies_as}}}} ready"
 timeout_s = 20
 """
 
@@ -61,7 +63,7 @@ def make_releases(folder: Path, versions: tuple[str, ...], filler_bytes: int) ->
         protocol="stk500v1",
         address="",
         hardware_id=HARDWARE,
-        flash_bytes=OPTIBOOT_328P.boot_at,
+        flash_bytes=FLASH_BYTES,
         health="",
         daemon=(),
         images=images,
@@ -92,10 +94,12 @@ def install(guest: Guest, deb: Path, *options: str, timeout_s: float = 300) -> s
     return guest.run("apt-get", "install", "-y", *options, inside, timeout_s=timeout_s).out
 
 
-def configure(guest: Guest, addresses: Mapping[str, str], *, device_config: str = "") -> None:
+def configure(
+    guest: Guest, addresses: Mapping[str, str], *, device_config: str = "", flash_bytes: int = FLASH_BYTES
+) -> None:
     """Say which devices there are (address by id) and where releases come from; start anew; trust the publisher."""
     guest.sh(rf"""sed -i 's|^#\?repository = .*|repository = "{RELEASES}"|' /etc/edged/edged.toml""")
-    guest.write("/etc/edged/models.d/pump.toml", MODEL_FILE)
+    guest.write("/etc/edged/models.d/pump.toml", MODEL_FILE.format(flash_bytes=flash_bytes))
     for device, address in addresses.items():
         guest.write(
             f"/etc/edged/devices.d/{device}.toml",

@@ -82,7 +82,7 @@ def test_what_the_package_costs(bookworm: Image, deb: Path, tmp_path: Path) -> N
             package, whole = deb.stat().st_size, int(guest.sh("du -sb /usr/lib/edged | cut -f1"))
             rows["package, MiB"] = f"{package / MIB:.2f}"
             rows["installed, with compiled modules, MiB"] = f"{whole / MIB:.1f}"
-            configure(guest, {DEVICE: f"serial:{PORT}"})
+            configure(guest, {DEVICE: f"serial:{PORT}"}, flash_bytes=30_000)
             assert ended(guest, deploy(guest, "1.0.0"), 60)["state"] == "succeeded"
             starts = sorted(start_s(guest) for _ in range(STARTS))
             rows["start to READY, s (container, median)"] = f"{starts[STARTS // 2]:.2f}"

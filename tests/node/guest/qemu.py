@@ -93,8 +93,8 @@ class Machine(Guest):
     """A machine that boots ``disk`` (raw, or qcow2 by its name) with ``image``'s kernel.
 
     ``folder`` gets its sockets, ``console.log`` and ``witness.log``: what the guest writes to
-    ``/dev/virtio-ports/witness`` is there, whatever happens to the guest afterwards. ``serials`` are ttyS1 and
-    up, ``hotplug`` are adapters for :meth:`plug`. ``state`` is the ``-blockdev`` option of a second disk,
+    ``/dev/virtio-ports/witness`` is there, whatever happens to the guest afterwards. ``serials`` are ttyS1, ttyS2
+    and up, ``hotplug`` are adapters for :meth:`plug`. ``state`` is the ``-blockdev`` option of a second disk,
     /dev/vdb, with the node name "state". Use it as a context manager: it boots, unless ``power_on`` is False, and
     its end is a power cut.
     """
@@ -326,7 +326,13 @@ class Machine(Guest):
         ]
         for number, serial in enumerate(self._serials, 1):
             command += ["-chardev", f"serial,id=s{number},path={serial.port.resolve()}"]
-            command += ["-serial", f"chardev:s{number}"]
+            # only the first can be at the ISA bus: a ttyS2 there shares its interrupt with ttyS0, and either loses some of it
+            plug = (
+                ["-serial", f"chardev:s{number}"]
+                if number == 1
+                else ["-device", f"pci-serial,chardev=s{number}"]
+            )
+            command += plug
         for name, serial in self._hotplug.items():
             command += ["-chardev", f"serial,id=c-{name},path={serial.port.resolve()}"]
         if self._state:
