@@ -28,7 +28,7 @@ test:
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
-	$(BIN)/python -m pytest tests/node
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/node
 
 lint: setup
 	$(BIN)/ruff check .
