@@ -51,7 +51,8 @@ for deb in "$@"; do
     mv "$target.tmp" "$target"
 done
 
-# The list is replaced last, by renaming: a node sees the old one or the new one.
+# The signed list is replaced last, by renaming. It names the index by its digest, and an index that an earlier one named stays:
+# a node that reads in between, or has read the list before, gets what belongs to it.
 archive() { apt-ftparchive -o APT::FTPArchive::MD5=false -o APT::FTPArchive::SHA1=false "$@"; }
 (cd "$folder" && archive packages .) >"$work/Packages"
 gzip -9n <"$work/Packages" >"$work/Packages.gz"
@@ -59,12 +60,21 @@ mkdir "$work/list"
 mv "$work/Packages" "$work/Packages.gz" "$work/list"
 archive -o APT::FTPArchive::Release::Origin=edged -o APT::FTPArchive::Release::Label=edged \
     -o APT::FTPArchive::Release::Suite=stable -o APT::FTPArchive::Release::Architectures=all \
+    -o APT::FTPArchive::Release::Acquire-By-Hash=yes \
     release "$work/list" >"$work/Release"
 if [ -n "${EDGED_APT_VALID_DAYS:-}" ]; then
     sed -i "s/^Date: .*/&\nValid-Until: $(date -u -R -d "+$EDGED_APT_VALID_DAYS days")/" "$work/Release"
 fi
 sign --clear-sign --digest-algo SHA512 --output "$work/InRelease" "$work/Release"
 sign --armor --export ${EDGED_APT_KEY:+"$EDGED_APT_KEY"} >"$work/edged.asc"
+for bits in 256 512; do # apt asks by the strongest that the list has
+    mkdir -p "$folder/by-hash/SHA$bits"
+    for file in Packages Packages.gz; do
+        named=$folder/by-hash/SHA$bits/$("sha${bits}sum" "$work/list/$file" | cut -d ' ' -f 1)
+        cp "$work/list/$file" "$named.tmp"
+        mv "$named.tmp" "$named"
+    done
+done
 for file in edged.asc list/Packages list/Packages.gz Release InRelease; do
     name=$(basename "$file")
     cp "$work/$file" "$folder/$name.tmp"

@@ -143,11 +143,28 @@ def test_a_list_that_nobody_signed_is_refused(repository: Path, node: Node, tmp_
         assert node.update() == ""
         good = (repository / name).read_bytes()
         (repository / name).write_bytes(good.replace(b"edged", b"edgee", 1))
-        # what is compressed is asked for first
+        # what is named by its digest is asked for first, then what is compressed
+        shutil.rmtree(repository / "by-hash", ignore_errors=True)
         (repository / "Packages.gz").unlink(missing_ok=True)
         said = node.update()
         assert re.search("BADSIG|invalid|Hash Sum mismatch|unexpected size", said), said
         (repository / name).write_bytes(good)
+
+
+def test_a_node_that_reads_while_it_is_published_gets_what_belongs_together(
+    repository: Path, node: Node, tmp_path: Path
+) -> None:
+    """The new index is there, and the signed list is still the old one."""
+    publish(repository, small(tmp_path, "1.0"))
+    trust(node, repository)
+    old = (repository / "InRelease").read_bytes()
+    publish(repository, small(tmp_path, "2.0"))
+    new = (repository / "InRelease").read_bytes()
+    (repository / "InRelease").write_bytes(old)
+    assert node.update() == "" and node.versions() == ["1.0"]
+    (repository / "InRelease").write_bytes(new)
+    assert node.update() == "" and node.versions() == ["2.0", "1.0"]
+    assert not list(repository.rglob("*.tmp"))
 
 
 def test_a_package_that_was_changed_is_refused(repository: Path, node: Node, tmp_path: Path) -> None:
