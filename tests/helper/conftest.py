@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helper_kit import BAD, LATE, Node, Repository, make_deb
+from helper_kit import BAD, HUNG, LATE, Node, Repository, make_deb
 
 Debs = dict[str, Path]
 
@@ -24,6 +24,7 @@ def debs(tmp_path_factory: pytest.TempPathFactory) -> Debs:
     made = {version: make_deb(folder, version) for version in ("1.0", "2.0")}
     made["2.1~bad"] = make_deb(folder, "2.1~bad", health=BAD)
     made["2.1~late"] = make_deb(folder, "2.1~late", health=LATE)
+    made["2.1~hung"] = make_deb(folder, "2.1~hung", health=HUNG)
     made["2.1~postinst"] = make_deb(folder, "2.1~postinst", scripts={"postinst": "exit 1"})
     made["2.1~depends"] = make_deb(folder, "2.1~depends", depends="what-nobody-has")
     return made

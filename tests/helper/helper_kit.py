@@ -28,7 +28,7 @@ from edged.helper.upgrade import Upgrades
 
 ROOT = Path(__file__).parents[2]
 LIBEXEC = ROOT / "systemd" / "libexec"
-GOOD, BAD, LATE = "good", "bad", "late"
+GOOD, BAD, LATE, HUNG = "good", "bad", "late", "hung"
 FORCE = "script-chrootless,not-root,bad-path,unsafe-io"
 
 Answers = list[dict[str, Any]]
@@ -299,7 +299,7 @@ class Node:
     def _write_systemctl(self) -> None:
         """A stand-in for systemctl: the daemon is as well as ``health`` of the package that is installed says.
 
-        ``late`` is up at first, and ends after a second.
+        ``late`` is up at first, and ends after a second. ``hung`` is up, and does not tell its watchdog, which ends it later.
         """
         _executable(
             self.root / "bin/systemctl",
@@ -313,8 +313,15 @@ class Node:
                         echo x >>"$root/asked"
                         [ "$(wc -l <"$root/asked")" -gt 2 ] && health=bad
                     fi
+                    told=$(date +%s%N)
+                    if [ "$health" = hung ]; then
+                        told=1
+                        echo x >>"$root/asked"
+                        [ "$(wc -l <"$root/asked")" -gt 6 ] && health=bad
+                    fi
+                    printf 'WatchdogUSec=1min\\nWatchdogTimestampMonotonic=%s\\n' "$told"
                     case $health in
-                        good | late) printf 'ActiveState=active\\nSubState=running\\nNRestarts=0\\n' ;;
+                        good | late | hung) printf 'ActiveState=active\\nSubState=running\\nNRestarts=0\\n' ;;
                         stopped) printf 'ActiveState=inactive\\nSubState=dead\\nNRestarts=0\\n' ;;
                         *) printf 'ActiveState=activating\\nSubState=auto-restart\\nNRestarts=0\\n' ;;
                     esac

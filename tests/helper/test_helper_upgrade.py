@@ -173,8 +173,14 @@ def test_an_index_that_was_read_without_a_signature_is_not_enough(
 
 
 @pytest.mark.parametrize(
-    ("version", "why"), [("2.1~bad", "health_failed"), ("2.1~late", "health_failed"), ("2.1~postinst", "install_failed")]
-)  # fmt: skip
+    ("version", "why"),
+    [
+        ("2.1~bad", "health_failed"),
+        ("2.1~late", "health_failed"),
+        ("2.1~hung", "health_failed"),
+        ("2.1~postinst", "install_failed"),
+    ],
+)
 def test_a_version_that_is_not_well_goes_back(on_1_0: Node, tmp_path: Path, version: str, why: str) -> None:
     answers = one(on_1_0, tmp_path, "upgrade", version=version)
     assert phases(answers)[-1] == "reverting"
