@@ -6,11 +6,13 @@ marked ``[trusted=yes]`` is one that apt trusts.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import pwd
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +31,8 @@ FETCH_S = 900.0
 INSTALL_S = 1800.0
 LOCK_S = 300
 MOST_DEB_BYTES = 256 * 1024 * 1024
+FLOCK = "hhqqi0q"
+"""``struct flock`` with 64 bit offsets: type, whence, start, length, process."""
 
 OPTIONS = (
     "-q",
@@ -74,6 +78,7 @@ class Apt:
     ) -> None:
         self._folder = folder
         self._root = f"--root={root}"
+        self._admin = Path(root) / "var/lib/dpkg"
         self._options = (*options, *OPTIONS)
         self._dpkg_options = tuple(dpkg_options)
 
@@ -138,14 +143,19 @@ class Apt:
         return await run([*self._install(), f"{PACKAGE}={version}"], timeout_s=INSTALL_S)
 
     async def put_back(self, deb: Path) -> Ended:
-        """Install a file that was kept, older or not; without apt where apt will not."""
-        ended = await run(
+        """Install a file that was kept, older or not."""
+        return await run(
             [*self._install(), "--allow-downgrades", "--reinstall", str(deb)], timeout_s=INSTALL_S
         )
-        if ended.ok:
-            return ended
+
+    async def put_back_without_apt(self, deb: Path) -> Ended:
+        """The same where apt will not. Does not wait for a lock."""
         argv = [*self._dpkg(), "--force-downgrade", "--install", str(deb)]
         return await run(argv, timeout_s=INSTALL_S)
+
+    def locked(self) -> bool:
+        """Whether somebody's apt or dpkg holds one of dpkg's locks. Takes none, which others would meet. Blocks."""
+        return any(_is_locked(self._admin / name) for name in ("lock-frontend", "lock"))
 
     async def version_of(self, deb: Path) -> str:
         """The version of the package in ``deb``; empty where it is none of ours, or damaged."""
@@ -182,6 +192,19 @@ def why_not_fetched(ended: Ended) -> Why:
         if words in ended.text:
             return why
     return Why.FETCH_FAILED
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds a lock on ``path`` (F_GETLK, fcntl(2))."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return bool(struct.unpack(FLOCK, fcntl.fcntl(fd, fcntl.F_GETLK, asked))[0] != fcntl.F_UNLCK)
+    finally:
+        os.close(fd)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from edged.helper import protocol
 from edged.helper.apt import Apt, why_not_fetched
-from edged.helper.commands import run
+from edged.helper.commands import Ended, run
 from edged.helper.protocol import CURES, Refusal, Request, Verb, Why
 from edged.helper.state import Operation, Phase, State
 from edged.helper.units import Systemd
@@ -27,6 +28,7 @@ T = TypeVar("T")
 MOST_LIVES = 4
 RECOVER_S = 1800.0
 MOST_EVENTS = 64
+POLL_S = 2.0
 Listener = asyncio.Queue[bytes]
 
 
@@ -54,7 +56,8 @@ class _Leaving(Exception):
 class Upgrades:
     """At most one upgrade at a time on one package.
 
-    ``start_s``: so long may the daemon take to be up; ``health_s``: so long must it then stay up.
+    ``start_s``: so long may the daemon take to be up; ``health_s``: so long must it then stay up. ``lock_s``: so long is
+    somebody else's apt or dpkg waited for where a version that is not well has to go.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Upgrades:
         recover: str = "/usr/libexec/edged-recover",
         start_s: float = 180.0,
         health_s: float = 60.0,
+        lock_s: float = 6 * 3600.0,
     ) -> None:
         self._state = state
         self._apt = apt
@@ -73,6 +77,7 @@ class Upgrades:
         self._recover = recover
         self._start_s = start_s
         self._health_s = health_s
+        self._lock_s = lock_s
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._listeners: set[Listener] = set()
@@ -349,11 +354,11 @@ class Upgrades:
 
     async def _install(self, operation: Operation) -> Operation | Outcome:
         old, new = operation.from_version, operation.to_version
-        await asyncio.to_thread(self._state.mark, old, new)
         if operation.verb == Verb.UPGRADE:
+            await asyncio.to_thread(self._state.mark, old, new)
             ended = await self._apt.install(new)
         else:
-            ended = await self._apt.put_back(self._state.deb(new))
+            ended = await self._put_back(old, new)
         return await self._after_dpkg(operation, Why.INSTALL_FAILED, ended.gist)
 
     async def _after_dpkg(self, operation: Operation, why: Why, detail: str) -> Operation | Outcome:
@@ -389,9 +394,11 @@ class Upgrades:
 
     async def _revert(self, operation: Operation) -> Operation | Outcome:
         old, bad = operation.from_version, operation.to_version
-        await asyncio.to_thread(self._state.mark, bad, old)
-        ended = await self._apt.put_back(self._state.deb(old))
+        ended = await self._put_back_in_the_end(bad, old)
         installed = await self._apt.installed()
+        if installed.whole and installed.version not in (bad, old):
+            await asyncio.to_thread(self._state.unmark)
+            return _ended(operation, "failed", Why.INTERRUPTED, f"{operation.detail}; {ended.gist}")
         if not installed.whole or installed.version != old:
             return _ended(
                 operation, "failed", Why.REVERT_FAILED, f"{operation.detail}; then {old}: {ended.gist}"
@@ -407,6 +414,41 @@ class Upgrades:
             _ended(operation, "failed", Why(operation.reason), f"{operation.detail}; {old} is back"),
             reverted=True,
         )
+
+    async def _put_back_in_the_end(self, bad: str, old: str) -> Ended:
+        """As :meth:`_put_back`; that somebody else is at work is no reason to give up but after ``lock_s``."""
+        clock = asyncio.get_running_loop()
+        end = clock.time() + self._lock_s
+        while True:
+            await self._unless_stopping(self._unlocked(end - clock.time()))
+            installed = await self._apt.installed()
+            if installed.whole and installed.version not in (bad, old):
+                return Ended(1, f"somebody else has installed {installed.version} meanwhile, which stays")
+            ended = await self._put_back(bad, old)
+            locked = not ended.ok and await asyncio.to_thread(self._apt.locked)
+            if not locked or clock.time() >= end:
+                return ended
+
+    async def _unlocked(self, most_s: float) -> None:
+        """Return when nobody is at work with apt or dpkg, or after ``most_s``."""
+        if not await asyncio.to_thread(self._apt.locked):
+            return
+        log.warning("somebody else's apt or dpkg is at work; it is waited for")
+        for _ in range(math.ceil(max(0.0, most_s) / POLL_S)):
+            await asyncio.sleep(POLL_S)
+            if not await asyncio.to_thread(self._apt.locked):
+                return
+
+    async def _put_back(self, now: str, version: str) -> Ended:
+        """Install the kept package of ``version`` instead of ``now``; without apt where apt will not, but for a lock."""
+        deb = self._state.deb(version)
+        await asyncio.to_thread(self._state.mark, now, version)
+        ended = await self._apt.put_back(deb)
+        if ended.ok or await asyncio.to_thread(self._apt.locked):
+            return ended
+        # what apt calls when it has ended has taken the mark away where the package looked whole
+        await asyncio.to_thread(self._state.mark, now, version)
+        return await self._apt.put_back_without_apt(deb)
 
 
 def _ended(operation: Operation, result: str, why: Why | None, detail: str) -> Outcome:

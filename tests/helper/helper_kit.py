@@ -10,10 +10,11 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import textwrap
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from pathlib import Path
@@ -367,6 +368,24 @@ async def served(
 
 async def ask(client: HelperClient, verb: str, **fields: str) -> Answers:
     return [answer async for answer in client.ask({"verb": verb, **fields}, timeout_s=None)]
+
+
+@contextmanager
+def somebody_at_work(node: Node, name: str = "lock-frontend") -> Iterator[None]:
+    """Another process holds dpkg's lock, as an apt of this system would."""
+    hold = (
+        "import fcntl, os, sys; fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o640); "
+        "fcntl.lockf(fd, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, node.root / "var/lib/dpkg" / name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        process.stdout.readline()
+        yield
+        process.stdin.close()
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helper_kit import Answers, Node, Repository, ask, make_deb, run, served, wait_for
+from helper_kit import Answers, Node, Repository, ask, make_deb, run, served, somebody_at_work, wait_for
 
+from edged.helper import apt
 from edged.helper.client import HelperGone
 from edged.helper.protocol import Why
 from edged.helper.state import Operation, Phase, State
+from edged.helper.upgrade import Upgrades
 from edged_firmware.errors import Reason, Transient
 
 Debs = dict[str, Path]
@@ -191,6 +194,89 @@ def test_a_version_that_is_not_well_goes_back(on_1_0: Node, tmp_path: Path, vers
     assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok", (
         "the next one is not in the way"
     )
+
+
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """apt gives up a lock after a second."""
+    options = tuple(re.sub(r"(?<=Lock::Timeout=)\d+", "1", word) for word in apt.OPTIONS)
+    assert options != apt.OPTIONS
+    monkeypatch.setattr(apt, "OPTIONS", options)
+
+
+def test_a_lock_of_somebody_else_does_not_keep_a_version_that_is_not_well(
+    on_1_0: Node, tmp_path: Path, debs: Debs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+    cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.1~bad", marked=False)
+
+    async def asked() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            with somebody_at_work(on_1_0):
+                await asyncio.sleep(5)
+                assert (await client.status())["operation"]["phase"] == "reverting"
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    found = asyncio.run(asked())
+    assert found["outcome"]["reason"] == "health_failed" and found["outcome"]["reverted"], found
+    assert on_1_0.status() == "ii 1.0" and not found["interrupted"]
+
+
+def test_a_lock_that_is_never_free_is_waited_for_with_a_bound(
+    on_1_0: Node, debs: Debs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient(monkeypatch)
+    cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.1~bad", marked=False)
+
+    async def gone_on() -> None:
+        upgrades = Upgrades(State(on_1_0.state), on_1_0.apt(), on_1_0.systemd(), lock_s=1)
+        await upgrades.resume()
+        while upgrades.busy:
+            await asyncio.sleep(0.1)
+
+    with somebody_at_work(on_1_0, "lock"):
+        asyncio.run(gone_on())
+    outcome = State(on_1_0.state).outcome()
+    assert outcome is not None and outcome["reason"] == "revert_failed"
+    assert on_1_0.status() == "ii 2.1~bad"
+
+
+def test_what_somebody_else_installs_while_it_is_waited_for_stays(
+    on_1_0: Node, tmp_path: Path, debs: Debs
+) -> None:
+    cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.0", marked=False)
+
+    async def asked() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    found = asyncio.run(asked())
+    assert (found["outcome"]["reason"], found["version"]) == ("interrupted", "2.0"), found
+    assert "2.0" in found["outcome"]["detail"]
+
+
+def test_dpkg_without_apt_has_a_mark_too(on_1_0: Node, tmp_path: Path, debs: Debs) -> None:
+    """apt failed, and what it calls when it has ended has taken the mark away."""
+    (tmp_path / "made").mkdir()
+    seen = '[ ! -e "$DPKG_ROOT/var/lib/edged-helper/in-progress" ] || touch "$DPKG_ROOT/was-marked"'
+    old = make_deb(tmp_path / "made", "1.0", scripts={"preinst": seen})
+    cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.1~bad", marked=False)
+    State(on_1_0.state).keep("1.0", old.read_bytes())
+    with (on_1_0.root / "apt.conf").open("a") as file:
+        file.write('Dir::Bin::dpkg "/bin/false";\n')
+
+    async def asked() -> dict[str, Any]:
+        async with served(on_1_0, tmp_path) as client:
+            while (found := await client.status())["operation"] is not None:
+                await asyncio.sleep(0.1)
+            return found
+
+    found = asyncio.run(asked())
+    assert found["outcome"]["reverted"] and on_1_0.status() == "ii 1.0", found
+    assert (on_1_0.root / "was-marked").exists()
 
 
 def test_going_back_by_itself_keeps_the_way_back_that_there_was(on_1_0: Node, tmp_path: Path) -> None:
