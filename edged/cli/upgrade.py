@@ -69,6 +69,8 @@ def status(context: Context, helper_path: Path, as_json: bool) -> None:
     echo(f"kept      {', '.join(found['kept']) or '-'}; before it ran {found['previous'] or '-'}")
     if found["operation"]:
         echo(f"at work   {_named(found['operation'])}: {found['operation']['phase']}")
+    elif found.get("at_work"):
+        echo("at work   apt or dpkg, started by somebody else")
     if found["outcome"]:
         echo(f"last      {_named(found['outcome'])}: {_told(found['outcome'])} ({found['outcome']['ended']})")
     if found["recovered"]:

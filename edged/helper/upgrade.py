@@ -133,17 +133,19 @@ class Upgrades:
             raise Refusal(Why.REBOOT_FAILED, ended.gist)
 
     async def status(self) -> dict[str, Any]:
-        """Everything that is known about the package and its upgrades."""
+        """Everything that is known about the package and its upgrades. ``at_work``: an apt or dpkg, perhaps the helper's."""
         installed = await self._apt.installed()
         state = self._state
         operation, outcome = await asyncio.to_thread(lambda: (state.operation(), state.outcome()))
+        at_work = await asyncio.to_thread(self._apt.locked)
         return {
             "version": installed.version,
             "dpkg": installed.state,
             "whole": installed.whole,
             "previous": state.previous(),
             "kept": state.kept(),
-            "interrupted": state.marked() and not self.busy,
+            "at_work": at_work,
+            "interrupted": state.marked() and not self.busy and not at_work,
             "operation": asdict(operation) if operation else None,
             "outcome": outcome,
             "recovered": state.recovered() or None,

@@ -257,6 +257,39 @@ def test_a_lock_that_is_never_free_does_not_hold_the_boot_up_for_ever(on_1_0: No
     assert_whole(on_1_0, "2.0", "dpkg --configure -a")
 
 
+@pytest.mark.parametrize("installed", ["1.0", ""])
+def test_started_while_apt_is_about_to_begin_it_leaves_the_mark_alone(
+    node: Node, debs: Debs, installed: str
+) -> None:
+    """An operator took an upgrade at work for one that was cut."""
+    if installed:
+        node.dpkg("-i", debs["1.0"])
+    fd = hold_lock(node, "lock-frontend")
+    try:
+        node.keep_deb(debs["2.0"])
+        assert "at work" in node.recover(code=1, lock_tries=1)
+        assert (node.state / "in-progress").exists() and not (node.state / "recovered").exists()
+    finally:
+        os.close(fd)
+
+
+def test_what_apt_ends_meanwhile_is_no_cut(on_1_0: Node, debs: Debs) -> None:
+    fd = hold_lock(on_1_0, "lock-frontend")
+    try:
+        on_1_0.keep_deb(debs["2.0"])
+        process = subprocess.Popen(
+            [LIBEXEC / "edged-recover"],
+            env=os.environ | on_1_0.environment | {"EDGED_HELPER_LOCK_TRIES": "20"},
+        )
+        time.sleep(1)
+        assert process.poll() is None and (on_1_0.state / "in-progress").exists()
+        on_1_0.keep_deb(done=True)
+    finally:
+        os.close(fd)
+    assert process.wait(60) == 0
+    assert on_1_0.status() == "ii 1.0" and not (on_1_0.state / "recovered").exists()
+
+
 def test_a_lock_file_that_was_left_is_no_lock(on_1_0: Node, debs: Debs) -> None:
     on_1_0.keep_deb(debs["2.0"])
     on_1_0.dpkg("--unpack", debs["2.0"])

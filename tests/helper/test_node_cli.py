@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helper_kit import ROOT, Node, Repository, served
+from helper_kit import ROOT, Node, Repository, served, somebody_at_work
 
 from edged.helper.state import Operation, Phase, State
 
@@ -108,6 +108,18 @@ def test_status_shows_what_a_cut_left_and_what_a_boot_did(on_1_0: Node, tmp_path
         "boot      upgrade to 2.0 was cut: recovered by dpkg --configure -a (20" in said
         and "PROBLEM" not in said
     )
+
+
+@pytest.mark.parametrize("name", ["lock", "lock-frontend"])
+def test_status_does_not_call_an_upgrade_by_apt_a_cut(
+    on_1_0: Node, tmp_path: Path, debs: Debs, name: str
+) -> None:
+    with somebody_at_work(on_1_0, name):
+        on_1_0.keep_deb(debs["2.0"])
+        said = typed(on_1_0, tmp_path, "status").stdout
+        assert "PROBLEM" not in said and "at work   apt or dpkg, started by somebody else\n" in said
+    said = typed(on_1_0, tmp_path, "status").stdout
+    assert "PROBLEM   an upgrade was cut" in said and "at work" not in said
 
 
 def test_status_shows_what_is_at_work(on_1_0: Node, tmp_path: Path, debs: Debs) -> None:
