@@ -47,6 +47,9 @@ OPTIONS = (
     "-o", "Acquire::AllowWeakRepositories=false",
     "-o", "Acquire::AllowDowngradeToInsecureRepositories=false",
     "-o", "APT::Get::AllowUnauthenticated=false",
+    # a list that says until when it holds; others stay as they are
+    "-o", "Acquire::Check-Date=true",
+    "-o", "Acquire::Check-Valid-Until=true",
 )  # fmt: skip
 
 

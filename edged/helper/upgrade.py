@@ -7,11 +7,13 @@ it finds. Beside the package itself nothing is believed: what is installed is as
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from edged.helper import protocol
@@ -330,15 +332,19 @@ class Upgrades:
     async def _prepared_to_go_back(self, operation: Operation) -> Operation | Outcome:
         now, before = operation.from_version, operation.to_version
         if not before or not await self._is_kept(before):
-            raise Refusal(Why.NO_FALLBACK, f"the package that ran before {now} is not kept")
+            raise Refusal(Why.NO_FALLBACK, f"the package that ran before {now} is not kept as it was signed")
         if not await self._apt.is_newer(now, before):
             raise Refusal(Why.NO_FALLBACK, f"what ran before {now} is {before}, which is not older")
         await self._have_fallback(now)
         return replace(operation, phase=Phase.INSTALLING)
 
     async def _is_kept(self, version: str) -> bool:
+        """Whether the package of ``version`` is kept, and is what the signed index names where that has the version."""
         deb = self._state.deb(version)
-        return deb.is_file() and await self._apt.version_of(deb) == version
+        if not deb.is_file() or await self._apt.version_of(deb) != version:
+            return False
+        sha256 = await self._apt.sha256(version)
+        return not sha256 or await asyncio.to_thread(_sha256, deb) == sha256
 
     async def _have_fallback(self, version: str) -> None:
         """Keep the package of ``version``, which runs, if it is not kept. Raises :class:`Refusal` (``no_fallback``)."""
@@ -455,6 +461,11 @@ class Upgrades:
 
 def _ended(operation: Operation, result: str, why: Why | None, detail: str) -> Outcome:
     return Outcome(*_names(operation), result, why.value if why else "", detail)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _names(one: Operation | Outcome) -> tuple[str, str, str]:

@@ -123,15 +123,16 @@ class Repository:
             shutil.copy(deb, self.folder)
         self.publish()
 
-    def publish(self, *, sign: bool = True) -> None:
-        """Write the index of what lies in the folder, and sign it."""
+    def publish(self, *, sign: bool = True, valid_s: float | None = None) -> None:
+        """Write the index of what lies in the folder, and sign it; ``valid_s``: so long is it valid from now."""
         records = [self._record(deb) for deb in sorted(self.folder.glob("*.deb"))]
         packages = self.folder / "Packages"
         packages.write_text("\n".join(records))
         digest = hashlib.sha256(packages.read_bytes()).hexdigest()
         release = self.folder / "Release"
+        until = "" if valid_s is None else f"Valid-Until: {formatdate(time.time() + valid_s, usegmt=True)}\n"
         release.write_text(
-            f"Suite: test\nArchitectures: all amd64 arm64 armhf\nDate: {formatdate(usegmt=True)}\n"
+            f"{until}Suite: test\nArchitectures: all amd64 arm64 armhf\nDate: {formatdate(usegmt=True)}\n"
             f"SHA256:\n {digest} {packages.stat().st_size} Packages\n"
         )
         signed = self.folder / "InRelease"

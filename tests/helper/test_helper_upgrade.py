@@ -158,6 +158,47 @@ def test_what_apt_cannot_verify(
     assert on_1_0.status() == "ii 1.0"
 
 
+@pytest.mark.parametrize("option", ["Check-Valid-Until", "Check-Date"])
+def test_a_list_that_is_not_valid_any_more_is_not_read_whatever_the_node_allows(
+    on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository, option: str
+) -> None:
+    """Somebody in between shows the list of yesterday."""
+    other = Repository(tmp_path / "other", repository.keyring.parent)
+    other.add(debs["1.0"], debs["2.0"])
+    other.publish(valid_s=-60)
+    on_1_0.sources(other)
+    with (on_1_0.root / "apt.conf").open("a") as file:
+        file.write(f'Acquire::{option} "false";\n')
+    last = one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "fetch_failed"), last
+    assert "expired" in last["detail"] and on_1_0.status() == "ii 1.0"
+    other.publish(valid_s=3600)
+    assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok"
+
+
+def test_a_kept_file_that_is_not_what_was_signed_is_fetched_anew(
+    on_1_0: Node, tmp_path: Path, repository: Repository
+) -> None:
+    """apt's hook keeps whatever comes in under the name, also what an operator has built."""
+    (tmp_path / "made").mkdir()
+    on_1_0.keep_deb(make_deb(tmp_path / "made", "1.0"))
+    on_1_0.keep_deb(done=True)
+    kept = on_1_0.state / "debs" / "edged_1.0.deb"
+    signed = (repository.folder / "edged_1.0_all.deb").read_bytes()
+    assert kept.read_bytes() != signed
+    assert one(on_1_0, tmp_path, "upgrade", version="2.0")[-1]["result"] == "ok"
+    assert kept.read_bytes() == signed
+
+
+def test_nothing_goes_back_to_a_file_that_is_not_what_was_signed(on_1_0: Node, tmp_path: Path) -> None:
+    one(on_1_0, tmp_path, "upgrade", version="2.0")
+    (tmp_path / "made").mkdir()
+    State(on_1_0.state).keep("1.0", make_deb(tmp_path / "made", "1.0").read_bytes())
+    last = one(on_1_0, tmp_path, "rollback")[-1]
+    assert (last["result"], last["reason"]) == ("refused", "no_fallback"), last
+    assert on_1_0.status() == "ii 2.0"
+
+
 def test_an_index_that_was_read_without_a_signature_is_not_enough(
     on_1_0: Node, tmp_path: Path, debs: Debs, repository: Repository
 ) -> None:
