@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from cli_kit import Place, eventually
 from engine_kit import published
-from guarded import AUTHORIZATION, guarded
+from web import AUTHORIZATION, Guarded, serving
 
 from edged.credentials import read
 from edged.errors import Permanent, Reason
@@ -56,7 +56,7 @@ def test_metadata_and_image_are_fetched_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "credentials"
     folder.mkdir()
     (folder / "edged_repository").write_text(AUTHORIZATION)
-    with guarded(publisher.repo) as url:
+    with serving(publisher.repo, Guarded) as url:
         place = named(Place(tmp_path / "node", publisher, repository=url))
         with place.daemon(CREDENTIALS_DIRECTORY=str(folder)) as process:
             assert place.run("deploy", "app@2.0.0", "--to", "one", "--wait").code == 0
@@ -69,7 +69,7 @@ def test_metadata_and_image_are_fetched_with_it(tmp_path: Path) -> None:
 
 def test_without_it_the_daemon_goes_on_and_says_what_is_missing(tmp_path: Path) -> None:
     publisher = published(tmp_path / "publisher")
-    with guarded(publisher.repo) as url:
+    with serving(publisher.repo, Guarded) as url:
         place = named(Place(tmp_path / "node", publisher, repository=url))
         with place.daemon():
             problems = eventually(lambda: place.client.get("status")["problems"])

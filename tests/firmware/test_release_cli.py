@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
-from trust_kit import served
+from web import serving
 
 from edged.cli import release as commands
 from edged.cli.release import release
@@ -182,7 +182,7 @@ def test_the_tuf_command_refreshes_and_downloads(run: Run) -> None:
         result = CliRunner().invoke(tuf, ["--metadata-dir", "cache", *args])
         assert result.exit_code == code, result.output
 
-    with served(Path("repo")) as url:
+    with serving(Path("repo")) as url:
         client("init", "repo/metadata/1.root.json")
         client("--metadata-url", f"{url}/metadata", "refresh")
         names = sorted(path.name for path in Path("cache").glob("*.json"))

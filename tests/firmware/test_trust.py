@@ -16,11 +16,11 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
-from guarded import AUTHORIZATION, guarded
-from trust_kit import DAY, NOW, Client, Publisher, digest, foreign_signer, forge, refs, served, versions
+from trust_kit import DAY, NOW, Client, Publisher, digest, foreign_signer, forge, refs, versions
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, Root, Targets
 from tuf.ngclient import Updater
 from tuf.ngclient.urllib3_fetcher import Urllib3Fetcher
+from web import AUTHORIZATION, Guarded, serving
 
 from edged_firmware.errors import EdgedError, Reason, Refused, Transient
 from edged_firmware.repository import Folder, describe, sign_role
@@ -62,7 +62,7 @@ def metadata_file(publisher: Publisher, role: str) -> Path:
 @pytest.fixture(params=["folder", "file-url", "http"])
 def source(request: pytest.FixtureRequest, publisher: Publisher) -> Iterator[str]:
     if request.param == "http":
-        with served(publisher.repo) as url:
+        with serving(publisher.repo) as url:
             yield url
     else:
         yield str(publisher.repo) if request.param == "folder" else publisher.repo.as_uri()
@@ -407,7 +407,7 @@ def test_off_line_the_last_good_metadata_holds_within_the_grace(
         "folder gone": str(publisher.base / "unplugged"),
     }.get(how)
     client.grace = 30 * DAY
-    with served(publisher.repo, _Broken) as url:
+    with serving(publisher.repo, _Broken) as url:
         client.source = url if how == "status 500" else client.source
         report = client.verify(now=days(NOW, 3))
         assert (report.offline, report.stale_seconds, refs(report)) == (True, 0.0, ["blink@1.0"])
@@ -700,7 +700,7 @@ def test_the_private_members_of_tuf_that_are_used_are_there(publisher: Publisher
 def test_a_guarded_repository_is_sent_the_credential_and_nobody_is_shown_it(
     publisher: Publisher, client: Client
 ) -> None:
-    with guarded(publisher.repo) as client.source:
+    with serving(publisher.repo, Guarded) as client.source:
         report = asyncio.run(verify_in_child(client.request(authorization=AUTHORIZATION)))
         assert report.online
         client.lose_cache()
@@ -739,7 +739,7 @@ class _Short(_Slow):
 def test_a_server_that_stops_in_the_middle_is_to_be_tried_again(
     client: Client, handler: type[SimpleHTTPRequestHandler]
 ) -> None:
-    with served(client.folder.parent, handler) as url, pytest.raises(Transient) as error:
+    with serving(client.folder.parent, handler) as url, pytest.raises(Transient) as error:
         client.verify(source=url, socket_timeout_s=0.3)
     assert error.value.reason is Reason.FETCH_FAILED
 

@@ -6,24 +6,15 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from package_kit import ROOT, deb, run
+from web import serving
 
 pytestmark = pytest.mark.timeout(900)
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    """A static server that keeps its log to itself."""
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +72,11 @@ def repository(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def node(repository: Path, tmp_path: Path) -> Iterator[Node]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(repository))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        folder = tmp_path / "node"
-        folder.mkdir()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
+    folder = tmp_path / "node"
+    folder.mkdir()
+    with serving(repository) as url:
         (folder / "sources.list").write_text(f"deb [signed-by={folder}/edged.asc] {url} ./\n")
-        try:
-            yield Node(folder)
-        finally:
-            server.shutdown()
-            thread.join()
+        yield Node(folder)
 
 
 def publish(repository: Path, *debs: Path, **env: str) -> str:

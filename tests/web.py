@@ -1,4 +1,4 @@
-"""A static server that wants a credential: of releases, as an operator puts one in front of them."""
+"""Static web servers on loopback, as releases and packages are served: an open one, and one that wants a credential."""
 
 from __future__ import annotations
 
@@ -12,21 +12,27 @@ from pathlib import Path
 AUTHORIZATION = "Bearer let-me-in"
 
 
-class _Guarded(SimpleHTTPRequestHandler):
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder, without lines on standard error."""
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
+
+
+class Guarded(Quiet):
+    """Only who sends ``AUTHORIZATION`` gets a file."""
+
     def do_GET(self) -> None:
         if self.headers.get("Authorization") == AUTHORIZATION:
             super().do_GET()
         else:
             self.send_error(401)
 
-    def log_message(self, *args: object) -> None:
-        """No lines on standard error."""
-
 
 @contextlib.contextmanager
-def guarded(folder: Path) -> Iterator[str]:
-    """The URL of ``folder`` on loopback; only who sends ``AUTHORIZATION`` gets a file."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Guarded, directory=str(folder)))
+def serving(folder: Path, handler: type[SimpleHTTPRequestHandler] = Quiet) -> Iterator[str]:
+    """The URL of ``folder``."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder)))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
