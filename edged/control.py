@@ -100,6 +100,8 @@ class Control:
         parts = self._parts
         units = parts.devices.sessions.all()
         snapshot = await self.snapshot()
+        # the first use of the key loads the cryptography library
+        public_key = await asyncio.to_thread(lambda: parts.key.public_hex)
         return {
             "node": parts.config.node.id,
             "version": __version__,
@@ -107,7 +109,7 @@ class Control:
             "started": to_text(parts.started),
             "time": to_text(parts.clock.now()),
             "state_dir": str(parts.config.node.state_dir),
-            "public_key": parts.key.public_hex,
+            "public_key": public_key,
             "read_only": parts.store.read_only_reason,
             "running_jobs": len(parts.engine.running),
             "jobs": _jobs_by_state(snapshot),
@@ -402,7 +404,8 @@ class Control:
 
     async def verify_audit(self) -> Json:
         """Check the whole trail against this node's key; in many short reads, since the engine reads there too."""
-        key, found = self._parts.key.public_key, audit.Verifying()
+        key = await asyncio.to_thread(lambda: self._parts.key.public_key)
+        found = audit.Verifying()
         while not found.ended:
             found = await self._read(lambda tx, so_far=found: audit.verify_more(tx, so_far, key))  # type: ignore[misc]
         return report_json(found.report) | {"key": self._parts.key.public_hex}
