@@ -117,13 +117,14 @@ def export(context: Context, file: Path, as_json: bool) -> None:
       sudo edged audit export /media/usb/node-7.jsonl
     """
     from edged.config import load
+    from edged.store.node_key import public_hex
     from edged_firmware.durable import write_durably
 
     if file.exists():
         raise click.UsageError(f"{file} is there already: name another file")
     config = load(context.config_path)
     folder, key = config.node.state_dir, _node_key(config.node.state_dir)
-    key_hex = _hex(key) if key else None
+    key_hex = public_hex(key) if key else None
     lines = _in_database(folder / "edged.db", lambda tx: list(_lines(tx, config.node.id, key_hex)))
     # durable: it is written to be taken away, and the state may be deleted next
     write_durably(file, "".join(f"{json.dumps(line)}\n" for line in lines).encode(), 0o600)
@@ -228,13 +229,8 @@ def _public_key(key_hex: str | None) -> Ed25519PublicKey | None:
         ) from exc
 
 
-def _hex(key: Ed25519PublicKey) -> str:
-    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-    return key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
-
-
 def _reported(report: AuditReport, key: Ed25519PublicKey | None) -> dict[str, Any]:
+    from edged.store.node_key import public_hex
     from edged.views import report_json
 
-    return report_json(report) | {"key": _hex(key) if key else None}
+    return report_json(report) | {"key": public_hex(key) if key else None}

@@ -21,7 +21,7 @@ from .files import locked_folder
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-__all__ = ["FILE_NAME", "NodeKey"]
+__all__ = ["FILE_NAME", "NodeKey", "public_hex"]
 
 FILE_NAME: Final = "node-key.pem"
 _PEM: Final = [b"-----BEGIN PRIVATE KEY-----", b"-----END PRIVATE KEY-----"]
@@ -72,14 +72,19 @@ class NodeKey:
 
     @property
     def public_hex(self) -> str:
-        """The public key, 32 bytes in hex."""
-        from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-        return self.public_key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
+        """:func:`public_hex` of this key."""
+        return public_hex(self.public_key)
 
     def sign(self, message: bytes) -> bytes:
         """The signature of ``message``, 64 bytes."""
         return self._private.sign(message)
+
+
+def public_hex(key: Ed25519PublicKey) -> str:
+    """The public key, 32 bytes in hex."""
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    return key.public_bytes(Encoding.Raw, PublicFormat.Raw).hex()
 
 
 def _create(path: Path) -> None:

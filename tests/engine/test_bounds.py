@@ -61,6 +61,13 @@ async def _waiting(node: TestNode) -> Job:
     return found[0]
 
 
+async def _wait_for_the_device(place: Place) -> None:
+    """A life in which a job is admitted and fetched, and then waits for its device."""
+    async with life(place.config, place.plugins) as node:
+        await node.want("dev-1", "app@2.0.0")
+        assert (await _waiting(node)).state is State.READY
+
+
 def test_a_device_that_is_away_for_long_costs_neither_steps_nor_rows(place: Place, plugin: Unplugged) -> None:
     place.device()
 
@@ -128,11 +135,6 @@ def test_a_wait_that_the_clock_left_behind_is_over(place: Place, plugin: Unplugg
 def test_what_was_admitted_for_another_configuration_is_not_sent(place: Place, plugin: Unplugged) -> None:
     device = place.device()
 
-    async def begin() -> None:
-        async with life(place.config, place.plugins) as node:
-            await node.want("dev-1", "app@2.0.0")
-            assert (await _waiting(node)).state is State.READY
-
     async def go_on() -> None:
         config = place.config
         gadget = attrs.evolve(config.models["widget"], id="gadget")
@@ -143,7 +145,7 @@ def test_what_was_admitted_for_another_configuration_is_not_sent(place: Place, p
             job = await node.ended("dev-1", 10)
             assert (job.state, job.reason) == (State.FAILED, Reason.MODEL_MISMATCH)
 
-    asyncio.run(begin())
+    asyncio.run(_wait_for_the_device(place))
     plugin.gone = False
     asyncio.run(go_on())
     assert device.counts.received == 0
@@ -157,11 +159,6 @@ def test_what_was_withdrawn_while_the_job_waited_is_not_sent(
     place = Place(tmp_path / "node", publisher, plugin)
     device = place.device()
 
-    async def begin() -> None:
-        async with life(place.config, place.plugins) as node:
-            await node.want("dev-1", "app@2.0.0")
-            assert (await _waiting(node)).state is State.READY
-
     async def go_on() -> None:
         config = place.config
         if not reachable:
@@ -173,7 +170,7 @@ def test_what_was_withdrawn_while_the_job_waited_is_not_sent(
             else:
                 assert job.state is State.SUCCEEDED, job.detail
 
-    asyncio.run(begin())
+    asyncio.run(_wait_for_the_device(place))
     publisher.withdraw("2.0.0")
     plugin.gone = False
     asyncio.run(go_on())
@@ -191,11 +188,6 @@ def test_what_another_publisher_calls_the_same_is_not_taken_for_it(
     for _ in range(3):
         other.publish()
 
-    async def begin() -> None:
-        async with life(place.config, place.plugins) as node:
-            await node.want("dev-1", "app@2.0.0")
-            assert (await _waiting(node)).state is State.READY
-
     async def go_on() -> None:
         place.publisher = other
         async with life(place.config, place.plugins) as node:
@@ -203,7 +195,7 @@ def test_what_another_publisher_calls_the_same_is_not_taken_for_it(
             assert (job.state, job.reason) == (State.FAILED, Reason.RELEASE_UNKNOWN)
             assert "another image" in job.detail
 
-    asyncio.run(begin())
+    asyncio.run(_wait_for_the_device(place))
     plugin.gone = False
     asyncio.run(go_on())
     assert device.counts.received == 0
