@@ -20,16 +20,22 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 EXPRESSIONS = {
+    "aiomqtt": "BSD-3-Clause",
+    "can-isotp": "MIT",
     "cattrs": "MIT",
     "click-default-group": "BSD-3-Clause",
     "intelhex": "BSD-3-Clause",
+    "paho-mqtt": "BSD-3-Clause",
     "pluggy": "MIT",
     "pyserial": "BSD-3-Clause",
     "python-dateutil": "Apache-2.0 AND BSD-3-Clause",
     "rich": "MIT",
     "sqlite-fts4": "Apache-2.0",
+    "udsoncan": "MIT",
+    "wrapt": "BSD-2-Clause",
 }
-"""Read from the licence file by a person, where the wheel's metadata has no expression or one that says less."""
+"""Read from the licence file by a person, where the wheel's metadata has no expression, one that says less, or a choice
+(of paho-mqtt's two, the Eclipse Distribution License is the BSD licence of three clauses)."""
 
 PARTS = (
     ("click", "click/parser.py", "BSD-3-Clause"),
@@ -40,14 +46,15 @@ PARTS = (
 """Files of others inside a wheel, and those that alone name the holder: wheel, file, licence."""
 
 HOLDERS = {
+    "python-can": ["the python-can contributors"],
     "typing-extensions": [
         "2001 Python Software Foundation",
         "1991-1995 Stichting Mathematisch Centrum Amsterdam",
-    ]
+    ],
 }
-"""Where the notices stand in the middle of sentences."""
+"""Where the notices stand in the middle of sentences, or are of the licence's text only."""
 
-COMMON = {"Apache-2.0": "Apache-2.0", "CC0-1.0": "CC0-1.0"}
+COMMON = {"Apache-2.0": "Apache-2.0", "CC0-1.0": "CC0-1.0", "LGPL-3.0-only": "LGPL-3"}
 """Licences whose text Debian has in ``/usr/share/common-licenses``."""
 
 BSD_3 = """\
@@ -141,7 +148,7 @@ def read(path: Path) -> Wheel:
             expression=_expression(name, metadata["License-Expression"]),
             digest=hashlib.sha256(path.read_bytes()).hexdigest(),
             packages=tuple(sorted({n.split("/")[0] for n in names if ".dist-info/" not in n and ".data/" not in n})),
-            licences=_texts(archive, rf"{info}/(licenses/)?LICEN[CS]E[^/]*"),
+            licences=_texts(archive, rf"{info}/(licenses/)?(LICEN[CS]E[^/]*|edl-v10)"),
             notices=_texts(archive, rf"{info}/(licenses/)?NOTICE[^/]*"),
             parts={part: archive.read(part).decode() for wheel, part, _ in PARTS if wheel == name},
         )  # fmt: skip
