@@ -58,6 +58,7 @@ __all__ = [
     "SupportsTrial",
     "hookimpl",
     "hookspec",
+    "no_config",
 ]
 
 API_VERSION = 1
@@ -315,6 +316,12 @@ class LinkSpec:
     understand it; what it returns is not used. A slip is then found before the first job; without it everything passes."""
 
 
+def no_config(table: Mapping[str, object]) -> None:
+    """The ``parse_config`` of a mapper whose devices need no table of their own. Raises ``ValueError`` for any key."""
+    if table:
+        raise ValueError("\n".join(f"{key}: found an unknown key; allowed: none" for key in sorted(table)))
+
+
 @dataclass(frozen=True, slots=True)
 class MapperSpec:
     """A mapper. ``name`` is wire and protocol (``uart-stk500``); ``flash_protocols`` are the values of a release's
@@ -323,13 +330,24 @@ class MapperSpec:
 
     name: str
     connect: Callable[[Device, Env], AbstractAsyncContextManager[Session]]
-    parse_config: Callable[[Mapping[str, object]], object]
+    parse_config: Callable[[Mapping[str, object]], object] = no_config
     """Raises ``ValueError`` with a useful text: which key, what was found, what is allowed; one line for each fault."""
     flash_protocols: frozenset[str] = frozenset()
     probe: Callable[[str, Env], Awaitable[Identity | None]] | None = None
-    """Who answers at this address? Disturbs the device; called only when an operator asks."""
+    """Who answers at this address? Called only when an operator asks. What else is known of the device (versions, slots)
+    goes into :attr:`Identity.detail`."""
     flash_params: frozenset[str] = frozenset()
+    schemes: frozenset[str] = frozenset()
+    """The schemes of the links that it can use (``serial``); empty: any. An address with another one is then found before
+    the first job, and no probe opens a wire that its mapper cannot use."""
+    probe_disturbs: bool = True
+    """Whether ``probe`` may reset or stop the application. Only a mapper that says False is asked where an operator names
+    an address and no mapper."""
     api_version: int = API_VERSION
+
+    def reaches(self, address: str) -> bool:
+        """Whether the mapper can use the link of an address ``scheme:rest``."""
+        return not self.schemes or address.partition(":")[0] in self.schemes
 
 
 class HookSpecs:

@@ -335,6 +335,7 @@ class Control:
                     "name": spec.name,
                     "flash_protocols": cast(list[JsonValue], sorted(spec.flash_protocols)),
                     "probes": spec.probe is not None,
+                    "probe_disturbs": spec.probe_disturbs,
                 }
                 for spec in plugins.mappers.values()
             ],
@@ -343,21 +344,50 @@ class Control:
         }
 
     async def probe(self, mapper: str, address: str) -> Json:
-        """Who answers at ``address``? Disturbs the device. ``identity`` is null where nobody of this kind does.
+        """Who answers at ``address``? May disturb the device. ``identity`` is null where nobody of this kind does.
 
         Raises ``Permanent(UNSUPPORTED)`` and what the mapper raises.
         """
         spec = self._parts.plugins.mapper(mapper)
         if spec.probe is None:
             raise Permanent(Reason.UNSUPPORTED, f"mapper {mapper} cannot probe")
-        async with _probe_limit():
-            env = device_env(f"probe {address}", self._parts.devices.pool)
-            identity = await plugin_call(PROBE_TIMEOUT_S, spec.probe, address, env)
+        if not spec.reaches(address):
+            schemes = ", ".join(f"{scheme}:" for scheme in sorted(spec.schemes))
+            raise Permanent(Reason.UNSUPPORTED, f"mapper {mapper} asks at {schemes} only, not at {address!r}")
+        env = device_env(f"probe {address}", self._parts.devices.pool)
+        identity = await plugin_call(PROBE_TIMEOUT_S, spec.probe, address, env)
         found: Json = {"mapper": mapper, "address": address, "identity": None}
         if identity is not None:
             identity = expect(Identity, identity)
             found["identity"] = _identity(identity.hardware_id, identity.serial_number, identity.detail)
         return found
+
+    async def probe_all(self, address: str) -> Json:
+        """Ask each mapper that can do so without disturbing a device, one after the other, since a wire may be exclusive.
+
+        ``answers``: those of :meth:`probe` with an identity; ``problems``: what went wrong, by mapper; ``not_asked``: mappers
+        whose probe may reset the device. Raises ``Permanent(UNSUPPORTED)`` where no mapper can ask at such an address.
+        """
+        plugins = self._parts.plugins
+        able = [spec for spec in plugins.mappers.values() if spec.probe is not None and spec.reaches(address)]
+        if address.partition(":")[0] not in plugins.links or not able:
+            schemes = ", ".join(f"{scheme}:" for scheme in sorted(plugins.links)) or "none is installed"
+            raise Permanent(
+                Reason.UNSUPPORTED, f"no mapper asks at {address!r}; an address begins with one of: {schemes}"
+            )
+        answers: list[JsonValue] = []
+        problems: Json = {}
+        for spec in able:
+            if spec.probe_disturbs:
+                continue
+            try:
+                found = await self.probe(spec.name, address)
+            except EdgedError as exc:
+                problems[spec.name] = str(exc)
+            else:
+                answers += [found] if found["identity"] else []
+        not_asked: list[JsonValue] = [spec.name for spec in able if spec.probe_disturbs]
+        return {"address": address, "answers": answers, "problems": problems, "not_asked": not_asked}
 
     async def probe_device(self, device: str) -> Json:
         """Borrow the device's session and ask who it is and what it runs. Disturbs the device. Raises as the mapper."""

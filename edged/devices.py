@@ -98,8 +98,8 @@ def resolve(
 
 def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, object] | list[Fault]:
     """The device's mapper and what that made of the device's own table; or every fault, at least one."""
-    faults = list(_address_faults(settings, plugins))
     spec = plugins.mappers.get(settings.mapper)
+    faults = list(_address_faults(settings, plugins, spec))
     if spec is None:
         text = f"mapper: found {settings.mapper!r}; allowed: {_listed(plugins.mappers)}"
         return [Fault(Reason.UNSUPPORTED, text), *faults]
@@ -112,11 +112,12 @@ def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, obj
     return faults or (spec, parsed)
 
 
-def _address_faults(settings: DeviceSettings, plugins: Plugins) -> Iterator[Fault]:
+def _address_faults(settings: DeviceSettings, plugins: Plugins, spec: MapperSpec | None) -> Iterator[Fault]:
     scheme, _, rest = settings.address.partition(":")
     found = f"address: found {settings.address!r}"
-    if scheme not in plugins.links:
-        schemes = _listed(f"{known}:" for known in plugins.links)
+    allowed = {known for known in plugins.links if spec is None or spec.reaches(f"{known}:")}
+    if scheme not in allowed:
+        schemes = _listed(f"{known}:" for known in allowed)
         yield Fault(Reason.UNSUPPORTED, f"{found}; allowed: an address that begins with one of: {schemes}")
         return
     try:

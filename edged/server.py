@@ -231,6 +231,7 @@ class _Api:
             ("POST", "/jobs/{job}/retry", self.retry),
             ("GET", "/mappers", self.mappers),
             ("POST", "/mappers/{mapper}/probe", self.probe),
+            ("POST", "/probes", self.probe_all),
             ("GET", "/trust", self.trust),
             ("POST", "/trust", self.init_trust),
             ("POST", "/trust/refresh", self.refresh_trust),
@@ -298,6 +299,9 @@ class _Api:
     async def probe(self, request: web.Request) -> web.StreamResponse:
         address = _text(await _body(request), "address")
         return _json(await self._control.probe(request.match_info["mapper"], address))
+
+    async def probe_all(self, request: web.Request) -> web.StreamResponse:
+        return _json(await self._control.probe_all(_text(await _body(request), "address")))
 
     async def trust(self, _: web.Request) -> web.StreamResponse:
         return _json(await self._control.trust())

@@ -282,6 +282,7 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
         '[[device]]\nid = "alien"\nmodel = "widget"\nmapper = "warp"\naddress = "fake:bus/alien"\n'
         '[[device]]\nid = "typo"\nmodel = "widget"\nmapper = "fake"\naddress = "fake:bus/typo"\n'
         "config = {slots = 2}\n"
+        '[[device]]\nid = "crossed"\nmodel = "widget"\nmapper = "fake"\naddress = "serial:by-id/one"\n'
         '[[device]]\nid = "unwired"\nmodel = "widget"\nmapper = "fake"\naddress = "rope:1"\n'
     )
     place = Place(tmp_path, extra=DEVICES + bad).write()
@@ -290,11 +291,16 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
         devices = {device["id"]: device for device in place.client.get("devices")["devices"]}
         assert {name for name, device in devices.items() if device["state"] == "left_out"} == {
             "alien",
+            "crossed",
             "typo",
             "unwired",
         }
         assert "mapper: found 'warp'; allowed: fake" in devices["alien"]["detail"]
         assert "slots: found an unknown key" in devices["typo"]["detail"]
+        assert (
+            "address: found 'serial:by-id/one'; allowed: an address that begins with one of: fake:"
+            in devices["crossed"]["detail"]
+        )
         assert (
             "address: found 'rope:1'; allowed: an address that begins with one of: fake:"
             in devices["unwired"]["detail"]

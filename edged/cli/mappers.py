@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from edged.cli.context import Context, command, echo, fail, json_option, show_json, show_table
@@ -15,6 +17,7 @@ def mapper() -> None:
     \b
     Examples:
       edged mapper list
+      edged mapper probe serial:/dev/ttyUSB0
       edged mapper probe uart-stk500 serial:/dev/ttyACM0
     """
 
@@ -35,8 +38,7 @@ def list_command(context: Context, as_json: bool) -> None:
         show_json(found)
         return
     rows = [
-        [spec["name"], ", ".join(spec["flash_protocols"]) or "-", "yes" if spec["probes"] else "no"]
-        for spec in found["mappers"]
+        [spec["name"], ", ".join(spec["flash_protocols"]) or "-", _probes(spec)] for spec in found["mappers"]
     ]
     show_table(rows, ["MAPPER", "FLASH PROTOCOLS", "PROBES"])
     for plugin in found["plugins"]:
@@ -46,44 +48,78 @@ def list_command(context: Context, as_json: bool) -> None:
         echo("No mapper is installed.")
 
 
+def _probes(spec: dict[str, Any]) -> str:
+    if not spec["probes"]:
+        return "no"
+    return "yes, may reset the device" if spec["probe_disturbs"] else "yes"
+
+
 @mapper.command()
-@click.argument("mapper_name", metavar="MAPPER", required=False)
-@click.argument("address", required=False)
+@click.argument("words", metavar="[MAPPER] ADDRESS", nargs=-1)
 @click.option("--device", "device_id", help="Ask a configured device instead.")
 @json_option
 @click.pass_obj
 @command
-def probe(
-    context: Context, mapper_name: str | None, address: str | None, device_id: str | None, as_json: bool
-) -> None:
-    """Ask who answers at ADDRESS, or ask a configured device. This may reset the device.
+def probe(context: Context, words: tuple[str, ...], device_id: str | None, as_json: bool) -> None:
+    """Ask who answers at ADDRESS, or ask a configured device.
+
+    Without MAPPER every mapper asks that can do so without disturbing a device. With it, or with --device, the device may be
+    reset.
 
     \b
     Examples:
+      edged mapper probe serial:/dev/ttyUSB0
       edged mapper probe uart-stk500 serial:/dev/ttyACM0
       edged mapper probe --device plc-1
     """
     client = context.client()
-    if device_id is not None and mapper_name is None:
-        found = client.post("devices", device_id, "probe")
-    elif device_id is None and mapper_name is not None and address is not None:
-        found = client.post("mappers", mapper_name, "probe", body={"address": address})
-    else:
-        raise click.UsageError("write MAPPER ADDRESS, or --device DEVICE")
-    identity = found["identity"]
-    if identity is None:
-        text = f"nobody that mapper {found['mapper']} knows answers at {found['address']}"
-        fail(
-            reasons.EXIT_FAILED,
-            "failed",
-            "no_response",
-            text,
-            "check power, wiring and address",
-            as_json=as_json,
+    match words, device_id:
+        case (), str():
+            found = client.post("devices", device_id, "probe")
+        case (address,), None if ":" in address:
+            _show_all(client.post("probes", body={"address": address}), as_json)
+            return
+        case (mapper_name, address), None:
+            found = client.post("mappers", mapper_name, "probe", body={"address": address})
+        case _:
+            raise click.UsageError(
+                "write ADDRESS (such as serial:/dev/ttyUSB0), MAPPER ADDRESS, or --device DEVICE"
+            )
+    if found["identity"] is None:
+        _nobody(f"nobody that mapper {found['mapper']} knows answers at {found['address']}", as_json)
+    if as_json:
+        show_json(found)
+        return
+    _show(found)
+
+
+def _show_all(found: dict[str, Any], as_json: bool) -> None:
+    if not found["answers"] and not as_json:
+        for name, problem in found["problems"].items():
+            echo(f"{name}: {problem}", err=True)
+    if not found["answers"]:
+        others = ", ".join(found["not_asked"])
+        _nobody(
+            f"nobody answers at {found['address']}"
+            + (f"; not asked, since it may reset the device: {others}" if others else ""),
+            as_json,
         )
     if as_json:
         show_json(found)
         return
+    for answer in found["answers"]:
+        echo(f"mapper    {answer['mapper']}")
+        _show(answer)
+
+
+def _nobody(text: str, as_json: bool) -> None:
+    fail(
+        reasons.EXIT_FAILED, "failed", "no_response", text, "check power, wiring and address", as_json=as_json
+    )
+
+
+def _show(found: dict[str, Any]) -> None:
+    identity = found["identity"]
     echo(f"hardware  {identity['hardware_id']}")
     if identity["serial_number"]:
         echo(f"serial    {identity['serial_number']}")

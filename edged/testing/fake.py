@@ -403,6 +403,8 @@ class FakePlugin:
                 flash_protocols=frozenset({"fake"}),
                 probe=self._probe,
                 flash_params=frozenset({"erase"}),
+                schemes=frozenset({"fake"}),
+                probe_disturbs=False,
             )
         ]
 

@@ -57,7 +57,7 @@ def _spec(
     async def probe(address: str, env: Env) -> Identity | None:
         return await _probe(Device("probe", "", name, address), env, make)
 
-    return MapperSpec(name, connect, parse, frozenset({protocol}), probe)
+    return MapperSpec(name, connect, parse, frozenset({protocol}), probe, schemes=frozenset({SCHEME}))
 
 
 @asynccontextmanager

@@ -217,6 +217,28 @@ def test_mappers_are_listed_and_asked(place: Place) -> None:
     assert place.run("mapper", "probe").code == 2
 
 
+def test_an_address_is_asked_without_a_mappers_name(place: Place) -> None:
+    """Only mappers that touch nothing ask, and only at wires that they can use; who is left out is named."""
+    assert (
+        place.run("mapper", "probe", "fake:bus/two").out
+        == "mapper    fake\nhardware  fake:1\nserial    two\n"
+    )
+    found = place.run("mapper", "probe", "fake:bus/two", "--json").json
+    assert [answer["identity"]["serial_number"] for answer in found["answers"]] == ["two"]
+    assert (found["problems"], found["not_asked"]) == ({}, [])
+    absent = place.run("mapper", "probe", "fake:bus/nine")
+    assert (absent.code, absent.out) == (1, "")
+    assert absent.err.startswith("fake: ") and "fake:bus/nine" in absent.err
+    assert "nobody answers at fake:bus/nine; cure: check power" in absent.err
+    resets = place.run("mapper", "probe", "serial:/dev/ttyEDGED0")
+    assert resets.code == 1
+    assert "not asked, since it may reset the device: uart-stk500, uart-stk500v2" in resets.err
+    nowhere = place.run("mapper", "probe", "rope:1")
+    assert nowhere.code == 1 and "an address begins with one of: fake:, serial:" in nowhere.err
+    other = place.run("mapper", "probe", "uart-stk500", "fake:bus/two")
+    assert other.code == 1 and "mapper uart-stk500 asks at serial: only, not at 'fake:bus/two'" in other.err
+
+
 def test_trust_is_set_shown_and_refreshed(place: Place, publisher: Publisher, tmp_path: Path) -> None:
     assert "app@2.0.0" in place.run("trust", "show").out
     assert place.run("trust", "refresh", "--json").json["online"] is True

@@ -64,7 +64,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--directory",
         str(folder / "wheel"),
     )
-    run(*build, cwd=ROOT / "examples/mapper")
+    run(*build, cwd=ROOT / "examples/mapper-template")
     (wheel,) = (folder / "wheel").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder / "tree")

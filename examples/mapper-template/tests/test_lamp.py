@@ -38,5 +38,6 @@ def test_conformance(edged_conformance: Check) -> None:
 
 
 def test_a_key_that_is_not_known_is_an_error() -> None:
+    (spec,) = edged_lamp.edged_mappers()
     with pytest.raises(ValueError, match="colour: found an unknown key"):
-        edged_lamp.parse_config({"colour": "red"})
+        spec.parse_config({"colour": "red"})

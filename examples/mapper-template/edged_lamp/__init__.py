@@ -1,7 +1,7 @@
 """Mapper ``lamp``: firmware for a lamp that can be asked for its version and for each byte of its one slot."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import cast
 
@@ -56,11 +56,6 @@ class LampSession:
         return bytes.fromhex((await self._ask(f"read {address} {length}"))[0])
 
 
-def parse_config(table: Mapping[str, object]) -> None:
-    if table:
-        raise ValueError(f"{min(table)}: found an unknown key; allowed: none")
-
-
 @asynccontextmanager
 async def connect(device: api.Device, env: api.Env) -> AsyncIterator[api.Session]:
     async with env.link(device.address) as link:
@@ -69,7 +64,7 @@ async def connect(device: api.Device, env: api.Env) -> AsyncIterator[api.Session
 
 @api.hookimpl
 def edged_mappers() -> Iterable[api.MapperSpec]:
-    return [api.MapperSpec("lamp", connect, parse_config, frozenset({"lamp"}))]
+    return [api.MapperSpec("lamp", connect, flash_protocols=frozenset({"lamp"}), schemes=frozenset({"tcp"}))]
 
 
 @api.hookimpl
