@@ -132,13 +132,15 @@ class SessionTraits:
 
     ``ceiling_bytes_per_s``: what the link can carry at most (115200 8N1: 11520). ``identify_disturbs``: identifying
     resets or stops the running application, so it happens only inside a job or when an operator asks.
-    ``concurrent``: ``reports()`` may go on while the session is leased.
+    ``concurrent``: ``reports()`` may go on while the session is leased. ``quiet_s``: so long may a transfer move no byte
+    and be well, such as while the device erases all of its flash; no shorter silence is taken for a stall.
     """
 
     ceiling_bytes_per_s: float
     slot_count: int = 1
     concurrent: bool = False
     identify_disturbs: bool = False
+    quiet_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +303,13 @@ class Env(Protocol):
 
         Entering raises ``Transient(LINK_BUSY)`` where an exclusive wire is in use, ``Transient(DEVICE_ABSENT)`` where
         it cannot be opened, ``Permanent(UNSUPPORTED)`` where no plugin offers the scheme.
+        """
+        ...
+
+    async def credential(self, name: str) -> str:
+        """The secret that lies in ``/etc/edged/credentials/NAME``, without white space around it: one line of text.
+
+        A device's table names it and never holds it. Raises ``Permanent(CONFIG_INVALID)`` where it is not there.
         """
         ...
 

@@ -226,7 +226,8 @@ class Policy:
 
 @attrs.frozen(kw_only=True)
 class Model:
-    """``[[model]]``: what a kind of device has. Sizes in bytes."""
+    """``[[model]]``: what a kind of device has. Sizes in bytes. ``config``: what stands in the table of the same name of
+    each of its devices that does not say otherwise."""
 
     id: str = attrs.field(validator=_is_id)
     hardware_ids: tuple[str, ...] = ()
@@ -236,6 +237,7 @@ class Model:
     )
     health: HealthSettings | None = None
     policy: Policy = Policy()
+    config: dict[str, Any] = attrs.field(factory=dict)
 
 
 @attrs.frozen(kw_only=True)
@@ -321,8 +323,24 @@ def examine(path: Path) -> Examined:
             config, trust=attrs.evolve(config.trust, repository=str(path.parent / repository))
         )
     problems = reader.problems + list(_cross_check(reader, devices))
-    config = attrs.evolve(config, model=tuple(models), device=tuple(devices))
+    config = attrs.evolve(config, model=tuple(models), device=tuple(_with_defaults(devices, models)))
     return Examined(config, problems, {name: places[0] for name, places in reader.places["device"].items()})
+
+
+def _with_defaults(devices: list[DeviceSettings], models: list[Model]) -> Iterator[DeviceSettings]:
+    tables = {model.id: model.config for model in models}
+    for device in devices:
+        yield attrs.evolve(device, config=_merged(tables.get(device.model, {}), device.config))
+
+
+def _merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables key by key, anything else as the device has it."""
+    both = {
+        key: _merged(defaults[key], own[key])
+        for key in defaults.keys() & own.keys()
+        if isinstance(defaults[key], Mapping) and isinstance(own[key], Mapping)
+    }
+    return {**defaults, **own, **both}
 
 
 def _toml_files(folder: Path) -> list[Path]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
+from edged import credentials
 from edged.api import Env, Link, LinkSpec
 from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
 
@@ -117,6 +119,9 @@ class DeviceEnv:
 
     def link(self, address: str) -> AbstractAsyncContextManager[Link]:
         return self.pool.use(address, self.user, self)
+
+    async def credential(self, name: str) -> str:
+        return await asyncio.to_thread(credentials.read, os.environ, name)
 
 
 def device_env(user: str, pool: LinkPool) -> DeviceEnv:

@@ -201,3 +201,21 @@ def test_a_link_without_an_opinion_takes_any_address(tmp_path: Path) -> None:
 def test_any_host_name_makes_a_node(monkeypatch: pytest.MonkeyPatch, host: str, node: str) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: host)
     assert Node().id == node
+
+
+def test_a_device_has_its_models_table_where_it_says_nothing_else(tmp_path: Path) -> None:
+    model = (
+        MODEL + "[model.config]\nbaud = 57600\nids = [1, 2]\n[model.config.erase]\nper = 'page'\nwait_s = 3\n"
+    )
+    own = DEVICE.format(id="b") + "[device.config]\nids = [3]\n[device.config.erase]\nwait_s = 9\n"
+    path = write(tmp_path, models=model, devices=DEVICE.format(id="a") + own)
+    found = load(path).devices
+    assert found["a"].config == {"baud": 57600, "ids": [1, 2], "erase": {"per": "page", "wait_s": 3}}
+    assert found["b"].config == {"baud": 57600, "ids": [3], "erase": {"per": "page", "wait_s": 9}}
+
+
+def test_a_fault_of_the_models_table_is_told_for_each_device(tmp_path: Path) -> None:
+    path = write(tmp_path, models=MODEL + "[model.config]\nbaud = 1\n", devices=DEVICE.format(id="a"))
+    config = load(path)
+    left = resolve(config.devices["a"], config, discover())
+    assert isinstance(left, LeftOut) and "config.baud: found 1" in left.detail

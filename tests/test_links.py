@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,3 +190,13 @@ def test_an_unknown_kind_of_wire_is_unsupported() -> None:
         assert caught.value.reason is Reason.UNSUPPORTED
 
     _run(body)
+
+
+def test_a_mapper_reads_a_secret_by_its_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "edged_pump-key").write_text("s3cret\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    env = device_env("pump-1", LinkPool({}))
+    assert asyncio.run(env.credential("pump-key")) == "s3cret"
+    with pytest.raises(Permanent, match="other.*/etc/edged/credentials") as caught:
+        asyncio.run(env.credential("other"))
+    assert caught.value.reason is Reason.CONFIG_INVALID

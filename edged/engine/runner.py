@@ -372,7 +372,7 @@ class JobRunner:
             return
         known = await self._known_release()
         if isinstance(session, SupportsReadBack) and self._device.flash_size_bytes is not None:
-            await self._read_out(session, known)
+            await self._read_out(session, self._meter(session), known)
         elif known is not None:
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "by record")
         elif self._model.policy.without_fallback:
@@ -420,11 +420,10 @@ class JobRunner:
         kept = VerifiedRelease.from_json(json.loads(found[0].verified))
         return kept if await self._is_sound(ImageKey.of_release(kept)) else None
 
-    async def _read_out(self, session: SupportsReadBack, known: VerifiedRelease | None) -> None:
+    async def _read_out(self, session: SupportsReadBack, meter: Meter, known: VerifiedRelease | None) -> None:
         """The flash is the truth: it confirms our record, or is kept itself."""
         base, size = self._device.flash_base, self._device.flash_size_bytes
         assert size is not None
-        meter = self._meter()
         flash = expect(bytes, await self._watched(meter, translated(session.read_flash, base, size, meter)))
         if len(flash) != size:
             raise Permanent(Reason.PLUGIN_FAILED, f"{len(flash)} bytes were read out, {size} were asked for")
@@ -470,7 +469,7 @@ class JobRunner:
         session, firmware = await self._firmware_session()
         try:
             async with self._shop.images.open(key) as image:
-                meter = self._meter(image.size_bytes)
+                meter = self._meter(session, image.size_bytes)
                 try:
                     await self._watched(meter, translated(firmware.stage, image, meter))
                 finally:
@@ -553,11 +552,11 @@ class JobRunner:
 
     # -- transfers
 
-    def _meter(self, image_bytes: int = 0) -> Meter:
+    def _meter(self, session: Session, image_bytes: int = 0) -> Meter:
         settings = self._shop.settings
         return Meter(
             self._shop.clock,
-            settings.stall_s,
+            max(settings.stall_s, session.traits.quiet_s),
             Checkpoints(settings.checkpoint_bytes, settings.checkpoint_s),
             image_bytes=image_bytes,
             observe_write=self._shop.observer.chunk_written,

@@ -273,6 +273,30 @@ def test_a_transfer_that_swallows_cancellation_is_left_behind(
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("quiet_s", "transfers"), [(0.0, 2), (5.0, 1)])
+def test_a_silence_that_the_mapper_announced_is_no_stall(
+    place: Place, quiet_s: float, transfers: int
+) -> None:
+    place.engine = attrs.evolve(place.engine, stall_s=0.2)
+    place.device()
+    begun = 0
+
+    async def slots(session: Any, real: Any, *args: Any) -> Slots:
+        session.traits = replace(session.traits, quiet_s=quiet_s)
+        found: Slots = await real(*args)
+        return found
+
+    async def stage(session: Any, real: Any, *args: Any) -> None:
+        nonlocal begun
+        begun += 1
+        await asyncio.sleep(0.8 if begun == 1 else 0)
+        await real(*args)
+
+    _twist(place, slots=slots, stage=stage)
+    assert _deploy(place).state is State.SUCCEEDED
+    assert begun == transfers
+
+
 async def _raises_when_cancelled(session: Any, real: Any, *args: Any) -> None:
     try:
         await asyncio.sleep(3600)
