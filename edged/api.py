@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import pluggy
 
-from edged_firmware.image import Image, Segment
+from edged_firmware.image import Image, Label, Segment
 
 __all__ = [
     "API_VERSION",
@@ -40,6 +41,7 @@ __all__ = [
     "Identity",
     "Image",
     "JsonValue",
+    "Label",
     "Link",
     "LinkSpec",
     "MapperSpec",
@@ -104,6 +106,7 @@ class Slot:
     """A place for an image on the device, as the device describes it *now*.
 
     ``runs`` is what the release's signed ``identifies_as`` is compared with; None means that the device cannot tell.
+    ``runs_name`` is compared with the release's name where the device tells a name as well, None where it has none.
     ``pending`` is "will be booted on trial at the next reset".
     """
 
@@ -113,6 +116,7 @@ class Slot:
     confirmed: bool = True
     pending: bool = False
     bootable: bool = True
+    runs_name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +317,37 @@ class Env(Protocol):
         """
         ...
 
+    @property
+    def config(self) -> object:
+        """In :attr:`LinkSpec.open`: what ``parse_config`` made of the ``[[link]]`` table of this address, or of an empty one
+        where there is none. None for a mapper, whose table is in :attr:`Device.config`."""
+        ...
+
+    def credential_file(self, name: str) -> Path:
+        """The file of such a secret, for a library that wants a file: a private key. Does not look whether it is there.
+
+        Raises ``Permanent(CONFIG_INVALID)`` where this process was given no secrets.
+        """
+        ...
+
+    def count(self, event: str) -> None:
+        """One more of what an operator should see in the metrics: letters and ``_``, a handful of fixed texts."""
+        ...
+
+    def away(self, detail: str) -> AbstractContextManager[None]:
+        """While inside, a device that comes by itself is not there, and the session waits for it, as long as it takes.
+
+        For ``connect`` and ``reports()``. Whoever wants the session meanwhile is told ``Transient(DEVICE_ABSENT, detail)``
+        at once; leaving the block wakes what waits for the device, and the session is attached as a fresh one is.
+        """
+        ...
+
+
+def no_config(table: Mapping[str, object]) -> None:
+    """The ``parse_config`` of what needs no table of its own. Raises ``ValueError`` for any key."""
+    if table:
+        raise ValueError("\n".join(f"{key}: found an unknown key; allowed: none" for key in sorted(table)))
+
 
 @dataclass(frozen=True, slots=True)
 class LinkSpec:
@@ -323,12 +358,9 @@ class LinkSpec:
     parse_address: Callable[[str], object] = str
     """Given the same rest. Raises ``ValueError`` with a useful text, such as "allowed: HOST:PORT", where ``open`` could not
     understand it; what it returns is not used. A slip is then found before the first job; without it everything passes."""
-
-
-def no_config(table: Mapping[str, object]) -> None:
-    """The ``parse_config`` of a mapper whose devices need no table of their own. Raises ``ValueError`` for any key."""
-    if table:
-        raise ValueError("\n".join(f"{key}: found an unknown key; allowed: none" for key in sorted(table)))
+    parse_config: Callable[[Mapping[str, object]], object] = no_config
+    """As :attr:`MapperSpec.parse_config`, for the ``[[link]]`` table of an address; ``open`` finds the result in
+    ``env.config``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """TOML to frozen records, with every limit of the daemon and its unit.
 
 ``edged.toml`` holds the node's settings; ``models.d/*.toml`` hold ``[[model]]`` tables and ``devices.d/*.toml``
-``[[device]]`` tables (either may also stand in ``edged.toml``). Each fault is one line: file, key, what was found, what
-is allowed. All faults are reported, not only the first: each key is read and checked for itself, and what is sound is kept
-for the checks that follow. Relative paths are relative to the folder of ``edged.toml``.
+``[[device]]`` and ``[[link]]`` tables (each may also stand in ``edged.toml``). Each fault is one line: file, key, what was
+found, what is allowed. All faults are reported, not only the first: each key is read and checked for itself, and what is
+sound is kept for the checks that follow. Relative paths are relative to the folder of ``edged.toml``.
 """
 
 from __future__ import annotations
@@ -254,6 +254,16 @@ class DeviceSettings:
 
 
 @attrs.frozen(kw_only=True)
+class LinkSettings:
+    """``[[link]]``: a wire that needs more than its address. ``config`` is its plugin's own table."""
+
+    address: str = attrs.field(
+        validator=_matches(_ADDRESS, "SCHEME:REST, such as 'mqtt:listen@0.0.0.0:8883'")
+    )
+    config: dict[str, Any] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
 class Config:
     """All settings of a node."""
 
@@ -267,6 +277,7 @@ class Config:
     log: LogSettings = LogSettings()
     model: tuple[Model, ...] = ()
     device: tuple[DeviceSettings, ...] = ()
+    link: tuple[LinkSettings, ...] = ()
 
     @property
     def models(self) -> dict[str, Model]:
@@ -285,12 +296,14 @@ class _Models:
 @attrs.frozen(kw_only=True)
 class _Devices:
     device: tuple[DeviceSettings, ...] = ()
+    link: tuple[LinkSettings, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Examined:
     """What :func:`examine` found. ``config`` is what is sound: a key with a fault has its default there, a model or device
-    with one is missing. ``places`` says by device where it stands, for further faults: ``FILE: device[0]``."""
+    with one is missing. ``places`` says by device, and by address of a link, where it stands, for further faults:
+    ``FILE: device[0]``."""
 
     config: Config
     problems: list[str]
@@ -312,19 +325,24 @@ def examine(path: Path) -> Examined:
     """:func:`load` for whoever wants to go on with what is sound."""
     reader = _Reader(path.parent)
     config = reader.read(path, Config) or Config()
-    models, devices = list(config.model), list(config.device)
+    models, devices, links = list(config.model), list(config.device), list(config.link)
     for file in _toml_files(path.parent / "models.d"):
         models += (reader.read(file, _Models) or _Models()).model
     for file in _toml_files(path.parent / "devices.d"):
-        devices += (reader.read(file, _Devices) or _Devices()).device
+        found = reader.read(file, _Devices) or _Devices()
+        devices += found.device
+        links += found.link
     repository = config.trust.repository
     if repository and "://" not in repository:
         config = attrs.evolve(
             config, trust=attrs.evolve(config.trust, repository=str(path.parent / repository))
         )
     problems = reader.problems + list(_cross_check(reader, devices))
-    config = attrs.evolve(config, model=tuple(models), device=tuple(_with_defaults(devices, models)))
-    return Examined(config, problems, {name: places[0] for name, places in reader.places["device"].items()})
+    described = tuple(_with_defaults(devices, models))
+    config = attrs.evolve(config, model=tuple(models), device=described, link=tuple(links))
+    # an address has a colon, an id has none
+    known = reader.places["device"] | reader.places["link"]
+    return Examined(config, problems, {name: places[0] for name, places in known.items()})
 
 
 def _with_defaults(devices: list[DeviceSettings], models: list[Model]) -> Iterator[DeviceSettings]:
@@ -350,7 +368,10 @@ def _toml_files(folder: Path) -> list[Path]:
 _LISTS: dict[object, tuple[str, type]] = {
     tuple[Model, ...]: ("model", Model),
     tuple[DeviceSettings, ...]: ("device", DeviceSettings),
+    tuple[LinkSettings, ...]: ("link", LinkSettings),
 }
+
+_NAMES = {"model": "id", "device": "id", "link": "address"}
 
 
 class _Reader:
@@ -363,7 +384,7 @@ class _Reader:
 
     def __init__(self, folder: Path) -> None:
         self.problems: list[str] = []
-        self.places: dict[str, dict[str, list[str]]] = {"model": {}, "device": {}}
+        self.places: dict[str, dict[str, list[str]]] = {"model": {}, "device": {}, "link": {}}
         self.unread = False
         self._file = folder
         self._path = ""
@@ -435,7 +456,7 @@ class _Reader:
         return tuple(found)
 
     def _note_place(self, name: str, item: object) -> None:
-        told = item.get("id") if isinstance(item, Mapping) else None
+        told = item.get(_NAMES[name]) if isinstance(item, Mapping) else None
         if isinstance(told, str):
             self.places[name].setdefault(told, []).append(f"{self._file}: {self._path}")
         else:
@@ -522,10 +543,10 @@ _TOGETHER: dict[type, Callable[[Mapping[str, Any]], _Fits]] = {
 
 def _cross_check(reader: _Reader, devices: list[DeviceSettings]) -> Iterator[str]:
     """What no single table can tell: ids used twice, devices of a model that nobody described."""
-    for kind in ("model", "device"):
+    for kind, key in _NAMES.items():
         for name, places in sorted(reader.places[kind].items()):
             for place in places[1:]:
-                yield f"{place}.id: found {name!r}, which is {places[0]} already; allowed: each id once"
+                yield f"{place}.{key}: found {name!r}, which is {places[0]} already; allowed: each {key} once"
     if reader.unread:
         return  # it may be the model that could not be read
     known = ", ".join(sorted(reader.places["model"])) or "none, since no model is described"

@@ -56,7 +56,7 @@ def build(ground: Ground, verify: Verify = verify_in_child) -> Core:
     config, store, clock = ground.config, ground.store, ground.clock
     broadcast = Broadcast()
     reports = Reports(store, clock, broadcast, config.storage.report_interval_s)
-    devices = Devices(config, ground.plugins, store, reports, clock)
+    devices = Devices(config, ground.plugins, store, reports, clock, ground.observer.mapper_event)
     folder = config.node.state_dir / "trust"
     trust = Trust(
         store,

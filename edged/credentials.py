@@ -18,19 +18,26 @@ _MOST_BYTES: Final = 65536
 _CURE: Final = "put it into /etc/edged/credentials and start the daemon again"
 
 
-def read(environment: Mapping[str, str], name: str) -> str:
-    """The text of the credential ``name``, without white space around it. Blocks.
-
-    Raises ``Permanent(CONFIG_INVALID)`` where it is not there, is no text, or is empty; never shows what is in it.
-    """
+def path(environment: Mapping[str, str], name: str) -> Path:
+    """The file of the credential ``name``, which may not be there. Raises ``Permanent(CONFIG_INVALID)`` where there is no
+    folder of credentials."""
     folder = environment.get("CREDENTIALS_DIRECTORY")
     if not folder:
         raise Permanent(
             Reason.CONFIG_INVALID,
             f"credential {name!r}: there are none; run by hand, set CREDENTIALS_DIRECTORY; under systemd: {_CURE}",
         )
+    return Path(folder) / f"{_PREFIX}{name}"
+
+
+def read(environment: Mapping[str, str], name: str) -> str:
+    """The text of the credential ``name``, without white space around it. Blocks.
+
+    Raises ``Permanent(CONFIG_INVALID)`` where it is not there, is no text, or is empty; never shows what is in it.
+    """
+    file_path = path(environment, name)
     try:
-        with (Path(folder) / f"{_PREFIX}{name}").open("rb") as file:
+        with file_path.open("rb") as file:
             data = file.read(_MOST_BYTES + 1)
         text = data.decode().strip()
     except OSError as exc:

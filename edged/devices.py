@@ -16,19 +16,20 @@ from edged.api import (
     Reported,
     Session,
     SessionTraits,
+    Slot,
     Slots,
     SupportsDesired,
     SupportsFirmware,
     SupportsReadBack,
 )
 from edged.clock import Clock
-from edged.config import Config, DeviceSettings, Model
-from edged.domain.admission import check_identity
+from edged.config import Config, DeviceSettings, LinkSettings, Model
+from edged.domain.admission import check_identity, runs
 from edged.domain.job import ACTIVE_STATES, State
 from edged.domain.reconcile import FIRMWARE, release_of
 from edged.domain.twin import Value, delta
 from edged.errors import Permanent, Reason, Refused
-from edged.links import LinkPool, device_env
+from edged.links import LinkPool, device_env, link_config
 from edged.plugins import Plugins
 from edged.reports import Reports
 from edged.sessions import DeviceUnit, Sessions, expect, plugin_call
@@ -112,7 +113,29 @@ def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, obj
     return faults or (spec, parsed)
 
 
-def _address_faults(settings: DeviceSettings, plugins: Plugins, spec: MapperSpec | None) -> Iterator[Fault]:
+def examine_link(settings: LinkSettings, plugins: Plugins) -> list[Fault]:
+    """Every fault of a wire's own table."""
+    faults = list(_address_faults(settings, plugins, None))
+    parsed = None if faults else _link_config(settings, plugins)
+    if isinstance(parsed, Permanent):
+        faults = [Fault(parsed.reason, line) for line in parsed.detail.splitlines()]
+    return faults
+
+
+def _link_config(settings: LinkSettings, plugins: Plugins) -> object:
+    """What the wire's plugin makes of its table, or the ``Permanent`` that says why nothing."""
+    scheme = settings.address.partition(":")[0]
+    if scheme not in plugins.links:
+        return Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r}")
+    try:
+        return link_config(plugins.links[scheme], settings.config)
+    except Permanent as exc:
+        return exc
+
+
+def _address_faults(
+    settings: DeviceSettings | LinkSettings, plugins: Plugins, spec: MapperSpec | None
+) -> Iterator[Fault]:
     scheme, _, rest = settings.address.partition(":")
     found = f"address: found {settings.address!r}"
     allowed = {known for known in plugins.links if spec is None or spec.reaches(f"{known}:")}
@@ -143,9 +166,16 @@ class Devices:
     """
 
     def __init__(
-        self, config: Config, plugins: Plugins, store: Store, reports: Reports, clock: Clock
+        self,
+        config: Config,
+        plugins: Plugins,
+        store: Store,
+        reports: Reports,
+        clock: Clock,
+        count: Callable[[str, str], None],
     ) -> None:
-        self.pool = LinkPool(plugins.links)
+        configs = {link.address: _link_config(link, plugins) for link in config.link}
+        self.pool = LinkPool(plugins.links, configs, count)
         self.left_out: dict[str, LeftOut] = {}
         self.attached: dict[str, Attached] = {}
         self.drifted: Callable[[str], None] = lambda device: None
@@ -211,11 +241,13 @@ class Devices:
     async def _notice_version(self, device: Device, slots: Slots) -> None:
         """A device that came back with another image than the last job left in it: say that nobody knows what it runs, and
         have it reconciled."""
-        runs = slots.active.runs if slots.active else None
-        if runs is None:
+        active = slots.active
+        if active is None or active.runs is None:
             return
-        if await self._store.write(lambda tx: _forget_if_other(tx, device.id, runs)):
-            log.warning("device came back with another image", extra={"device": device.id, "runs": runs})
+        if await self._store.write(lambda tx: _forget_if_other(tx, device.id, active)):
+            log.warning(
+                "device came back with another image", extra={"device": device.id, "runs": active.runs}
+            )
             self.drifted(device.id)
 
     async def _apply(
@@ -236,8 +268,8 @@ class Devices:
         return rejected
 
 
-def _forget_if_other(tx: Tx, device: str, runs: str) -> bool:
-    """Whether ``runs`` is not what the release identifies as that the twin reports; the report is then taken back.
+def _forget_if_other(tx: Tx, device: str, active: Slot) -> bool:
+    """Whether ``active`` does not run the release that the twin reports; the report is then taken back.
 
     Never while a job changes the device: a trial boot runs another image, and the job says how it ended.
     """
@@ -250,10 +282,10 @@ def _forget_if_other(tx: Tx, device: str, runs: str) -> bool:
     last = next(iter(jobs.find(tx, device=device, states=(State.SUCCEEDED,), limit=1)), None)
     if last is None or last.verified is None or last.release != release:
         return False
-    if VerifiedRelease.from_json(json.loads(last.verified)).facts.identifies_as == runs:
+    if runs(VerifiedRelease.from_json(json.loads(last.verified)).facts, active):
         return False
     twins.set_reported(tx, device, FIRMWARE, None, "device")
-    audit.append(tx, "engine", "device.drifted", {"device": device, "expected": release, "runs": runs})
+    audit.append(tx, "engine", "device.drifted", {"device": device, "expected": release, "runs": active.runs})
     return True
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edged import credentials
 from edged.api import Env, Link, LinkSpec
 from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
+
+log = logging.getLogger("edged.mapper")
 
 
 @dataclass(slots=True)
@@ -25,11 +28,26 @@ class _Shared:
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class LinkPool:
-    """All open wires of this daemon, by address."""
+def _not_counted(source: str, event: str) -> None:
+    return None
 
-    def __init__(self, specs: Mapping[str, LinkSpec]) -> None:
+
+class LinkPool:
+    """All open wires of this daemon, by address.
+
+    ``configs``: what each address's ``[[link]]`` table was parsed to, or why it could not be. ``count`` is told who counted
+    which event.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, LinkSpec],
+        configs: Mapping[str, object | Permanent] | None = None,
+        count: Callable[[str, str], None] = _not_counted,
+    ) -> None:
         self._specs = specs
+        self._configs = configs or {}
+        self.count = count
         self._shared: dict[str, _Shared] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
 
@@ -38,12 +56,12 @@ class LinkPool:
         return {address: tuple(shared.users) for address, shared in self._shared.items()}
 
     @asynccontextmanager
-    async def use(self, address: str, user: str, env: Env) -> AsyncIterator[Link]:
+    async def use(self, address: str, user: str) -> AsyncIterator[Link]:
         """Use the wire at ``address`` as ``user`` (for messages).
 
         Raises ``Transient(LINK_BUSY)``, whatever opening it raises, or ``Permanent(UNSUPPORTED)``.
         """
-        shared = self._shared.get(address) or self._open(address, env)
+        shared = self._shared.get(address) or self._open(address)
         shared.users.append(user)
         try:
             link = await asyncio.shield(shared.opened)
@@ -55,18 +73,29 @@ class LinkPool:
             if not shared.users:
                 await self._close(address, shared)
 
-    def _open(self, address: str, env: Env) -> _Shared:
+    def _open(self, address: str) -> _Shared:
         scheme, _, rest = address.partition(":")
         spec = self._specs.get(scheme)
         if spec is None:
             known = ", ".join(sorted(self._specs)) or "none"
             raise Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r} in {address!r}; links: {known}")
+        env = self._link_env(spec, address)
         shared = _Shared(asyncio.get_running_loop().create_future())
         shared.holder = asyncio.create_task(
             _hold(spec, rest, env, shared, self._closing.get(address)), name=f"link {address}"
         )
         self._shared[address] = shared
         return shared
+
+    def _link_env(self, spec: LinkSpec, address: str) -> DeviceEnv:
+        """A wire's own environment: it outlives its first user. Raises ``Permanent(CONFIG_INVALID)``."""
+        config = self._configs.get(address)
+        if isinstance(config, Permanent):
+            raise config
+        if address not in self._configs:
+            config = link_config(spec, {})
+        adapter = logging.LoggerAdapter(log, {"link": address})
+        return DeviceEnv(address, self, adapter, config)
 
     async def _close(self, address: str, shared: _Shared) -> None:
         if self._shared.get(address) is shared:
@@ -109,16 +138,38 @@ def _fail(shared: _Shared, error: EdgedError) -> None:
         shared.opened.exception()  # a user that was cancelled meanwhile does not ask for it
 
 
+def link_config(spec: LinkSpec, table: Mapping[str, object]) -> object:
+    """What the plugin makes of a wire's own table. Raises ``Permanent``: ``CONFIG_INVALID``, a fault in each line, or
+    ``PLUGIN_FAILED``."""
+    try:
+        return spec.parse_config(table)
+    except ValueError as exc:
+        faults = str(exc).splitlines() or [repr(exc)]
+        raise Permanent(Reason.CONFIG_INVALID, "\n".join(f"config.{line}" for line in faults)) from exc
+    except Exception as exc:
+        raise meaning(exc) from exc
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceEnv:
-    """The ``Env`` of one user of links: a device's mapper, or a probe."""
+    """The ``Env`` of one user of links: a device's mapper, a probe, or the wire itself."""
 
     user: str
     pool: LinkPool
     log: logging.LoggerAdapter[logging.Logger]
+    config: object = None
 
     def link(self, address: str) -> AbstractAsyncContextManager[Link]:
-        return self.pool.use(address, self.user, self)
+        return self.pool.use(address, self.user)
+
+    def credential_file(self, name: str) -> Path:
+        return credentials.path(os.environ, name)
+
+    def count(self, event: str) -> None:
+        self.pool.count(self.user, event)
+
+    def away(self, detail: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     async def credential(self, name: str) -> str:
         return await asyncio.to_thread(credentials.read, os.environ, name)
@@ -126,4 +177,4 @@ class DeviceEnv:
 
 def device_env(user: str, pool: LinkPool) -> DeviceEnv:
     """An environment whose log lines carry the device's id."""
-    return DeviceEnv(user, pool, logging.LoggerAdapter(logging.getLogger("edged.mapper"), {"device": user}))
+    return DeviceEnv(user, pool, logging.LoggerAdapter(log, {"device": user}))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FAST_BUCKETS_S = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 1.0)
 DISK_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+MOST_EVENTS = 10_000
+"""Pairs of source and event that are counted apart."""
 WIRE_BUCKETS_S = (0.01, 0.05, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
@@ -74,6 +76,7 @@ class Metrics:
         self._ended: dict[tuple[State, Reason | None], int] = defaultdict(int)
         self._fetched: dict[str, int] = defaultdict(int)
         self._sent: dict[str, int] = defaultdict(int)
+        self._events: dict[tuple[str, ...], int] = defaultdict(int)
         self._utilisation: dict[str, float] = {}
         self._chunk_verify = Histogram(FAST_BUCKETS_S)
         self._chunk_write = Histogram(WIRE_BUCKETS_S)
@@ -102,6 +105,15 @@ class Metrics:
 
     def trust_refreshed(self, stale_s: float, online: bool) -> None:
         self._trust = (self._clock.now().timestamp(), stale_s, online)
+
+    def mapper_event(self, source: str, event: str) -> None:
+        # a plugin that makes up names for ever must not fill the memory
+        key = (
+            (source, event)
+            if (source, event) in self._events or len(self._events) < MOST_EVENTS
+            else ("", "")
+        )
+        self._events[key] += 1
 
     def committed(self, seconds: float) -> None:
         """The store's ``observe``."""
@@ -143,6 +155,12 @@ class Metrics:
             "Bytes per second of the last transfer by the ceiling of its link",
             ("device",),
             _keyed(self._utilisation),
+        )
+        yield _counter(
+            "edged_mapper_events",
+            "What mappers count, by device or link",
+            ("source", "event"),
+            dict(self._events.copy()),
         )
         yield _histogram(
             "edged_chunk_verify_seconds", "Time to verify a chunk against its index", self._chunk_verify

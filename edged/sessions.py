@@ -8,12 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from edged.api import Device, Env, MapperSpec, Reported, Session
+from edged.api import Device, Env, Link, MapperSpec, Reported, Session
 from edged.clock import Clock
 from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
 from edged.supervisor import RestartPolicy, Unit, is_cancelled
@@ -84,6 +90,32 @@ def expect(kind: type[T], answer: object) -> T:
     return answer
 
 
+class _UnitEnv:
+    """A device's environment, whose ``away`` its unit hears."""
+
+    config: object = None
+
+    def __init__(self, env: Env, away: Callable[[str], AbstractContextManager[None]]) -> None:
+        self._env = env
+        self.away = away
+
+    @property
+    def log(self) -> logging.LoggerAdapter[logging.Logger]:
+        return self._env.log
+
+    def link(self, address: str) -> AbstractAsyncContextManager[Link]:
+        return self._env.link(address)
+
+    async def credential(self, name: str) -> str:
+        return await self._env.credential(name)
+
+    def credential_file(self, name: str) -> Path:
+        return self._env.credential_file(name)
+
+    def count(self, event: str) -> None:
+        self._env.count(event)
+
+
 @dataclass(eq=False, slots=True)
 class _Loan:
     """A borrower: ``granted`` brings the session, ``returned`` says whether the wire is in a known state."""
@@ -123,7 +155,7 @@ class DeviceUnit:
         self.device = device
         self.spec = spec
         self.unit = Unit(f"device {device.id}", self._body, policy or RestartPolicy(), clock)
-        self._env = env
+        self._env = _UnitEnv(env, self._away)
         self._report = report
         self._attached = attached
         self._watch = watch
@@ -131,15 +163,36 @@ class DeviceUnit:
         self._loans: deque[_Loan] = deque()
         self._wanted = asyncio.Event()
         self._refresh = False
+        self._absent: Transient | None = None
+        self._connecting: asyncio.Timeout | None = None
 
     async def run(self) -> None:
         """The unit's task; see :meth:`edged.supervisor.Unit.run`."""
         await self.unit.run()
 
     def refresh(self) -> None:
-        """Something that the device should take has changed: call ``attached`` again."""
-        self._refresh = True
-        self._wanted.set()
+        """Something that the device should take has changed: call ``attached`` again. One that is away gets it when it
+        is back."""
+        if self._absent is None:
+            self._refresh = True
+            self._wanted.set()
+
+    @contextmanager
+    def _away(self, detail: str) -> Iterator[None]:
+        """See :meth:`edged.api.Env.away`."""
+        self._absent = Transient(Reason.DEVICE_ABSENT, detail)
+        self._turn_away(self._absent)
+        self.unit.absent(detail)
+        if self._connecting is not None:
+            self._connecting.reschedule(None)
+        try:
+            yield
+        finally:
+            self._absent = None
+            if self._connecting is not None:
+                self._connecting.reschedule(asyncio.get_running_loop().time() + self._call_s)
+        self.unit.running()
+        self.refresh()
 
     @asynccontextmanager
     async def lease(self, timeout_s: float) -> AsyncIterator[Lease]:
@@ -148,6 +201,8 @@ class DeviceUnit:
         Raises ``Transient(LINK_BUSY)`` after ``timeout_s``, or what connecting raised. A body that ends with an error
         makes the unit open a fresh session afterwards.
         """
+        if self._absent is not None:
+            raise Transient(self._absent.reason, self._absent.detail)
         loop = asyncio.get_running_loop()
         loan = _Loan(loop.create_future(), loop.create_future())
         self._loans.append(loan)
@@ -193,8 +248,12 @@ class DeviceUnit:
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Session]:
         manager = self.spec.connect(self.device, self._env)
-        async with self._limited("connecting"):
-            session = await manager.__aenter__()
+        async with self._limited("connecting") as limit:
+            self._connecting = limit
+            try:
+                session = await manager.__aenter__()
+            finally:
+                self._connecting = None
         try:
             yield session
         except BaseException as exc:
@@ -208,11 +267,11 @@ class DeviceUnit:
             await manager.__aexit__(type(exc) if exc else None, exc, exc.__traceback__ if exc else None)
 
     @asynccontextmanager
-    async def _limited(self, what: str) -> AsyncIterator[None]:
+    async def _limited(self, what: str) -> AsyncIterator[asyncio.Timeout]:
         limit = asyncio.timeout(self._call_s)
         try:
             async with limit:
-                yield
+                yield limit
         except TimeoutError as exc:
             if not limit.expired():
                 raise

@@ -30,6 +30,8 @@ class UnitState(StrEnum):
 
     STARTING = "starting"
     RUNNING = "running"
+    ABSENT = "absent"
+    """It is up, and what it is for is not there."""
     BACKING_OFF = "backing_off"
     GIVEN_UP = "given_up"
 
@@ -67,6 +69,10 @@ class Unit:
     def running(self) -> None:
         """Called by the body when it is up. Only a run of ``healthy_s`` makes the back-off start small again."""
         self.state, self.reason, self.detail = UnitState.RUNNING, None, ""
+
+    def absent(self, detail: str) -> None:
+        """Called by the body while it waits for what comes by itself."""
+        self.state, self.reason, self.detail = UnitState.ABSENT, Reason.DEVICE_ABSENT, detail
 
     def wake(self) -> None:
         """Somebody needs the unit now: end its back-off, or give a unit that gave up one more try."""

@@ -161,6 +161,25 @@ def test_check_config_asks_mapper_and_link_and_lists_all_in_one_run(tmp_path: Pa
     ]
 
 
+def test_a_link_has_a_table_of_its_own_and_its_faults_are_told(tmp_path: Path) -> None:
+    link = '[[link]]\naddress = "{}"\n[link.config]\nodd = 1\neven = 2\n'
+    path = write(tmp_path, node=MODEL, devices=link.format("serial:/dev/ttyUSB0") + link.format("rope:x"))
+    answer = CliRunner().invoke(main, ["--config", str(path), "check-config"])
+    where = f"edged: configuration: {tmp_path}/devices.d/x.toml"
+    assert answer.exit_code == 2
+    # the links that are installed are more than one
+    assert [line.partition("; allowed")[0] for line in answer.stderr.splitlines()] == [
+        f"{where}: link[0].config.even: found an unknown key",
+        f"{where}: link[0].config.odd: found an unknown key",
+        f"{where}: link[1].address: found 'rope:x'",
+    ]
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    path = write(twice, node=MODEL, devices=link.format("serial:a") * 2)
+    assert "link[1].address: found 'serial:a', which is" in faults(path)[0]
+    assert "link[0]" in faults(path)[0]
+
+
 def test_the_doctor_sees_an_address_that_nobody_understands(tmp_path: Path) -> None:
     path = write(tmp_path, node=MODEL + DEVICE.format(id="a").replace("/dev/ttyUSB0", "board/tty"))
     said = CliRunner().invoke(main, ["--config", str(path), "doctor"]).stdout

@@ -77,6 +77,7 @@ TABLES: dict[str, type] = {
     "### `[model.health]`": config.HealthSettings,
     "### `[model.policy]`": config.Policy,
     "## `[[device]]`": config.DeviceSettings,
+    "## `[[link]]`": config.LinkSettings,
 }
 TYPES = {
     "str": "text",
@@ -133,8 +134,8 @@ def test_every_key_has_its_row(heading: str) -> None:
 
 def test_every_table_of_the_configuration_is_told() -> None:
     kinds = {attrs.fields_dict(config.Config)[name].type for name in attrs.fields_dict(config.Config)}
-    assert len(kinds) == 10 and set(attrs.fields_dict(config.Config)) == {
-        "node", "api", "trust", "fetch", "storage", "engine", "metrics", "log", "model", "device",
+    assert len(kinds) == 11 and set(attrs.fields_dict(config.Config)) == {
+        "node", "api", "trust", "fetch", "storage", "engine", "metrics", "log", "model", "device", "link",
     }  # fmt: skip
 
 
@@ -208,6 +209,7 @@ def _exposed() -> dict[str, tuple[str, frozenset[str], str]]:
     for observe in (metrics.chunk_verified, metrics.chunk_written, metrics.committed):
         observe(0.01)
     metrics.trust_refreshed(0.0, online=True)
+    metrics.mapper_event("dev-1", "event")
     snapshot = Snapshot(
         writable=True,
         jobs={(State.QUEUED, None): 1},

@@ -182,6 +182,37 @@ def test_what_opening_raises_reaches_all_users_and_the_next_try_is_fresh(
     _run(body)
 
 
+def test_a_wire_is_opened_with_its_own_table_and_counts_in_its_own_name() -> None:
+    seen: list[object] = []
+    counted: list[tuple[str, str]] = []
+
+    @asynccontextmanager
+    async def opening(rest: str, env: Env) -> AsyncIterator[Link]:
+        seen.append(env.config)
+        env.count("opened")
+        yield Wire(f"wire:{rest}", exclusive=False)
+
+    spec = LinkSpec("wire", opening, parse_config=dict)
+    pool = LinkPool(
+        {"wire": spec},
+        {"wire:a": {"x": 1}, "wire:bad": Permanent(Reason.CONFIG_INVALID, "config.x: found 2")},
+        lambda source, event: counted.append((source, event)),
+    )
+
+    async def body() -> None:
+        env = device_env("one", pool)
+        async with env.link("wire:a"), env.link("wire:b"):
+            env.count("used")
+        assert seen == [{"x": 1}, {}]
+        assert counted == [("wire:a", "opened"), ("wire:b", "opened"), ("one", "used")]
+        with pytest.raises(Permanent, match="found 2"):
+            async with env.link("wire:bad"):
+                pass
+        assert not pool.users()
+
+    _run(body)
+
+
 def test_an_unknown_kind_of_wire_is_unsupported() -> None:
     async def body() -> None:
         with pytest.raises(Permanent, match="links: wire") as caught:

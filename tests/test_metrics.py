@@ -20,7 +20,7 @@ from edged.clock import SystemClock
 from edged.domain.job import State
 from edged.engine.observer import Observer
 from edged.errors import Reason
-from edged.metrics import DISK_BUCKETS_S, Histogram, Metrics, Snapshot
+from edged.metrics import DISK_BUCKETS_S, MOST_EVENTS, Histogram, Metrics, Snapshot
 from edged.supervisor import UnitState
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -89,6 +89,16 @@ def test_what_passes_by_is_counted_where_it_belongs() -> None:
     assert value(found, "edged_store_commit_seconds_sum") == 0.003
     assert value(found, "edged_trust_stale_seconds") == 30
     assert value(found, "edged_trust_online") == 0
+
+
+def test_what_mappers_count_is_bounded() -> None:
+    metrics = Metrics(SystemClock(), {})
+    for number in range(MOST_EVENTS + 5):
+        metrics.mapper_event("dev-1", f"e{number}")
+    metrics.mapper_event("dev-1", "e0")
+    found = samples(metrics.render(SNAPSHOT)[0].decode())
+    assert value(found, "edged_mapper_events_total", source="dev-1", event="e0") == 2
+    assert value(found, "edged_mapper_events_total", source="", event="") == 5
 
 
 def test_what_is_asked_is_shown_with_any_name() -> None:

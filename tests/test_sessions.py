@@ -301,6 +301,84 @@ def test_reports_that_swallow_cancellation_are_the_plugins_fault(monkeypatch: py
     _run(Mapper(Stubborn).connect, check)
 
 
+class Caller:
+    """A device that comes by itself: ``here`` says whether it is there."""
+
+    def __init__(self) -> None:
+        self.here = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.opened = 0
+
+    @asynccontextmanager
+    async def connect(self, device: Device, env: Env) -> AsyncIterator[Any]:
+        self.opened += 1
+        self.env = env
+        if not self.here.is_set():
+            with env.away("it sleeps"):
+                await self.here.wait()
+        yield self
+
+    traits = SessionTraits(1.0)
+
+    async def reports(self) -> AsyncIterator[Reported]:
+        while True:
+            yield Reported("x", 1)
+            await self.gone.wait()
+            with self.env.away("it sleeps again"):
+                await self.here.wait()
+
+
+def test_whoever_wants_a_device_that_is_away_is_told_at_once_and_its_return_attaches_it_anew() -> None:
+    caller = Caller()
+
+    async def check(unit: DeviceUnit, seen: Seen) -> None:
+        await _until(lambda: unit.unit.state is UnitState.ABSENT)
+        assert (unit.unit.reason, unit.unit.detail) == (Reason.DEVICE_ABSENT, "it sleeps")
+        # longer than connecting may take
+        await asyncio.sleep(0.3)
+        with pytest.raises(Transient, match="it sleeps") as caught:
+            async with unit.lease(30):
+                raise AssertionError("lent")
+        assert caught.value.reason is Reason.DEVICE_ABSENT
+        unit.refresh()
+        caller.here.set()
+        await _until(lambda: seen.attached == 1 and unit.unit.state is UnitState.RUNNING)
+        caller.here.clear()
+        caller.gone.set()
+        await _until(lambda: unit.unit.state is UnitState.ABSENT)
+        unit.refresh()
+        await asyncio.sleep(0.05)
+        assert seen.attached == 1, "a device that is away was attached"
+        caller.gone.clear()
+        caller.here.set()
+        await _until(lambda: seen.attached == 2)
+        async with unit.lease(1) as lease:
+            assert lease.session is caller
+        assert caller.opened == 1, "the session was opened again in between"
+
+    _run(caller.connect, check, call_s=0.2)
+
+
+def test_a_borrower_that_waits_while_the_device_goes_is_turned_away() -> None:
+    caller = Caller()
+
+    async def check(unit: DeviceUnit, seen: Seen) -> None:
+        caller.here.set()
+        await _until(lambda: seen.attached == 1)
+        async with unit.lease(1):
+            waiting = asyncio.create_task(_borrow(unit))
+            await asyncio.sleep(0.01)
+            with caller.env.away("left"), pytest.raises(Transient, match="left"):
+                await waiting
+
+    _run(caller.connect, check)
+
+
+async def _borrow(unit: DeviceUnit) -> None:
+    async with unit.lease(5):
+        pass
+
+
 def test_connecting_that_hangs_is_given_up_and_tried_again() -> None:
     tries = 0
 

@@ -106,6 +106,9 @@ def check_config(context: Context, as_json: bool) -> None:
         seen = devices.examine(settings, installed)
         if isinstance(seen, list):
             problems += [f"{found.places[settings.id]}.{fault.detail}" for fault in seen]
+    for link in found.config.link:
+        faults = devices.examine_link(link, installed)
+        problems += [f"{found.places[link.address]}.{fault.detail}" for fault in faults]
     if problems:
         _give_up(problems, as_json=as_json)
     models, described = found.config.model, found.config.device

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from edged.api import Device, Identity, Segment
+from edged.api import Device, Identity, Segment, Slot
 from edged.errors import Reason, Refused
 from edged_firmware.facts import ReleaseFacts
 
@@ -69,6 +69,13 @@ def admit(facts: ReleaseFacts, known: Admission) -> None:
                 f"{facts.ref} requires {need.component} with release counter {need.counter} or higher; "
                 f"{device.id} has {held}",
             )
+
+
+def runs(facts: ReleaseFacts, slot: Slot | None) -> bool | None:
+    """Whether ``slot`` runs the release that ``facts`` describe; None where the device cannot tell."""
+    if slot is None or slot.runs is None:
+        return None
+    return slot.runs == facts.identifies_as and slot.runs_name in (None, facts.name)
 
 
 def check_identity(device: Device, hardware_ids: tuple[str, ...], identity: Identity) -> None:

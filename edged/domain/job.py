@@ -67,7 +67,8 @@ class Fallback:
     """What is flashed when the new image is not good; verified on the node's disk before the first erase.
 
     ``image_sha256`` and ``index_sha256`` name artifacts. ``release`` is ``NAME@VERSION`` where it is known to be one,
-    None where the device's flash was read out. ``params`` are the release's signed parameters of the flash protocol.
+    None where the device's flash was read out. ``params`` are the release's signed parameters of the flash protocol,
+    ``identifies_as`` is what the device answers when it runs.
     """
 
     image_sha256: str
@@ -75,6 +76,7 @@ class Fallback:
     opaque: bool
     release: str | None
     params: Mapping[str, ParamValue] = field(default_factory=dict, hash=False)
+    identifies_as: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

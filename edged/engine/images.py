@@ -17,9 +17,9 @@ from edged.errors import Reason, Transient
 from edged.store.artifacts import Artifacts
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.durable import write_durably
-from edged_firmware.facts import ParamValue, SignedTarget, VerifiedRelease
+from edged_firmware.facts import ParamValue, ReleaseRef, SignedTarget, VerifiedRelease
 from edged_firmware.fetch import Expected, Fetcher
-from edged_firmware.image import FileSource, pack
+from edged_firmware.image import FileSource, Label, pack
 
 Progress = Callable[[int, int], None]
 READ_OUT_CHUNK_BYTES = 4096
@@ -27,22 +27,29 @@ READ_OUT_CHUNK_BYTES = 4096
 
 @dataclass(frozen=True, slots=True)
 class ImageKey:
-    """An image on disk by what it is: digests of the image file and of its chunk index; and how it is flashed."""
+    """An image on disk by what it is: digests of the image file and of its chunk index; how it is flashed, and what it is
+    called."""
 
     image_sha256: str
     index_sha256: str
     opaque: bool
     params: tuple[tuple[str, ParamValue], ...] = ()
+    label: Label | None = None
 
     @classmethod
     def of_release(cls, release: VerifiedRelease) -> ImageKey:
-        params = tuple(sorted(release.facts.flash.params.items()))
-        return cls(release.image.sha256, release.index.sha256, release.facts.format == "opaque", params)
+        facts = release.facts
+        params = tuple(sorted(facts.flash.params.items()))
+        label = Label(facts.name, facts.identifies_as)
+        return cls(release.image.sha256, release.index.sha256, facts.format == "opaque", params, label)
 
     @classmethod
     def of_fallback(cls, fallback: Fallback) -> ImageKey:
         params = tuple(sorted(fallback.params.items()))
-        return cls(fallback.image_sha256, fallback.index_sha256, fallback.opaque, params)
+        label = None
+        if fallback.release and fallback.identifies_as:
+            label = Label(ReleaseRef.parse(fallback.release).name, fallback.identifies_as)
+        return cls(fallback.image_sha256, fallback.index_sha256, fallback.opaque, params, label)
 
 
 class Images:
@@ -126,7 +133,8 @@ class Images:
         """The verified reader. Raises ``Refused`` where the files are not what ``key`` says."""
         index = await self._index(key.index_sha256)
         async with FileSource(self._artifacts.path(key.image_sha256)) as source:
-            yield await Image.open(source, index, key.opaque, self._observer.chunk_verified, dict(key.params))
+            observe = self._observer.chunk_verified
+            yield await Image.open(source, index, key.opaque, observe, dict(key.params), key.label)
 
     async def _index(self, sha256: str) -> ChunkIndex:
         path = self._artifacts.path(sha256)

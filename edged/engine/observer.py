@@ -31,6 +31,10 @@ class Observer(Protocol):
 
     def trust_refreshed(self, stale_s: float, online: bool) -> None: ...
 
+    def mapper_event(self, source: str, event: str) -> None:
+        """What a mapper counts: ``source`` is the id of a device, or the address of a link."""
+        ...
+
 
 class Silent:
     """Nobody listens."""
@@ -54,4 +58,7 @@ class Silent:
         pass
 
     def trust_refreshed(self, stale_s: float, online: bool) -> None:
+        pass
+
+    def mapper_event(self, source: str, event: str) -> None:
         pass

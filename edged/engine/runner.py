@@ -21,6 +21,7 @@ from edged.api import (
     Identity,
     Session,
     SessionTraits,
+    Slot,
     Slots,
     SupportsFirmware,
     SupportsHealth,
@@ -83,7 +84,7 @@ class JobRunner:
         self._model = shop.models[unit.device.model]
         self._lease: Lease | None = None
         self._view: View | None = None
-        self._runs: str | None = None
+        self._active: Slot | None = None
         self._sound: set[ImageKey] = set()
         self._progressed = False
         self._stack = AsyncExitStack()
@@ -323,15 +324,14 @@ class JobRunner:
 
     async def _ask_device(self) -> None:
         session, firmware = await self._firmware_session()
-        self._runs, self._view = await self._call(self._look, session, firmware)
+        self._active, self._view = await self._call(self._look, session, firmware)
 
-    async def _look(self, session: Session, firmware: SupportsFirmware) -> tuple[str | None, View]:
+    async def _look(self, session: Session, firmware: SupportsFirmware) -> tuple[Slot | None, View]:
         slots = expect(Slots, await firmware.slots())
         active = slots.active
-        runs = active.runs if active else None
-        return runs, View(
+        return active, View(
             slot_count=expect(SessionTraits, session.traits).slot_count,
-            runs_new=None if runs is None else runs == self._release.facts.identifies_as,
+            runs_new=admission.runs(self._release.facts, active),
             confirmed=active.confirmed if active else True,
             pending=any(slot.pending for slot in slots.slots),
         )
@@ -400,7 +400,7 @@ class JobRunner:
             return None
         try:
             known = await self._kept(release) or await self._shop.trust.known(release)
-            if self._runs not in (None, known.facts.identifies_as):
+            if admission.runs(known.facts, self._active) is False:
                 return None
             await self._bring(known)
         except (Refused, Transient) as exc:
@@ -448,7 +448,10 @@ class JobRunner:
         await self._ledger.commit(replace(self.job, no_fallback=True), "no fallback", detail=why)
 
     async def _commit_fallback(self, key: ImageKey, release: str | None, detail: str) -> None:
-        fallback = Fallback(key.image_sha256, key.index_sha256, key.opaque, release, dict(key.params))
+        identifies_as = key.label.identifies_as if key.label else None
+        fallback = Fallback(
+            key.image_sha256, key.index_sha256, key.opaque, release, dict(key.params), identifies_as
+        )
         text = f"{release or 'read-out'}, {detail}"
         await self._ledger.commit(replace(self.job, fallback=fallback), "fallback secured", detail=text)
 

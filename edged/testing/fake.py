@@ -27,6 +27,7 @@ from edged.api import (
     HealthCheck,
     Identity,
     Image,
+    Label,
     Link,
     LinkSpec,
     MapperSpec,
@@ -116,6 +117,7 @@ class FakeDevice:
     absent: bool = False
     properties: dict[str, object] = field(default_factory=dict)
     flashed_with: dict[str, object] = field(default_factory=dict)
+    flashed_as: Label | None = None
     counts: Counts = field(default_factory=Counts)
     tap: bytearray = field(default_factory=bytearray)
 
@@ -297,6 +299,7 @@ class FakeSession:
     async def stage(self, image: Image, progress: Progress) -> None:
         hardware = await self._hardware()
         hardware.flashed_with = dict(image.params)
+        hardware.flashed_as = image.label
         pages = _pages(image, self._device.flash_base, hardware.page_bytes)
         total = sum(length for _, _, _, length in pages)
         begin = await self._prefix(image, pages, total, progress)

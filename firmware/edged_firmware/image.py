@@ -57,6 +57,15 @@ class Segment:
     length: int
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a release is called, for a device that wants to know what it is offered: the release's name, and what the device
+    answers when it runs (``identifies_as``). Both are signed."""
+
+    name: str
+    identifies_as: str
+
+
 def pack(segments: Sequence[tuple[int, bytes]]) -> bytes:
     """The canonical container of ``segments``, which are pairs of address and bytes.
 
@@ -192,6 +201,7 @@ class Image:
     - ``length``: bytes of the file.
     - ``opaque``: True where the vendor's file passes through as one segment at address 0.
     - ``params``: the flash protocol's parameters, as the release's facts were signed; empty for a flash that was read out.
+    - ``label``: what the release is called; None for a flash that was read out.
 
     Several tasks may read at once. It holds at most 1 MiB of the file in memory.
     """
@@ -204,6 +214,7 @@ class Image:
         *,
         opaque: bool,
         params: Mapping[str, ParamValue],
+        label: Label | None,
     ) -> None:
         self._reader = reader
         self._begins = _begins(segments, begin)
@@ -212,6 +223,7 @@ class Image:
         self.length = reader.index.length
         self.opaque = opaque
         self.params = params
+        self.label = label
 
     @classmethod
     async def open(
@@ -221,6 +233,7 @@ class Image:
         opaque: bool = False,
         observe: Observe | None = None,
         params: Mapping[str, ParamValue] | None = None,
+        label: Label | None = None,
     ) -> Image:
         """Read the segment table (or take the file as one segment, where ``opaque``).
 
@@ -233,7 +246,7 @@ class Image:
             segments, begin = _opaque(index.length), 0
         else:
             segments, begin = await _read_table(reader)
-        return cls(reader, segments, begin, opaque=opaque, params=params or {})
+        return cls(reader, segments, begin, opaque=opaque, params=params or {}, label=label)
 
     async def read(self, segment: int | Segment, offset: int, length: int) -> bytes:
         """``length`` verified bytes from ``offset`` of ``segment``, its number or the segment itself.

@@ -11,7 +11,7 @@ from domain_kit import NOW, job
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged.api import Device, Identity, Segment
+from edged.api import Device, Identity, Segment, Slot
 from edged.domain import admission, reasons
 from edged.domain.job import State
 from edged.domain.reconcile import (
@@ -212,6 +212,22 @@ KNOWN = admission.Admission(DEVICE, 5, {"radio": 3}, frozenset({"stk500v1"}))
 
 def test_admitted() -> None:
     admission.admit(FACTS, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("slot", "expected"),
+    [
+        (None, None),
+        (Slot("a", True), None),
+        (Slot("a", True, runs="4.2.0"), True),
+        (Slot("a", True, runs="4.1.0"), False),
+        (Slot("a", True, runs="4.2.0", runs_name=FACTS.name), True),
+        (Slot("a", True, runs="4.2.0", runs_name="another"), False),
+        (Slot("a", True, runs_name=FACTS.name), None),
+    ],
+)
+def test_a_version_of_another_name_is_another_release(slot: Slot | None, expected: bool | None) -> None:
+    assert admission.runs(replace(FACTS, identifies_as="4.2.0"), slot) is expected
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import attrs
 import pytest
 from engine_kit import IMAGE_BYTES, Place, Publisher
 
+from edged.api import Label
 from edged.config import Storage
 from edged.domain.job import Job, State
 from edged.engine import reconciler
@@ -108,7 +109,7 @@ def test_what_runs_is_a_way_back_also_where_it_was_withdrawn(tmp_path: Path, min
     asyncio.run(replace_it("app@2.0.0", State.SUCCEEDED))
 
 
-def test_signed_parameters_reach_the_mapper_and_those_of_the_way_back_too(
+def test_name_and_signed_parameters_reach_the_mapper_and_those_of_the_way_back_too(
     tmp_path: Path, mine: Publisher
 ) -> None:
     mine.add("4.0.0", fake_app("4.0.0", IMAGE_BYTES), params={"erase": "sector"})
@@ -123,6 +124,7 @@ def test_signed_parameters_reach_the_mapper_and_those_of_the_way_back_too(
             await node.want("dev-1", "app@4.0.0")
             assert (await node.ended("dev-1")).state is State.SUCCEEDED
             assert device.flashed_with == {"erase": "sector"}
+            assert device.flashed_as == Label("app", "4.0.0")
             received = device.counts.received
             await node.want("dev-1", "app@6.0.0")
             refused = await node.ended("dev-1")
@@ -136,6 +138,7 @@ def test_signed_parameters_reach_the_mapper_and_those_of_the_way_back_too(
             assert job.state is State.REVERTED
             assert job.fallback is not None and job.fallback.params == {"erase": "sector"}
             assert device.flashed_with == {"erase": "sector"}
+            assert device.flashed_as == Label("app", "4.0.0")
 
     asyncio.run(run())
 
