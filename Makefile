@@ -1,6 +1,8 @@
 # Every target sets up what it needs on a fresh Debian 12 machine (as root), and is quick the second time.
 PYTHON ?= python3
 BIN := .venv/bin
+# much of a test is waiting, so that two at a time take little more than one; what shares a fixture stays together
+AT_A_TIME := -n 2 --dist loadfile
 
 .PHONY: help setup demo test lint bench deb apt-repo test-node clean
 
@@ -23,12 +25,12 @@ demo:
 
 test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
-	$(BIN)/python -m pytest
-	.venv-floors/bin/python -m pytest -q -m "not slow" -p no:cacheprovider
+	$(BIN)/python -m pytest $(AT_A_TIME)
+	.venv-floors/bin/python -m pytest -q $(AT_A_TIME) -m "not slow" --ignore=tests/mappers -p no:cacheprovider
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/node
+	$(BIN)/python -m pytest $(AT_A_TIME) tests/node
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,7 +30,11 @@ from edged.testing.avr import (
     missing_packages,
 )
 
-pytestmark = pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {missing_packages()}")
+# the simulator uses no library, so that other versions of them change nothing
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(missing_packages()), reason=f"not installed: {missing_packages()}"),
+]
 needs_avrdude = pytest.mark.skipif(shutil.which("avrdude") is None, reason="not installed: avrdude")
 
 GET_SYNC = b"\x30\x20"
