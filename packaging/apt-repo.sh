@@ -10,6 +10,7 @@ set -eu
 umask 022
 cd "$(dirname "$0")/.."
 export LC_ALL=C.UTF-8
+EARLIER_LISTS=15
 
 folder=${1:-dist/apt}
 if [ $# -gt 1 ]; then
@@ -73,6 +74,11 @@ for bits in 256 512; do # apt asks by the strongest that the list has
         named=$folder/by-hash/SHA$bits/$("sha${bits}sum" "$work/list/$file" | cut -d ' ' -f 1)
         cp "$work/list/$file" "$named.tmp"
         mv "$named.tmp" "$named"
+    done
+    # this list's two files are the newest; of earlier lists the last stay. The names are digests
+    # shellcheck disable=SC2012
+    ls -1t "$folder/by-hash/SHA$bits" | tail -n +$((2 * EARLIER_LISTS + 3)) | while IFS= read -r old; do
+        rm -f "$folder/by-hash/SHA$bits/$old"
     done
 done
 for file in edged.asc list/Packages list/Packages.gz Release InRelease; do

@@ -151,6 +151,24 @@ def test_a_node_that_reads_while_it_is_published_gets_what_belongs_together(
     assert not list(repository.rglob("*.tmp"))
 
 
+def test_indexes_of_the_last_lists_stay_and_older_ones_go(
+    repository: Path, node: Node, tmp_path: Path
+) -> None:
+    package = small(tmp_path, "1.0")
+    publish(repository, package)
+    folders = [repository / "by-hash" / name for name in ("SHA256", "SHA512")]
+    for folder in folders:
+        for number in range(40):
+            (folder / f"{number:064x}").touch()
+            os.utime(folder / f"{number:064x}", (number, number))
+    publish(repository, package)
+    for folder in folders:
+        left = {path.name for path in folder.iterdir()}
+        assert {f"{number:064x}" for number in range(10, 40)} < left and len(left) == 32
+    trust(node, repository)
+    assert node.update() == "" and node.versions() == ["1.0"]
+
+
 def test_a_package_that_was_changed_is_refused(repository: Path, node: Node, tmp_path: Path) -> None:
     published = repository / "edged_1.0_all.deb"
     publish(repository, small(tmp_path, "1.0"))
