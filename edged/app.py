@@ -249,7 +249,7 @@ async def _run(
                 start(_watchdog(daemon, notifier, notifier.watchdog_s, engine=writable), name="watchdog")
             )
         notifier.ready()
-        notifier.status(_status_line(daemon))
+        service.append(start(_tell_status(daemon, notifier), name="status"))
         log.info(
             "ready", extra={"version": __version__, "devices": len(units), "socket": str(config.api.socket)}
         )
@@ -316,6 +316,13 @@ def _status_line(daemon: Daemon) -> str:
     return f"{len(parts.config.device) - left_out} devices" + (f", {left_out} left out" if left_out else "")
 
 
+async def _tell_status(daemon: Daemon, notifier: Notifier) -> None:
+    """Keep the line of ``systemctl status`` true: of all that it says only the trust changes in the life of a daemon."""
+    while True:
+        notifier.status(_status_line(daemon))
+        await daemon.parts.trust.changed()
+
+
 async def _watchdog(daemon: Daemon, notifier: Notifier, period_s: float, *, engine: bool) -> None:
     """Tell systemd that the daemon lives, each time after a round trip through the store's thread and the engine."""
     while True:
@@ -323,7 +330,6 @@ async def _watchdog(daemon: Daemon, notifier: Notifier, period_s: float, *, engi
         if engine:
             await daemon.parts.engine.ping()
         notifier.watchdog()
-        notifier.status(_status_line(daemon))
         await daemon.parts.clock.sleep(period_s / 3)
 
 

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edged.cli.context import Context, command, counted, echo, json_option, show_json, size_text
 from edged.domain import reasons
+from edged.helper.protocol import SOCKET
 
 if TYPE_CHECKING:
     from edged.config import Config
@@ -123,6 +124,7 @@ def _examine(context: Context) -> Iterator[Finding]:
     )
     for check in checks:
         yield from check(config)
+    yield from check_package(Path(SOCKET))
     yield from check_daemon(context)
 
 
@@ -328,6 +330,44 @@ def check_disk(config: Config) -> Iterator[Finding]:
         yield Finding(Level.WARN, "disk", text, "free some space, or lower storage.artifact_quota_bytes")
     else:
         yield Finding(Level.OK, "disk", text)
+
+
+def check_package(helper: Path) -> Iterator[Finding]:
+    """Is the package whole, and what became of its last upgrade? Nothing is said where no helper belongs to it."""
+    import asyncio
+
+    from edged.cli.upgrade import UNREACHABLE_CURE
+    from edged.helper.client import HelperClient, HelperGone
+
+    if not helper.exists():
+        return
+    try:
+        found = asyncio.run(HelperClient(helper).status())
+    except HelperGone as exc:
+        yield Finding(Level.WARN, "package", str(exc), UNREACHABLE_CURE)
+        return
+    if found.get("event") == "status":
+        yield from _judge_package(found)
+    else:
+        yield Finding(Level.WARN, "package", found["detail"], found["cure"])
+
+
+def _judge_package(found: dict[str, Any]) -> Iterator[Finding]:
+    from edged.cli.upgrade import RECOVER_CURE, named, recovery, told
+
+    state = "whole" if found["whole"] else found["dpkg"] or "not installed"
+    text = f"edged {found['version'] or '-'}, {state}"
+    if found["operation"] or found["at_work"]:
+        yield Finding(Level.OK, "package", f"{text}; an upgrade is at work")
+    elif found["interrupted"] or not found["whole"]:
+        yield Finding(Level.FAIL, "package", f"{text}; an upgrade was cut", RECOVER_CURE)
+    else:
+        yield Finding(Level.OK, "package", text)
+    if found["recovered"]:
+        yield Finding(Level.OK, "boot", recovery(found["recovered"]))
+    last = found["outcome"]
+    if last and last["result"] == "failed":
+        yield Finding(Level.WARN, "package", f"{named(last)}: {told(last)} ({last['ended']})", last["cure"])
 
 
 def check_daemon(context: Context) -> Iterator[Finding]:

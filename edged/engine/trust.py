@@ -58,6 +58,7 @@ class Trust:
         self._refreshed = 0.0
         self._began = 0.0
         self._failure: EdgedError | None = None
+        self._turn = asyncio.Event()
         self._refreshing = asyncio.Lock()
 
     @property
@@ -79,6 +80,10 @@ class Trust:
     def root_path(self) -> Path:
         """Where the root of trust that the owner set lies."""
         return self._folder / "root.json"
+
+    async def changed(self) -> None:
+        """Return after the next refresh, however it ends: :attr:`report` or :attr:`failure` is another one then."""
+        await self._turn.wait()
 
     async def run(self) -> None:
         """Refresh for ever; a failure is kept, logged once and tried again at the next time."""
@@ -197,6 +202,7 @@ class Trust:
 
         await self._store.write(change)
         self._report, self._refreshed, self._failure = report, self._clock.monotonic(), None
+        self._wake()
         self._observer.trust_refreshed(report.stale_seconds, report.online)
         log.info(
             "trust refreshed",
@@ -209,12 +215,17 @@ class Trust:
 
     async def _refuse(self, error: EdgedError) -> None:
         old, self._failure = self._failure, error
+        self._wake()
         if old is not None and (old.reason, old.detail) == (error.reason, error.detail):
             return
         log.warning("trust not refreshed", extra={"reason": error.reason.value, "detail": error.detail})
         if isinstance(error, Refused):
             data = {"reason": error.reason.value, "detail": error.detail}
             await self._store.write(lambda tx: audit.append(tx, "engine", "trust.refused", dict(data)))
+
+    def _wake(self) -> None:
+        turn, self._turn = self._turn, asyncio.Event()
+        turn.set()
 
 
 def _find(report: TrustReport, release: str) -> VerifiedRelease | None:

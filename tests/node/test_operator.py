@@ -131,7 +131,7 @@ def test_configured_it_flashes_and_tells(
         assert "succeeded" in done.out
         assert releases.differing("1.0.0", avr.flash()) == 0
         steady(guest)
-        # it is told with each sign of life, which is each third of WatchdogSec
+        # systemd hears of it at once, and shows it when it has read its socket
         eventually(lambda: guest.unit("edged.service", "StatusText") == "1 devices", 30, "the status line")
         metrics = guest.python(SCRAPE, "http://127.0.0.1:9464/metrics")
         assert 'edged_jobs{reason="",state="succeeded"} 1.0\n' in metrics
