@@ -50,6 +50,7 @@ def job_json(job: Job) -> Json:
         "attempts": job.attempts,
         "steps": job.steps,
         "trial_boots": job.trial_boots,
+        "touched": job.touched,
         "run": job.run,
         "retry_of": job.retry_of,
         "source": job.source,

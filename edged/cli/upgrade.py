@@ -12,18 +12,22 @@ from typing import Any, NoReturn
 
 import click
 
+from edged.cli.client import ApiError, Unreachable
 from edged.cli.context import Context, command, echo, fail, json_option, show_json
 from edged.domain import reasons
 from edged.helper.client import HelperClient, HelperGone
-from edged.helper.protocol import SOCKET
+from edged.helper.protocol import SOCKET, Why
 
 Answer = dict[str, Any]
 
 POLL_S = 2.0
 MOST_POLLS = 900
+MOST_JOBS = 1000
 UNREACHABLE_CURE = (
     "run it as root (sudo); systemctl status edged-helper.socket says whether the helper is there"
 )
+DEVICE_CURE = "wait for the jobs (edged jobs), or say --now: they go on after the restart"
+RECOVER_CURE = "systemctl start edged-recover"
 
 helper_option = click.option(
     "--helper",
@@ -68,18 +72,15 @@ def status(context: Context, helper_path: Path, as_json: bool) -> None:
     )
     echo(f"kept      {', '.join(found['kept']) or '-'}; before it ran {found['previous'] or '-'}")
     if found["operation"]:
-        echo(f"at work   {_named(found['operation'])}: {found['operation']['phase']}")
+        echo(f"at work   {named(found['operation'])}: {found['operation']['phase']}")
     elif found.get("at_work"):
         echo("at work   apt or dpkg, started by somebody else")
     if found["outcome"]:
-        echo(f"last      {_named(found['outcome'])}: {_told(found['outcome'])} ({found['outcome']['ended']})")
+        echo(f"last      {named(found['outcome'])}: {told(found['outcome'])} ({found['outcome']['ended']})")
     if found["recovered"]:
-        one = found["recovered"]
-        echo(
-            f"boot      upgrade to {one['to'] or '-'} was cut: {one['result']} by {one['step']} ({one['time']})"
-        )
+        echo(f"boot      {recovery(found['recovered'])}")
     if found["interrupted"]:
-        echo("PROBLEM   an upgrade was cut; cure: systemctl start edged-recover")
+        echo(f"PROBLEM   an upgrade was cut; cure: {RECOVER_CURE}")
 
 
 @node.command()
@@ -115,22 +116,38 @@ def rollback(context: Context, helper_path: Path, as_json: bool) -> None:
 
 @node.command()
 @helper_option
+@click.option("--now", is_flag=True, help="Also while a device is between two images.")
 @json_option
 @click.pass_obj
 @command
-def reboot(context: Context, helper_path: Path, as_json: bool) -> None:
+def reboot(context: Context, helper_path: Path, now: bool, as_json: bool) -> None:
     """Restart the node; jobs go on afterwards.
 
+    Refused while a job has changed its device and has not ended: that device may run nothing until the node is back.
+
     \b
-    Example:
+    Examples:
       sudo edged node reboot
+      sudo edged node reboot --now
     """
+    if not now and (changing := _changing(context)):
+        detail = f"{', '.join(changing)}: between two images"
+        fail(reasons.EXIT_REFUSED, "refused", Why.BUSY.value, detail, DEVICE_CURE, as_json=as_json)
     found = _ask(HelperClient(helper_path).reboot(), as_json=as_json)
     _judge(found, as_json=as_json)
     if as_json:
         show_json(found)
     else:
         echo("The node restarts.")
+
+
+def _changing(context: Context) -> list[str]:
+    """Devices that a job has changed and not left well yet; none where the daemon does not tell, which a restart may cure."""
+    try:
+        active = context.client().get("jobs", state="active", limit=MOST_JOBS)["jobs"]
+    except (ApiError, Unreachable):
+        return []
+    return sorted({job["device"] for job in active if job["touched"]})
 
 
 def _follow(helper_path: Path, request: Answer, *, as_json: bool) -> None:
@@ -192,10 +209,17 @@ def _give_up(answer: Answer, *, as_json: bool) -> NoReturn:
     fail(code, answer["result"], answer["reason"], answer["detail"], answer["cure"], as_json=as_json)
 
 
-def _named(one: Answer) -> str:
+def named(one: Answer) -> str:
+    """An upgrade by its verb and versions."""
     return f"{one['verb']} from {one['from_version'] or '-'} to {one['to_version'] or '-'}"
 
 
-def _told(outcome: Answer) -> str:
+def told(outcome: Answer) -> str:
+    """How it ended."""
     why = f" ({outcome['reason']})" if outcome["reason"] else ""
     return f"{outcome['result']}{why}, {outcome['detail']}"
+
+
+def recovery(one: dict[str, str]) -> str:
+    """What a boot found of an upgrade, and did with it."""
+    return f"upgrade to {one['to'] or '-'} was cut: {one['result']} by {one['step']} ({one['time']})"

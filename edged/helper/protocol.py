@@ -71,7 +71,7 @@ CURES: dict[Why, str] = {
     Why.STORAGE_FAILED: "see journalctl -u edged-helper",
     Why.INSTALL_FAILED: "see journalctl -u edged-helper",
     Why.HEALTH_FAILED: "see journalctl -u edged for why the new version did not stay up",
-    Why.REVERT_FAILED: "the node needs you: journalctl -u edged-helper, then apt-get install --reinstall edged",
+    Why.REVERT_FAILED: "see journalctl -u edged-helper, then edged node rollback, or apt-get install --reinstall edged",
     Why.INTERRUPTED: "ask again",
     Why.ATTEMPTS_EXHAUSTED: "see journalctl -u edged-helper",
     Why.REBOOT_FAILED: "see journalctl -u edged-helper",

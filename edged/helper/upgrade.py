@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import math
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -58,8 +57,7 @@ class _Leaving(Exception):
 class Upgrades:
     """At most one upgrade at a time on one package.
 
-    ``start_s``: so long may the daemon take to be up; ``health_s``: so long must it then stay up. ``lock_s``: so long is
-    somebody else's apt or dpkg waited for where a version that is not well has to go.
+    ``start_s``: so long may the daemon take to be up; ``health_s``: so long must it then stay up.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class Upgrades:
         recover: str = "/usr/libexec/edged-recover",
         start_s: float = 180.0,
         health_s: float = 60.0,
-        lock_s: float = 6 * 3600.0,
     ) -> None:
         self._state = state
         self._apt = apt
@@ -79,7 +76,6 @@ class Upgrades:
         self._recover = recover
         self._start_s = start_s
         self._health_s = health_s
-        self._lock_s = lock_s
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._listeners: set[Listener] = set()
@@ -424,28 +420,24 @@ class Upgrades:
         )
 
     async def _put_back_in_the_end(self, bad: str, old: str) -> Ended:
-        """As :meth:`_put_back`; that somebody else is at work is no reason to give up but after ``lock_s``."""
-        clock = asyncio.get_running_loop()
-        end = clock.time() + self._lock_s
+        """As :meth:`_put_back`; that somebody else is at work, for however long, is no reason to leave what is not well."""
         while True:
-            await self._unless_stopping(self._unlocked(end - clock.time()))
+            await self._unless_stopping(self._unlocked())
             installed = await self._apt.installed()
             if installed.whole and installed.version not in (bad, old):
                 return Ended(1, f"somebody else has installed {installed.version} meanwhile, which stays")
             ended = await self._put_back(bad, old)
-            locked = not ended.ok and await asyncio.to_thread(self._apt.locked)
-            if not locked or clock.time() >= end:
+            if ended.ok or not await asyncio.to_thread(self._apt.locked):
                 return ended
 
-    async def _unlocked(self, most_s: float) -> None:
-        """Return when nobody is at work with apt or dpkg, or after ``most_s``."""
-        if not await asyncio.to_thread(self._apt.locked):
-            return
-        log.warning("somebody else's apt or dpkg is at work; it is waited for")
-        for _ in range(math.ceil(max(0.0, most_s) / POLL_S)):
+    async def _unlocked(self) -> None:
+        """Return when nobody is at work with apt or dpkg; the kernel frees their locks when they end, however they do."""
+        told = False
+        while await asyncio.to_thread(self._apt.locked):
+            if not told:
+                log.warning("somebody else's apt or dpkg is at work; it is waited for")
+            told = True
             await asyncio.sleep(POLL_S)
-            if not await asyncio.to_thread(self._apt.locked):
-                return
 
     async def _put_back(self, now: str, version: str) -> Ended:
         """Install the kept package of ``version`` instead of ``now``; without apt where apt will not, but for a lock."""

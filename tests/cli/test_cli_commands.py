@@ -412,6 +412,23 @@ def test_a_plan_counts_what_is_read_out_before_anything_is_written(
         assert [one["estimated_minutes"], two["estimated_minutes"]] == [round(s / 60, 2) for s in seconds]
 
 
+def test_the_node_is_not_restarted_while_a_device_is_between_two_images(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    """Exit code 4 is the helper's absence: so far it came."""
+    place = Place(tmp_path, publisher, extra=DEVICES.replace("fake:bus", "fake:slow")).write()
+    restart = ("node", "reboot", "--helper", str(tmp_path / "helper.sock"))
+    assert place.run(*restart).code == 4, "no daemon answers"
+    with place.daemon():
+        assert place.run(*restart).code == 4
+        assert place.run("deploy", "app@2.0.0", "--to", "one", "--yes").code == 0
+        eventually(lambda: place.client.get("devices", "one")["job"]["state"] == "staging")
+        refused = place.run(*restart)
+        assert refused.code == 3
+        assert "refused (busy): one: between two images; cure: wait for the jobs" in refused.err
+        assert place.run(*restart, "--now").code == 4
+
+
 @pytest.mark.parametrize(
     ("state", "done", "total", "text"),
     [

@@ -205,10 +205,10 @@ class Node:
             start_new_session=True,
         )
 
-    def status(self) -> str:
+    def status(self, package: str = "edged") -> str:
         """dpkg's letters and the version, as ``ii 1.0``; empty where it knows nothing."""
         done = subprocess.run(
-            ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}${Version}", "edged"],
+            ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}${Version}", package],
             env=os.environ | self.environment,
             capture_output=True,
             text=True,

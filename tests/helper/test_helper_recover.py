@@ -94,7 +94,7 @@ def test_unpacked(on_1_0: Node, debs: Debs) -> None:
     on_1_0.dpkg("--unpack", debs["2.0"])
     assert on_1_0.status() == "iU 2.0"
     on_1_0.recover()
-    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
 
 
 def test_half_configured(on_1_0: Node, tmp_path: Path) -> None:
@@ -102,6 +102,27 @@ def test_half_configured(on_1_0: Node, tmp_path: Path) -> None:
     upgrade_and_cut(on_1_0, new)
     assert on_1_0.status() == "iF 2.0"
     (on_1_0.root / "second").touch()
+    on_1_0.recover()
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
+
+
+@pytest.mark.parametrize(("script", "left"), [("exit 1", "iF"), ("exit 0", "ii")])
+def test_other_packages_of_the_same_run_come_after_ours(
+    on_1_0: Node, debs: Debs, tmp_path: Path, script: str, left: str
+) -> None:
+    """Its name is before ours, so that dpkg would take it first; what it lacks does not keep the daemon down."""
+    on_1_0.keep_deb(debs["2.0"])
+    other = make_deb(tmp_path, "5", name="another", scripts={"postinst": script})
+    on_1_0.dpkg("--unpack", other, debs["2.0"])
+    on_1_0.recover()
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
+    assert on_1_0.status("another") == f"{left} 5"
+
+
+def test_what_ours_needs_was_not_set_up_either(on_1_0: Node, tmp_path: Path) -> None:
+    new = make_deb(tmp_path, "2.0", depends="library")
+    on_1_0.keep_deb(new)
+    on_1_0.dpkg("--unpack", make_deb(tmp_path, "5", name="library"), new)
     on_1_0.recover()
     assert_whole(on_1_0, "2.0", "dpkg --configure -a")
 
@@ -216,7 +237,7 @@ def test_a_shutdown_waits_for_dpkg(on_1_0: Node, tmp_path: Path) -> None:
         assert recovering.wait(30) == 0
     finally:
         kill(recovering)
-    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
 
 
 def hold_lock(node: Node, name: str) -> int:
@@ -241,7 +262,7 @@ def test_somebody_else_has_the_lock(on_1_0: Node, debs: Debs, name: str) -> None
     finally:
         os.close(fd)
     assert process.wait(60) == 0
-    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
 
 
 def test_a_lock_that_is_never_free_does_not_hold_the_boot_up_for_ever(on_1_0: Node, debs: Debs) -> None:
@@ -254,7 +275,7 @@ def test_a_lock_that_is_never_free_does_not_hold_the_boot_up_for_ever(on_1_0: No
         os.close(fd)
     assert (on_1_0.state / "in-progress").exists(), "the next boot tries again"
     on_1_0.recover()
-    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
 
 
 @pytest.mark.parametrize("installed", ["1.0", ""])
@@ -296,7 +317,7 @@ def test_a_lock_file_that_was_left_is_no_lock(on_1_0: Node, debs: Debs) -> None:
     for name in ("lock", "lock-frontend"):
         (on_1_0.root / "var/lib/dpkg" / name).write_bytes(struct.pack("q", 1))
     on_1_0.recover()
-    assert_whole(on_1_0, "2.0", "dpkg --configure -a")
+    assert_whole(on_1_0, "2.0", "dpkg --configure edged")
 
 
 def test_cut_at_random_again_and_again(on_1_0: Node, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from helper_kit import Answers, Node, Repository, ask, make_deb, run, served, somebody_at_work, wait_for
 
 from edged.helper import apt
-from edged.helper.client import HelperGone
+from edged.helper.client import HelperClient, HelperGone
 from edged.helper.protocol import Why
 from edged.helper.state import Operation, Phase, State
 from edged.helper.upgrade import Upgrades
@@ -237,6 +237,19 @@ def test_a_version_that_is_not_well_goes_back(on_1_0: Node, tmp_path: Path, vers
     )
 
 
+async def at_the_end(client: HelperClient) -> dict[str, Any]:
+    """The status when no upgrade is at work any more."""
+    while (found := await client.status())["operation"] is not None:
+        await asyncio.sleep(0.1)
+    return found
+
+
+async def gone_on(node: Node, folder: Path) -> dict[str, Any]:
+    """The status when a new helper has gone on with what there was."""
+    async with served(node, folder) as client:
+        return await at_the_end(client)
+
+
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """apt gives up a lock after a second."""
     options = tuple(re.sub(r"(?<=Lock::Timeout=)\d+", "1", word) for word in apt.OPTIONS)
@@ -255,46 +268,41 @@ def test_a_lock_of_somebody_else_does_not_keep_a_version_that_is_not_well(
             with somebody_at_work(on_1_0):
                 await asyncio.sleep(5)
                 assert (await client.status())["operation"]["phase"] == "reverting"
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
+            return await at_the_end(client)
 
     found = asyncio.run(asked())
     assert found["outcome"]["reason"] == "health_failed" and found["outcome"]["reverted"], found
     assert on_1_0.status() == "ii 1.0" and not found["interrupted"]
 
 
-def test_a_lock_that_is_never_free_is_waited_for_with_a_bound(
-    on_1_0: Node, debs: Debs, monkeypatch: pytest.MonkeyPatch
+def test_a_helper_that_ends_while_it_waits_for_a_lock_leaves_the_rest_to_the_next(
+    on_1_0: Node, tmp_path: Path, debs: Debs
 ) -> None:
-    impatient(monkeypatch)
+    """Somebody's apt may wait for an answer for days."""
     cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.1~bad", marked=False)
 
-    async def gone_on() -> None:
-        upgrades = Upgrades(State(on_1_0.state), on_1_0.apt(), on_1_0.systemd(), lock_s=1)
+    async def ended() -> None:
+        upgrades = Upgrades(State(on_1_0.state), on_1_0.apt(), on_1_0.systemd())
         await upgrades.resume()
-        while upgrades.busy:
-            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+        assert upgrades.busy
+        await upgrades.stop()
 
     with somebody_at_work(on_1_0, "lock"):
-        asyncio.run(gone_on())
-    outcome = State(on_1_0.state).outcome()
-    assert outcome is not None and outcome["reason"] == "revert_failed"
-    assert on_1_0.status() == "ii 2.1~bad"
+        asyncio.run(ended())
+    operation = State(on_1_0.state).operation()
+    assert operation is not None and operation.phase is Phase.REVERTING
+    assert on_1_0.status() == "ii 2.1~bad" and State(on_1_0.state).outcome() is None
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
+    assert found["outcome"]["reason"] == "health_failed" and found["outcome"]["reverted"], found
+    assert on_1_0.status() == "ii 1.0"
 
 
 def test_what_somebody_else_installs_while_it_is_waited_for_stays(
     on_1_0: Node, tmp_path: Path, debs: Debs
 ) -> None:
     cut_off(on_1_0, debs, left(Phase.REVERTING, "2.1~bad", reason="health_failed"), "2.0", marked=False)
-
-    async def asked() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
-
-    found = asyncio.run(asked())
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
     assert (found["outcome"]["reason"], found["version"]) == ("interrupted", "2.0"), found
     assert "2.0" in found["outcome"]["detail"]
 
@@ -309,13 +317,7 @@ def test_dpkg_without_apt_has_a_mark_too(on_1_0: Node, tmp_path: Path, debs: Deb
     with (on_1_0.root / "apt.conf").open("a") as file:
         file.write('Dir::Bin::dpkg "/bin/false";\n')
 
-    async def asked() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
-
-    found = asyncio.run(asked())
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
     assert found["outcome"]["reverted"] and on_1_0.status() == "ii 1.0", found
     assert (on_1_0.root / "was-marked").exists()
 
@@ -424,16 +426,10 @@ def test_told_to_end_while_it_watches_the_next_one_goes_on(on_1_0: Node, tmp_pat
                     if answer.get("phase") == "watching":
                         raise HelperGone
 
-    async def second() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
-
     asyncio.run(first())
     left = State(on_1_0.state).operation()
     assert left is not None and left.phase is Phase.WATCHING and on_1_0.status() == "ii 2.0"
-    found = asyncio.run(second())
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
     assert found["outcome"]["result"] == "ok" and found["version"] == "2.0"
 
 
@@ -508,13 +504,7 @@ def test_a_cut_in_each_phase_is_gone_on_from(
 ) -> None:  # fmt: skip
     cut_off(on_1_0, debs, operation, installed, marked=marked)
 
-    async def resumed() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
-
-    found = asyncio.run(resumed())
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
     assert (found["outcome"]["result"], found["outcome"]["reason"]) == (result, reason), found
     assert on_1_0.status() == f"ii {runs}" and runs in on_1_0.runs()
     assert not found["interrupted"]
@@ -525,13 +515,7 @@ def test_a_cut_while_dpkg_was_at_work(on_1_0: Node, tmp_path: Path, debs: Debs) 
     on_1_0.dpkg("--unpack", debs["2.0"])
     assert on_1_0.status() == "iU 2.0"
 
-    async def resumed() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
-            while (found := await client.status())["operation"] is not None:
-                await asyncio.sleep(0.1)
-            return found
-
-    found = asyncio.run(resumed())
+    found = asyncio.run(gone_on(on_1_0, tmp_path))
     assert found["outcome"]["result"] == "ok" and on_1_0.status() == "ii 2.0"
     assert found["recovered"]["result"] == "recovered"
 

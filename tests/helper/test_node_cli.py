@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from helper_kit import ROOT, Node, Repository, served, somebody_at_work
 
+from edged.cli.doctor import Finding, check_package
 from edged.helper.state import Operation, Phase, State
 
 Debs = dict[str, Path]
@@ -105,8 +106,43 @@ def test_status_shows_what_a_cut_left_and_what_a_boot_did(on_1_0: Node, tmp_path
     on_1_0.recover()
     said = typed(on_1_0, tmp_path, "status").stdout
     assert (
-        "boot      upgrade to 2.0 was cut: recovered by dpkg --configure -a (20" in said
+        "boot      upgrade to 2.0 was cut: recovered by dpkg --configure edged (20" in said
         and "PROBLEM" not in said
+    )
+
+
+def examined(node: Node, folder: Path) -> list[tuple[str, str, str, str]]:
+    """What the doctor finds."""
+
+    async def asked() -> list[Finding]:
+        async with served(node, folder):
+            return await asyncio.to_thread(lambda: list(check_package(folder / "helper.sock")))
+
+    return [(one.level.value, one.what, one.detail, one.cure) for one in asyncio.run(asked())]
+
+
+def test_the_doctor_shows_what_a_cut_left_and_what_a_boot_did(
+    on_1_0: Node, tmp_path: Path, debs: Debs
+) -> None:
+    assert list(check_package(tmp_path / "helper.sock")) == [], "no package of which there is a helper"
+    assert examined(on_1_0, tmp_path) == [("ok", "package", "edged 1.0, whole", "")]
+    on_1_0.keep_deb(debs["2.0"])
+    on_1_0.dpkg("--unpack", debs["2.0"])
+    cut = ("fail", "package", "edged 2.0, iU; an upgrade was cut", "systemctl start edged-recover")
+    assert examined(on_1_0, tmp_path) == [cut]
+    on_1_0.recover()
+    whole, boot = examined(on_1_0, tmp_path)
+    assert whole == ("ok", "package", "edged 2.0, whole", "")
+    assert boot[2].startswith("upgrade to 2.0 was cut: recovered by dpkg --configure edged (20")
+
+
+def test_the_doctor_tells_of_an_upgrade_that_failed(on_1_0: Node, tmp_path: Path) -> None:
+    assert typed(on_1_0, tmp_path, "upgrade", "2.1~bad").returncode == 1
+    whole, last = examined(on_1_0, tmp_path)
+    assert whole == ("ok", "package", "edged 1.0, whole", "")
+    level, _, detail, cure = last
+    assert (
+        level == "warn" and "from 1.0 to 2.1~bad: failed (health_failed)" in detail and "journalctl" in cure
     )
 
 
