@@ -254,14 +254,14 @@ class Node:
     def systemd(self) -> Systemd:
         return Systemd(str(self.root / "bin/systemctl"))
 
-    def upgrades(self) -> Upgrades:
+    def upgrades(self, health_s: float = 1) -> Upgrades:
         return Upgrades(
             State(self.state),
             self.apt(),
             self.systemd(),
             recover=str(self.root / "bin/recover"),
             start_s=3,
-            health_s=1,
+            health_s=health_s,
         )
 
     def stopped(self, stopped: bool) -> None:
@@ -347,7 +347,7 @@ def me() -> str:
 
 @asynccontextmanager
 async def served(
-    node: Node, folder: Path, *, user: str = "", idle_s: float = 60.0
+    node: Node, folder: Path, *, user: str = "", idle_s: float = 60.0, health_s: float = 1
 ) -> AsyncIterator[HelperClient]:
     """The helper on a real socket; whoever runs the tests may ask."""
     path = folder / "helper.sock"
@@ -355,7 +355,7 @@ async def served(
         listening.bind(str(path))
         path.chmod(0o666)
         listening.listen(16)
-        upgrades = node.upgrades()
+        upgrades = node.upgrades(health_s)
         await upgrades.resume()
         serving = asyncio.create_task(Server(listening, upgrades, user=user or me(), idle_s=idle_s).run())
         try:
@@ -396,7 +396,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_for(path: Path, timeout_s: float = 20) -> None:
+def wait_for(path: Path, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not appear"

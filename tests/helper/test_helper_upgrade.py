@@ -456,7 +456,7 @@ def test_what_an_operator_installs_meanwhile_stays(on_1_0: Node, tmp_path: Path,
     other = make_deb(tmp_path, "2.5")
 
     async def asked() -> dict[str, Any]:
-        async with served(on_1_0, tmp_path) as client:
+        async with served(on_1_0, tmp_path, health_s=60) as client:
             async for answer in client.upgrade("2.0"):
                 if answer.get("phase") == "watching":
                     await asyncio.to_thread(on_1_0.dpkg, "-i", other)
