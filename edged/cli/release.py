@@ -144,11 +144,20 @@ def init(
 @click.option(
     "--param", "params", multiple=True, type=parameter, help="Parameter of the protocol; repeatable."
 )
-@click.option("--identifies-as", help="What the device answers when it runs this. [default: the version]")
+@click.option(
+    "--identifies-as",
+    help="What the device answers when it runs this. [default: the version; of an MCUboot image its hash]",
+)
 @click.option(
     "--requires", multiple=True, type=requirement, help="Another component and its counter; repeatable."
 )
-@click.option("--format", "file_format", type=click.Choice(["auto", "bin", "hex", "opaque"]), default="auto")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["auto", "bin", "hex", "opaque", "mcuboot"]),
+    default="auto",
+    help="How to read FILE; auto: by the file, mcuboot with --protocol smp.",
+)
 @click.option("--base", type=size, default=0, help="Address of a raw binary. [default: 0]")
 @click.option("--flash-size", type=size, help="Refuse an image that does not fit into so many bytes.")
 @_JSON
@@ -157,9 +166,11 @@ def add(directory: Path, file: Path, as_json: bool, **facts: Any) -> None:
     """Put the firmware FILE into DIR; `publish` signs it.
 
     \b
-    Example:
+    Examples:
       edged release add firmware blink.hex --name blink --version 1.2.0 --model uno \\
           --hardware-id avr:1e950f --protocol stk500v1
+      edged release add firmware zephyr.signed.bin --name sensor --version 1.2.0 --model node \\
+          --protocol smp
     """
     from edged_firmware import release as publisher
 

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -51,7 +51,7 @@ from edged_firmware.repository import (
 )
 from edged_firmware.trust_client import translated
 
-FileFormat = Literal["auto", "bin", "hex", "opaque"]
+FileFormat = Literal["auto", "bin", "hex", "opaque", "mcuboot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,8 @@ class Draft:
     """What the publisher says about a file; the rest of the facts is found out.
 
     ``release_counter`` None: one more than the highest of any release for one of the models.
-    ``base_address``: of a raw binary. ``flash_size_bytes`` None: not checked.
+    ``format``: ``auto`` takes the file of flash protocol ``smp`` for an MCUboot image. ``identifies_as`` None: the hash of
+    an MCUboot image in hex, else the version. ``base_address``: of a raw binary. ``flash_size_bytes`` None: not checked.
     ``chunk_size_bytes`` None: 4 KiB below 1 MiB, else 64 KiB.
     """
 
@@ -210,8 +211,8 @@ def add(repo_dir: Path, file: Path, draft: Draft, *, write: Write = write_durabl
     folder = Folder(repo_dir, write)
     known = _known(folder)
     source = _read_source(file)
-    image, kind = _convert(file, source, draft)
-    facts = _facts(draft, known, source, kind)
+    image, kind, identifies_as = _convert(file, source, draft)
+    facts = _facts(replace(draft, identifies_as=draft.identifies_as or identifies_as), known, source, kind)
     chunks = ChunkIndex.build(image, draft.chunk_size_bytes or _chunk_size(len(image))).encode()
     targets = {
         facts.ref.image_path: _target(facts.ref.image_path, image, facts.to_custom()),
@@ -496,12 +497,14 @@ def _read_source(file: Path) -> bytes:
         raise Permanent(Reason.CONFIG_INVALID, f"cannot read {file}: {error.strerror}") from error
 
 
-def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageFormat]:
-    """The bytes to sign: the canonical container, or the vendor's file as it is."""
+def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageFormat, str | None]:
+    """The bytes to sign (the canonical container, or the vendor's file as it is), and by what the device will tell them."""
     if draft.format == "opaque":
         if not source:
             raise Refused(Reason.IMAGE_INVALID, f"{file} is empty")
-        return source, "opaque"
+        return source, "opaque", None
+    if draft.format == "mcuboot" or (draft.format == "auto" and draft.protocol == "smp"):
+        return source, "opaque", _mcuboot_hash(source, draft)
     # On use: the parsers of other formats bring libraries along.
     from edged_firmware.formats import check_fits, load
 
@@ -511,7 +514,16 @@ def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageForma
         raise Permanent(Reason.CONFIG_INVALID, str(error)) from error
     if draft.flash_size_bytes is not None:
         check_fits(segments, draft.flash_size_bytes)
-    return pack(segments), "segments"
+    return pack(segments), "segments", None
+
+
+def _mcuboot_hash(source: bytes, draft: Draft) -> str:
+    """The hash that names the image, in hex."""
+    from edged_firmware.formats import check_fits, mcuboot
+
+    if draft.flash_size_bytes is not None:
+        check_fits([(0, source)], draft.flash_size_bytes)
+    return mcuboot.parse(source).hash.hex()
 
 
 def _facts(draft: Draft, known: _Known, source: bytes, kind: ImageFormat) -> ReleaseFacts:
