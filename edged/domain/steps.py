@@ -190,9 +190,25 @@ def _reverting(job: Job, facts: Facts) -> Step:
         return Do.ASK_DEVICE
     if device.slot_count > 1:
         if device.runs_new is False and not device.pending:
+            if _never_ran(job):
+                return Move(State.FAILED, "ended", job.reason, job.detail)
             return Move(State.REVERTED, "reverted", job.reason, job.detail)
         return Do.REVERT
     if job.fallback is None:
         detail = f"{job.detail}; there is no fallback to go back to".lstrip("; ")
         return Move(State.FAILED, "ended", job.reason, detail)
     return Do.STAGE_FALLBACK if facts.fallback_on_disk else Do.FETCH_FALLBACK
+
+
+_IT_RAN = frozenset({Reason.HEALTH_FAILED, Reason.DEVICE_REVERTED})
+_NOT_WANTED = frozenset({Reason.CANCELLED, Reason.SUPERSEDED})
+
+
+def _never_ran(job: Job) -> bool:
+    """Two slots: did the device not get to the new image at all? Then nothing was left, and nothing reverted.
+
+    One that the boot loader threw away was to be booted, and did not run.
+    """
+    if job.reason is Reason.VERIFY_FAILED:
+        return True
+    return job.trial_boots == 0 and job.reason not in _IT_RAN | _NOT_WANTED

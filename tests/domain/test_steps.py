@@ -87,6 +87,27 @@ def touched(state: State, **changes: Any) -> Job:
             facts(device=TWO_OLD),
             (State.REVERTED, Reason.HEALTH_FAILED),
         ),
+        (
+            touched(State.REVERTING, reason=Reason.CANCELLED),
+            facts(device=TWO_OLD),
+            (State.REVERTED, Reason.CANCELLED),
+        ),
+        (
+            touched(State.REVERTING, reason=Reason.HASH_MISMATCH),
+            facts(device=TWO_OLD),
+            (State.FAILED, Reason.HASH_MISMATCH),
+        ),
+        (
+            touched(State.REVERTING, reason=Reason.ATTEMPTS_EXHAUSTED, trial_boots=1),
+            facts(device=TWO_OLD),
+            (State.REVERTED, Reason.ATTEMPTS_EXHAUSTED),
+        ),
+        (
+            touched(State.REVERTING, reason=Reason.VERIFY_FAILED, trial_boots=1),
+            facts(device=TWO_OLD),
+            (State.FAILED, Reason.VERIFY_FAILED),
+        ),
+        (touched(State.REVERTING, reason=Reason.VERIFY_FAILED), facts(device=TWO_PENDING), Do.REVERT),
         (touched(State.REVERTING), facts(device=BLIND), Do.STAGE_FALLBACK),
         (touched(State.REVERTING), facts(device=BLIND, fallback_on_disk=False), Do.FETCH_FALLBACK),
         (
