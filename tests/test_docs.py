@@ -26,6 +26,7 @@ from edged.plugins import ENTRY_POINT_GROUP, PLUGIN_FOLDERS
 from edged.supervisor import UnitState
 from edged.testing.conformance import CHECKS
 from edged_uart.config import UartConfig, parse_v1, parse_v2
+from edged_uart.smp_config import SmpConfig, parse_smp
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -183,6 +184,31 @@ def test_the_table_of_the_serial_mappers() -> None:
         for bad in ["nonsense", -1, *[end * 2 + 1 for end in ends[1:]]]:
             with pytest.raises(ValueError, match=name):
                 parse({name: bad})
+
+
+def test_the_table_of_the_smp_mapper() -> None:
+    heading = "### `[device.config]` of `uart-smp`"
+    told = {row["key"]: row for row in rows(section(page("docs/configuration.md"), heading), "key")}
+    words = {("*",): "all"}
+    defaults = {name: getattr(SmpConfig(), name) for name in told}
+    assert list(told) == [field.name for field in fields(SmpConfig)]
+    for name, row in told.items():
+        default = defaults[name]
+        shown = words.get(default) if isinstance(default, tuple) else default
+        assert row["default"] == (
+            "empty" if shown == {} else f"{shown:g}" if isinstance(shown, float) else str(shown)
+        )
+        bounds = re.fullmatch(r"([\d.]+) to ([\d.]+)", row["allowed"])
+        goods: list[Any] = re.findall(r"`(\w+)`", row["allowed"]) if name in ("framing", "reset") else []
+        goods += [float(end) if "." in end else int(end) for end in bounds.groups()] if bounds else []
+        assert goods or name in ("statistics", "settings")
+        for good in goods:
+            assert getattr(parse_smp({name: good}), name) == good
+        for bad in ["nonsense", -1, *[end * 2 + 1 for end in goods[1:] if bounds]]:
+            with pytest.raises(ValueError, match=name):
+                parse_smp({name: bad})
+    for kind in re.findall(r"`(\w+)`", told["settings"]["meaning"]):
+        assert parse_smp({"settings": {"x": {"type": kind}}}).settings["x"].type == kind
 
 
 def test_environment_variables_are_those_of_the_code() -> None:

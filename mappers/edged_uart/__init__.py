@@ -1,9 +1,10 @@
-"""Mappers for boards whose boot loader speaks STK500 or STK500v2, and the link ``serial:``.
+"""Mappers for devices on a serial line, and the link ``serial:``.
 
 - ``uart-stk500``: optiboot, ATmegaBOOT and their like (Arduino Uno, Nano).
 - ``uart-stk500v2``: stk500boot (Arduino Mega 2560).
+- ``uart-smp``: MCUboot with an SMP server in the application (Zephyr, Mynewt): two slots.
 
-The application's side is lines of text: ``name=value`` is a property, and a line or the answer to a question
+The application's side of the first two is lines of text: ``name=value`` is a property, and a line or the answer to a question
 can prove that it is well.
 """
 
@@ -17,20 +18,32 @@ from edged.errors import Permanent, Reason, Transient
 from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address
 from edged_uart.session import BootLoader, UartSession
+from edged_uart.smp_config import SmpConfig, parse_smp
+from edged_uart.smp_session import PROTOCOL, SmpSession
 from edged_uart.stk500v1 import Stk500v1
 from edged_uart.stk500v2 import Stk500v2
 
 _PROBED_BAUDS = (115200, 57600)
+_PROBE_S = 0.5
 
 MakeLoader = Callable[[SerialLink, UartConfig], BootLoader]
 
 
 @hookimpl
 def edged_mappers() -> Iterable[MapperSpec]:
-    """The two protocols."""
+    """The three protocols."""
     return [
         _spec("uart-stk500", "stk500v1", parse_v1, _v1),
         _spec("uart-stk500v2", "stk500v2", parse_v2, _v2),
+        MapperSpec(
+            "uart-smp",
+            _connect_smp,
+            parse_smp,
+            frozenset({PROTOCOL}),
+            _probe_smp,
+            schemes=frozenset({SCHEME}),
+            probe_disturbs=False,
+        ),
     ]
 
 
@@ -69,6 +82,30 @@ async def _connect(device: Device, env: Env, make: MakeLoader) -> AsyncIterator[
         session = UartSession(device, config, link, make(link, config))
         yield session
         await session.rest()
+
+
+@asynccontextmanager
+async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
+    config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
+    async with env.link(device.address) as link:
+        if not isinstance(link, SerialLink):
+            raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
+        yield SmpSession(device, config, link)
+
+
+async def _probe_smp(address: str, env: Env) -> Identity | None:
+    """Only asks; neither resets nor stops anything."""
+    async with env.link(address) as link:
+        if not isinstance(link, SerialLink):
+            return None
+        for framing in ("console", "cobs", "raw"):
+            config = SmpConfig(framing=framing, answer_s=_PROBE_S)
+            try:
+                return await SmpSession(Device("probe", "", "uart-smp", address), config, link).identify()
+            except Transient as error:
+                if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
+                    raise
+    return None
 
 
 async def _probe(device: Device, env: Env, make: MakeLoader) -> Identity | None:

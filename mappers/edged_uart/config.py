@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-_BAUDS: Final = range(1200, 4_000_001)
+Check: TypeAlias = "tuple[str, Callable[[object], bool]]"
+"""What is allowed, in words, and whether a value is that."""
+Checks: TypeAlias = "Mapping[str, Check]"
+
 _PAGES: Final = (32, 64, 128, 256)
 
 
@@ -54,45 +57,58 @@ def parse_v2(table: Mapping[str, object]) -> UartConfig:
 
 
 def _parse(table: Mapping[str, object], known: list[str]) -> UartConfig:
-    faults = [fault for key, value in table.items() if (fault := _fault(key, value, known))]
-    if faults:
-        raise ValueError("\n".join(faults))
+    check_table(table, {key: _CHECKS[key] for key in known})
     return UartConfig(**dict[str, Any](table))
 
 
-def _fault(key: str, value: object, known: list[str]) -> str:
-    if key not in known:
-        return f"{key}: found an unknown key; allowed: {', '.join(known)}"
-    allowed, holds = _CHECKS[key]
+def check_table(table: Mapping[str, object], checks: Checks) -> None:
+    """Raises ValueError, a line for each fault of ``table``: key, what was found, what is allowed."""
+    faults = [fault for key, value in table.items() if (fault := _fault(key, value, checks))]
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _fault(key: str, value: object, checks: Checks) -> str:
+    if key not in checks:
+        return f"{key}: found an unknown key; allowed: {', '.join(sorted(checks))}"
+    allowed, holds = checks[key]
     is_sound = not isinstance(value, bool) and holds(value)
     return "" if is_sound else f"{key}: found {value!r}; allowed: {allowed}"
 
 
-def _is_baud(value: object) -> bool:
-    return isinstance(value, int) and value in _BAUDS
-
-
-def _one_of(*choices: str) -> tuple[str, Callable[[object], bool]]:
+def one_of(*choices: str) -> Check:
+    """One of these texts."""
     return " or ".join(map(repr, choices)), lambda value: value in choices
 
 
-def _seconds(low: float, high: float) -> tuple[str, Callable[[object], bool]]:
+def seconds(low: float, high: float) -> Check:
+    """A time within these bounds."""
     return (
         f"a number of seconds from {low:g} to {high:g}",
         lambda value: isinstance(value, int | float) and low <= value <= high,
     )
 
 
-_CHECKS: Final[dict[str, tuple[str, Callable[[object], bool]]]] = {
-    "baud": (f"a whole number from {_BAUDS[0]} to {_BAUDS[-1]}", _is_baud),
-    "app_baud": (f"0, or a whole number from {_BAUDS[0]} to {_BAUDS[-1]}", lambda v: v == 0 or _is_baud(v)),
-    "reset": _one_of("dtr", "none"),
+def whole(low: int, high: int) -> Check:
+    """A whole number within these bounds."""
+    return (
+        f"a whole number from {low} to {high}",
+        lambda value: isinstance(value, int) and low <= value <= high,
+    )
+
+
+BAUD: Final = whole(1200, 4_000_000)
+
+_CHECKS: Final[Checks] = {
+    "baud": BAUD,
+    "app_baud": (f"0, or {BAUD[0]}", lambda v: v == 0 or BAUD[1](v)),
+    "reset": one_of("dtr", "none"),
     "page_bytes": (
         f"0 or one of {', '.join(map(str, _PAGES))}",
         lambda v: isinstance(v, int) and v in (0, *_PAGES),
     ),
-    "erase": _one_of("from_start", "page"),
-    "pacing": _one_of("page", "command"),
-    "answer_s": _seconds(0.05, 60),
-    "boot_s": _seconds(0, 60),
+    "erase": one_of("from_start", "page"),
+    "pacing": one_of("page", "command"),
+    "answer_s": seconds(0.05, 60),
+    "boot_s": seconds(0, 60),
 }

@@ -1,0 +1,221 @@
+"""An SMP client on a serial line: requests and their answers.
+
+A server answers each request once, in the order in which they came. It loses what it has no room for and what is damaged on
+the wire, and says nothing then; so a request without an answer is sent again, with the same sequence number, a bounded
+number of times. That is the protocol's, not a retry of the job: what then still fails is Transient.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from edged.errors import Reason, Transient
+from edged_uart import smp
+from edged_uart.link import SerialLink
+from edged_uart.smp import Command, ErrorAnswer, Message
+from edged_uart.smp_framing import Framing
+
+_TRIES: Final = 4
+_PROBE_ROUNDS: Final = 2
+_NEWER_S: Final = 0.3
+_UNKNOWN_BUFFER_BYTES: Final = 256
+_LEAST_BUFFER_BYTES: Final = 64
+_MOST_BUFFER_BYTES: Final = 16384
+BUSY_S: Final = 0.1
+TRY_LATER: Final = frozenset({smp.ENOMEM, smp.EBUSY})
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What the server says of its buffers (os group, command 6). ``told``: False where it does not know the command."""
+
+    buffer_bytes: int = _UNKNOWN_BUFFER_BYTES
+    buffer_count: int = 1
+    told: bool = False
+
+    @property
+    def window(self) -> int:
+        """So many requests may be on their way: each needs a buffer, and one is for the answer."""
+        return max(1, self.buffer_count - 1)
+
+
+class SmpClient:
+    """Requests over one link, one task at a time.
+
+    ``answer_s``: longest time from the end of a request to the begin of its answer. ``hear`` is told the application's own
+    lines as they come. ``version`` is that of the header; 0 until :meth:`meet`.
+    """
+
+    def __init__(
+        self, link: SerialLink, framing: Framing, answer_s: float, hear: Callable[[str], None]
+    ) -> None:
+        self.version = 0
+        self.parameters = Parameters()
+        self._link = link
+        self._framing = framing
+        self._answer_s = answer_s
+        self._hear = hear
+        # late answers to an earlier session's requests must not be taken for this one's
+        self._sequence = random.randrange(256)
+        self._arrived: deque[Message] = deque()
+
+    @property
+    def message_bytes(self) -> int:
+        """The longest message that the server has room for."""
+        return self.parameters.buffer_bytes - self._framing.overhead_bytes
+
+    def forget(self) -> None:
+        """The server has begun anew: it is to be met again, and what it said before is nobody's."""
+        self.version = 0
+        self._framing.forget()
+        self._arrived.clear()
+
+    async def meet(self) -> None:
+        """Find the header's version and the server's parameters; nothing where that has been done.
+
+        Raises Transient(NO_RESPONSE).
+        """
+        if self.version:
+            return
+        self._framing.forget()
+        asked: dict[int, int] = {}
+        for _ in range(_PROBE_ROUNDS):
+            for version in smp.VERSIONS:
+                if await self._try(version, asked, self._answer_s):
+                    if asked != {self._sequence: smp.VERSIONS[0]}:
+                        # a server that has just come up may know the newer one, and not have heard it
+                        await self._try(smp.VERSIONS[0], {}, min(self._answer_s, _NEWER_S))
+                    return
+        raise Transient(
+            Reason.NO_RESPONSE,
+            f"{self._link.path}: nobody answered SMP within {len(asked) * self._answer_s:g} s; "
+            "check the baud rate, the framing, and that the application runs an SMP server on this port",
+        )
+
+    async def _try(self, version: int, asked: dict[int, int], timeout_s: float) -> bool:
+        """Ask with a header of ``version``; an answer to what was ``asked`` before, by sequence number, serves too."""
+        asked[await self.send(smp.PARAMETERS, version=version)] = version
+        answer = await self.answer(dict.fromkeys(asked, smp.PARAMETERS), timeout_s)
+        if answer is None:
+            return False
+        self.version, self.parameters = asked[answer.sequence], _parameters(answer.body)
+        return True
+
+    async def ask(
+        self, command: Command, body: Mapping[str, object] | None = None, *, tries: int = _TRIES
+    ) -> Mapping[str, Any]:
+        """The body of the answer to ``command``, which is sent up to ``tries`` times.
+
+        Raises ErrorAnswer (a Permanent), Transient(NO_RESPONSE), Transient(LINK_LOST).
+        """
+        await self.meet()
+        sequence = self._next_sequence()
+        for left in reversed(range(tries)):
+            await self.send(command, body, sequence=sequence)
+            answer = await self.answer({sequence: command}, self._answer_s)
+            if answer is None:
+                continue
+            try:
+                return smp.check(command, answer.body)
+            except ErrorAnswer as error:
+                if error.group is not None or error.code not in TRY_LATER or not left:
+                    raise
+            await asyncio.sleep(BUSY_S)
+            sequence = self._next_sequence()
+        raise Transient(
+            Reason.NO_RESPONSE,
+            f"{self._link.path}: no answer to {command}, which was sent {tries} times; "
+            f"each answer may take {self._answer_s:g} s",
+        )
+
+    async def tell(self, command: Command, body: Mapping[str, object] | None = None) -> None:
+        """Send ``command`` once. That no answer comes is no error: a server that resets may not get to it.
+
+        Raises ErrorAnswer, Transient(LINK_LOST).
+        """
+        await self.meet()
+        sequence = await self.send(command, body)
+        answer = await self.answer({sequence: command}, self._answer_s)
+        if answer is not None:
+            smp.check(command, answer.body)
+
+    async def listen(self, timeout_s: float) -> None:
+        """Wait until the application says a line, ``timeout_s`` at most. Raises Transient(LINK_LOST)."""
+        end = asyncio.get_running_loop().time() + timeout_s
+        while (left := end - asyncio.get_running_loop().time()) > 0 and not await self._receive(left):
+            self._arrived.clear()
+
+    async def silence(self, timeout_s: float) -> None:
+        """Send nothing for ``timeout_s``, and hear what the application says. Raises Transient(LINK_LOST)."""
+        end = asyncio.get_running_loop().time() + timeout_s
+        while (left := end - asyncio.get_running_loop().time()) > 0:
+            await self._receive(left)
+            self._arrived.clear()
+
+    async def send(
+        self,
+        command: Command,
+        body: Mapping[str, object] | None = None,
+        *,
+        sequence: int | None = None,
+        version: int = 0,
+    ) -> int:
+        """Send a request, and return its sequence number (default: the next). Raises Transient(LINK_LOST)."""
+        sequence = self._next_sequence() if sequence is None else sequence
+        message = smp.encode(command, sequence, body or {}, version or self.version)
+        await self._link.send(self._framing.encode(message))
+        return sequence
+
+    def _next_sequence(self) -> int:
+        self._sequence = (self._sequence + 1) & 0xFF
+        return self._sequence
+
+    async def answer(self, expected: Mapping[int, Command], timeout_s: float) -> Message | None:
+        """The next answer to one of the requests ``expected``, by sequence number; None where none came in time.
+
+        Others are nobody's. Raises Transient(LINK_LOST).
+        """
+        end = asyncio.get_running_loop().time() + timeout_s
+        while True:
+            while self._arrived:
+                message = self._arrived.popleft()
+                command = expected.get(message.sequence)
+                if command is not None and message.answers(command, message.sequence):
+                    return message
+            left = end - asyncio.get_running_loop().time()
+            if left <= 0:
+                # the rest of what was cut on its way would be taken for the begin of the next
+                self._framing.forget()
+                return None
+            await self._receive(left)
+
+    async def _receive(self, timeout_s: float) -> bool:
+        """Take in what arrives next; True where a line of the application was among it."""
+        data = await self._link.receive(_whatever, timeout_s)
+        for raw in self._framing.feed(data or b""):
+            with suppress(smp.NotAMessageError):
+                self._arrived.append(smp.decode(raw))
+        lines = list(self._framing.text_lines())
+        for line in lines:
+            self._hear(line)
+        return bool(lines)
+
+
+def _whatever(got: bytearray) -> int:
+    """All that has arrived, for :meth:`SerialLink.receive`."""
+    return len(got) or 1
+
+
+def _parameters(body: Mapping[str, Any]) -> Parameters:
+    """What the server told; a server that knows no parameters, or tells nonsense, is taken for a small one."""
+    size, count = body.get("buf_size"), body.get("buf_count")
+    if not isinstance(size, int) or size < _LEAST_BUFFER_BYTES:
+        return Parameters()
+    count = count if isinstance(count, int) and count > 0 else 1
+    return Parameters(min(size, _MOST_BUFFER_BYTES), count, told=True)

@@ -1,0 +1,139 @@
+"""The table of a device that speaks SMP, checked key by key; how a setting's bytes become a value."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+from edged.api import JsonValue
+from edged_uart.config import BAUD, Checks, check_table, one_of, seconds, whole
+from edged_uart.smp_framing import LINE_BYTES
+
+ALL: Final = "*"
+
+_NUMBERS: Final = {
+    "int8": "<b", "int16": "<h", "int32": "<i", "int64": "<q",
+    "uint8": "<B", "uint16": "<H", "uint32": "<I", "uint64": "<Q",
+    "float32": "<f", "float64": "<d", "bool": "<?",
+}  # fmt: skip
+_TYPES: Final = ("text", "bytes", *_NUMBERS)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting of the device as a property. Numbers are little-endian; ``bytes`` are told in hex."""
+
+    type: str = "text"
+    unit: str | None = None
+
+    def value(self, data: bytes) -> JsonValue:
+        """What ``data`` means. Raises ValueError where it is not of this type."""
+        if self.type == "bytes":
+            return data.hex()
+        if self.type == "text":
+            return data.rstrip(b"\0").decode()
+        (number,) = self._unpacked(data)
+        return cast(JsonValue, number)
+
+    def data(self, value: JsonValue) -> bytes:
+        """The bytes for ``value``. Raises ValueError where it cannot be of this type."""
+        if self.type in ("bytes", "text"):
+            if not isinstance(value, str):
+                raise ValueError(f"found {value!r}; allowed: a text")
+            return bytes.fromhex(value) if self.type == "bytes" else value.encode()
+        if isinstance(value, bool) != (self.type == "bool") or not isinstance(value, int | float):
+            raise ValueError(f"found {value!r}; allowed: {self.type}")
+        try:
+            return struct.pack(_NUMBERS[self.type], value)
+        except (struct.error, OverflowError) as error:
+            raise ValueError(f"found {value!r}; allowed: {self.type}") from error
+
+    def _unpacked(self, data: bytes) -> tuple[Any, ...]:
+        try:
+            return struct.unpack(_NUMBERS[self.type], data)
+        except struct.error as error:
+            raise ValueError(f"{len(data)} bytes are no {self.type}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SmpConfig:
+    """How to talk to one device.
+
+    - ``framing``: ``"console"``, ``"raw"`` or ``"cobs"``; ``line_bytes``: longest line of the console, with its frame.
+    - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset a device that does not answer after its trial boot;
+      ``"none"``: only its own watchdog can.
+    - ``window``: requests on their way during an upload (0: by the device's parameters).
+    - ``image``: number of the image, where the device has several.
+    - ``answer_s``: longest time for one answer. ``erase_s``: for the first one of an upload.
+    - ``quiet_s``: nothing is sent for so long after a reset, since a boot loader may take bytes for a call for recovery.
+      ``boot_s``: from then on until the device answers, with the swap of its slots.
+    - ``poll_s``: between two looks at the properties (0: none). ``statistics``: groups that are reported (``"*"``: all).
+      ``settings``: those that are reported and may be desired.
+    """
+
+    baud: int = 115200
+    framing: str = "console"
+    line_bytes: int = LINE_BYTES
+    reset: str = "none"
+    window: int = 0
+    image: int = 0
+    answer_s: float = 2.0
+    erase_s: float = 25.0
+    quiet_s: float = 1.0
+    boot_s: float = 45.0
+    poll_s: float = 60.0
+    statistics: tuple[str, ...] = (ALL,)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+def parse_smp(table: Mapping[str, object]) -> SmpConfig:
+    """The table of a device that speaks SMP. Raises ValueError: a line for each fault, with key, what was found, what is
+    allowed."""
+    check_table(table, _CHECKS)
+    values = dict[str, Any](table)
+    if "statistics" in values:
+        values["statistics"] = tuple(values["statistics"])
+    if "settings" in values:
+        values["settings"] = {name: Setting(**one) for name, one in values["settings"].items()}
+    return SmpConfig(**values)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _is_settings(value: object) -> bool:
+    return isinstance(value, Mapping) and all(_is_setting(name, one) for name, one in value.items())
+
+
+def _is_setting(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and bool(name)
+        and isinstance(value, Mapping)
+        and value.keys() <= {"type", "unit"}
+        and value.get("type", "text") in _TYPES
+        and isinstance(value.get("unit", ""), str)
+    )
+
+
+_CHECKS: Final[Checks] = {
+    "baud": BAUD,
+    "framing": one_of("console", "raw", "cobs"),
+    "line_bytes": whole(16, 4096),
+    "reset": one_of("none", "dtr"),
+    "window": whole(0, 32),
+    "image": whole(0, 15),
+    "answer_s": seconds(0.05, 60),
+    "erase_s": seconds(1, 600),
+    "quiet_s": seconds(0, 60),
+    "boot_s": seconds(1, 600),
+    "poll_s": seconds(0, 86400),
+    "statistics": ("a list of names of groups, or ['*'] for all", _is_texts),
+    "settings": (
+        f"a table of NAME = {{ type = TYPE, unit = TEXT }} with TYPE one of {', '.join(_TYPES)}",
+        _is_settings,
+    ),
+}

@@ -1,0 +1,626 @@
+"""One device with MCUboot and an SMP server in its application: two slots, trial boot, revert.
+
+What the slots hold and what will be booted is always asked of the device. The image that runs is never written to, and
+nothing is made permanent before :meth:`SmpSession.confirm`: a device that is left alone at any moment boots an image
+that was confirmed, or goes back to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from edged.api import (
+    Desired,
+    Device,
+    Health,
+    HealthCheck,
+    Identity,
+    Image,
+    JsonValue,
+    Phase,
+    Progress,
+    Reported,
+    SessionTraits,
+    Slot,
+    Slots,
+)
+from edged.errors import Permanent, Reason, Refused, Transient
+from edged_firmware.formats import mcuboot
+from edged_uart import smp
+from edged_uart.link import SerialLink
+from edged_uart.session import parse_report
+from edged_uart.smp import ErrorAnswer
+from edged_uart.smp_client import SmpClient
+from edged_uart.smp_config import ALL, SmpConfig
+from edged_uart.smp_framing import Cobs, Console, Framing, Raw
+from edged_uart.smp_upload import Content, Pace, upload
+
+PROTOCOL: Final = "smp"
+_BITS_PER_BYTE: Final = 10
+_READ_BYTES: Final = 16384
+_KEPT_LINES: Final = 64
+_EVIDENCE_LINES: Final = 5
+_EVIDENCE_CHARS: Final = 200
+_LOOK_AGAIN_S: Final = 0.5
+_SETTLING_BOOTS: Final = 2
+_NO_WAY_BACK: Final = {
+    0: "single application",
+    2: "overwrite only",
+    4: "direct XIP without revert",
+    6: "RAM load",
+}
+"""Modes of MCUboot (os group, command 8, ``enum mcuboot_mode``) in which an image is not tried before it stays."""
+
+SETTING: Final = "setting."
+STATISTIC: Final = "stat."
+
+
+@dataclass(frozen=True, slots=True)
+class ImageState:
+    """One entry of the image state. ``hash`` in hex; empty where the server does not tell it."""
+
+    slot: int
+    version: str
+    hash: str
+    active: bool
+    confirmed: bool
+    pending: bool
+    permanent: bool
+    bootable: bool
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What the two slots of one image hold, by the device's own account; an empty slot has no entry."""
+
+    entries: tuple[ImageState, ...]
+
+    @property
+    def active(self) -> ImageState | None:
+        return next((entry for entry in self.entries if entry.active), None)
+
+    @property
+    def spare(self) -> ImageState | None:
+        return next((entry for entry in self.entries if not entry.active), None)
+
+    @property
+    def settled(self) -> bool:
+        """A confirmed image runs, and no other is to be booted."""
+        return self.active is not None and self.active.confirmed and not self.pending
+
+    @property
+    def pending(self) -> bool:
+        return self.spare is not None and self.spare.pending
+
+    def holds(self, hash_hex: str) -> bool:
+        return any(entry.hash == hash_hex for entry in self.entries)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inspected:
+    """An image that was read through once."""
+
+    image: mcuboot.McubootImage
+    file_sha256: bytes
+
+    @property
+    def hash(self) -> str:
+        return self.image.hash.hex()
+
+
+class SmpSession:
+    """A session with one device; see :class:`edged.api.Session` and the ``Supports...`` Protocols for the contract."""
+
+    def __init__(self, device: Device, config: SmpConfig, link: SerialLink) -> None:
+        self._device = device
+        self._config = config
+        self._link = link
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._first_lines: list[str] = []
+        self._told: deque[Reported] = deque(maxlen=_KEPT_LINES)
+        self._client = SmpClient(link, make_framing(config), config.answer_s, self._hear)
+        self._staged: str | None = None
+        self._ran: str | None = None
+        self.traits = SessionTraits(
+            ceiling_bytes_per_s=config.baud / _BITS_PER_BYTE,
+            slot_count=2,
+            # it erases before it takes the first byte, and may have to leave an image before that
+            quiet_s=config.answer_s + max(config.erase_s, config.quiet_s + config.boot_s),
+        )
+
+    # -- who is there
+
+    async def identify(self) -> Identity:
+        """``smp:`` and the board's name as the device tells it (``smp:unknown`` where it does not).
+
+        Raises Transient(NO_RESPONSE), Transient(LINK_LOST).
+        """
+        await self._link.set_baud(self._config.baud)
+        await self._client.meet()
+        parameters = self._client.parameters
+        detail = {
+            "protocol": PROTOCOL,
+            "framing": self._config.framing,
+            "header_version": str(self._client.version),
+            "buffers": f"{parameters.buffer_count} of {parameters.buffer_bytes} bytes"
+            if parameters.told
+            else "unknown",
+        }
+        board = await self._offered(smp.APPLICATION_INFO, {"format": "i"}, "output")
+        if (kernel := await self._offered(smp.APPLICATION_INFO, {"format": "sv"}, "output")) is not None:
+            detail["kernel"] = str(kernel)
+        if (mode := await self._boot_mode()) is not None:
+            detail["boot_mode"] = str(mode)
+        try:
+            state = await self._state()
+        except ErrorAnswer as error:
+            detail["slots"] = error.name
+        else:
+            detail |= {f"slot {entry.slot}": _described(entry) for entry in state.entries}
+        return Identity(f"smp:{board or 'unknown'}", detail=detail)
+
+    async def slots(self) -> Slots:
+        """The two slots, by the hash of what they hold. Raises Permanent(UNSUPPORTED) where it is not the application
+        that answers, or it has no slots."""
+        state = await self._known_state()
+        active, spare = state.active, state.spare
+        assert active is not None
+        self._ran = active.hash
+        other = Slot(str(1 - active.slot), active=False, runs="", confirmed=False, bootable=False)
+        if spare is not None:
+            # a slot whose image will be booted for good is one, too, that the next reset boots
+            other = Slot(
+                str(spare.slot), False, spare.hash, spare.confirmed, spare.pending, bootable=spare.bootable
+            )
+        return Slots((Slot(str(active.slot), True, active.hash or None, active.confirmed), other))
+
+    # -- firmware
+
+    async def stage(self, image: Image, progress: Progress) -> None:
+        """Upload ``image`` to the free slot, from the device's offset on.
+
+        Raises, before a byte is sent: Refused(IMAGE_INVALID), Refused(HASH_MISMATCH), Refused(IMAGE_TOO_LARGE),
+        Permanent(UNSUPPORTED). Afterwards: Permanent(VERIFY_FAILED) where the device does not list the image,
+        Permanent(DEVICE_ERROR) where it refuses, Transient where it or the line does not answer.
+        """
+        inspected = await self._inspect(image, progress)
+        await self._check_device(image.size_bytes)
+        state = await self._known_state()
+        if not state.holds(inspected.hash):
+            if not state.settled:
+                await self._settle()
+            await self._upload(image, inspected, progress)
+            state = await self._known_state()
+        if not state.holds(inspected.hash):
+            raise Permanent(
+                Reason.VERIFY_FAILED,
+                f"{self._device.id} took all of image {inspected.hash[:16]} and lists it in no slot: "
+                f"{_doubt(inspected.image)}",
+            )
+        self._staged = inspected.hash
+        progress(Phase.WRITE, image.size_bytes, image.size_bytes)
+
+    async def activate(self) -> None:
+        """Mark what was staged for test, reset, wait for the device.
+
+        Raises Permanent(VERIFY_FAILED) where the boot loader has thrown the image away, Permanent(DEVICE_ERROR) where the
+        device would boot it for good, Transient(NO_RESPONSE) where nobody answers afterwards.
+        """
+        state = await self._known_state()
+        assert state.active is not None
+        if self._staged is not None and state.active.hash == self._staged:
+            return
+        if state.spare is not None and state.active.confirmed:
+            state = await self._mark(state.spare)
+        before = state
+        state = await self._reboot(lambda now: not now.pending)
+        if self._staged is not None and before.holds(self._staged) and not state.holds(self._staged):
+            raise Permanent(
+                Reason.VERIFY_FAILED,
+                f"{self._device.id} did not boot image {self._staged[:16]}, and its boot loader has removed it: "
+                "it is damaged, or signed with a key that the device does not know",
+            )
+
+    async def confirm(self) -> None:
+        """Make the running image permanent.
+
+        Raises Transient(DEVICE_ERROR) where it is not the one that :meth:`slots` last told of: the device has reset.
+        """
+        state = await self._known_state()
+        assert state.active is not None
+        if self._ran is not None and state.active.hash != self._ran:
+            raise Transient(
+                Reason.DEVICE_ERROR,
+                f"{self._device.id} runs {state.active.hash[:16]}, and {self._ran[:16]} was to be confirmed: it has reset",
+            )
+        if state.active.confirmed:
+            return
+        await self._client.ask(smp.SET_IMAGE_STATE, {"confirm": True})
+        after = await self._known_state()
+        assert after.active is not None
+        if after.active.hash != state.active.hash or not after.active.confirmed:
+            raise Transient(
+                Reason.DEVICE_ERROR,
+                f"{self._device.id} did not confirm {state.active.hash[:16]}, which it ran",
+            )
+
+    async def revert(self) -> None:
+        """Reset until the confirmed image runs and no other is to be booted. Raises Transient."""
+        await self._settle()
+
+    # -- health and properties
+
+    async def check_health(self, check: HealthCheck) -> Health:
+        """``line``: a line of the application since its start or from now on; ``property``: the value of a property by
+        the name under which it is reported, or ``os.info`` and ``os.echo``.
+
+        Raises Transient(LINK_LOST), Permanent(UNSUPPORTED).
+        """
+        pattern = re.compile(check.pattern)
+        if check.kind not in ("line", "property"):
+            raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: line, property")
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + check.timeout_s
+        seen = ""
+        while True:
+            left = deadline - loop.time()
+            if check.kind == "line":
+                found = next((line for line in self._lines if pattern.search(line)), None)
+            else:
+                seen = await self._seen(check.query)
+                found = seen if pattern.search(seen) else None
+            if found is not None:
+                return Health(True, found)
+            if left <= 0:
+                return Health(False, seen if check.kind == "property" else self._evidence())
+            await self._client.listen(min(left, _LOOK_AGAIN_S))
+
+    async def reports(self) -> AsyncIterator[Reported]:
+        """Image, statistics and settings each ``poll_s``, and the lines ``name=value`` of the application as they come.
+
+        Raises Transient where the device does not answer any more.
+        """
+        await self._link.set_baud(self._config.baud)
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            if self._config.poll_s and loop.time() >= due:
+                due = loop.time() + self._config.poll_s
+                for reported in await self._poll():
+                    yield reported
+            while self._told:
+                yield self._told.popleft()
+            await self._client.listen(max(0.0, due - loop.time()) if self._config.poll_s else 3600.0)
+
+    async def apply(self, desired: Desired) -> Reported:
+        """Write a setting, let the application take it, and keep it; nothing where it has the value.
+
+        Raises Permanent(UNSUPPORTED) for what is no configured setting, Permanent(REQUEST_INVALID) for a value that is not of
+        its type, Permanent(DEVICE_ERROR).
+        """
+        name = desired.name.removeprefix(SETTING)
+        setting = self._config.settings.get(name)
+        if setting is None or not desired.name.startswith(SETTING):
+            known = ", ".join(SETTING + name for name in self._config.settings) or "none is configured"
+            raise Permanent(Reason.UNSUPPORTED, f"{desired.name} cannot be set; what can: {known}")
+        try:
+            data = setting.data(desired.value)
+        except ValueError as error:
+            raise Permanent(Reason.REQUEST_INVALID, f"{desired.name}: {error}") from error
+        if await self._offered(smp.SETTING, {"name": name}, "val") != data:
+            await self._client.ask(smp.SET_SETTING, {"name": name, "val": data})
+            for after in (smp.COMMIT_SETTINGS, smp.SAVE_SETTINGS):
+                await self._if_offered(after)
+        held = (await self._client.ask(smp.SETTING, {"name": name})).get("val")
+        if held != data:
+            raise Permanent(Reason.DEVICE_ERROR, f"{desired.name}: the device did not keep {desired.value!r}")
+        return Reported(desired.name, setting.value(data), setting.unit)
+
+    # -- the image state
+
+    async def _state(self) -> State:
+        body = await self._client.ask(smp.IMAGE_STATE)
+        images = body.get("images")
+        if not isinstance(images, list) or not all(isinstance(entry, dict) for entry in images):
+            raise Transient(Reason.PROTOCOL_ERROR, f"{self._link.path}: the image state has no images")
+        entries = [_entry(entry) for entry in images if _number(entry, "image") == self._config.image]
+        return State(tuple(sorted(entries, key=lambda entry: entry.slot)))
+
+    async def _known_state(self) -> State:
+        """The state, of an application that runs from one of two slots."""
+        try:
+            state = await self._state()
+        except ErrorAnswer as error:
+            raise Permanent(
+                Reason.UNSUPPORTED, f"{self._device.id} does not tell the state of its images: {error}"
+            ) from error
+        if state.active is None:
+            raise Permanent(
+                Reason.UNSUPPORTED,
+                f"{self._device.id} says of no image that it runs: a boot loader in serial recovery answers so, "
+                "and it would overwrite the only image",
+            )
+        return state
+
+    async def _boot_mode(self) -> int | None:
+        mode = await self._offered(smp.BOOTLOADER_INFO, {"query": "mode"}, "mode")
+        return mode if isinstance(mode, int) else None
+
+    async def _check_device(self, size_bytes: int) -> None:
+        """Is there a slot that is large enough, and a way back?"""
+        mode = await self._boot_mode()
+        if mode in _NO_WAY_BACK:
+            raise Permanent(
+                Reason.UNSUPPORTED,
+                f"the boot loader of {self._device.id} cannot go back ({_NO_WAY_BACK[mode]}); "
+                "it has to be built for swapping, or for direct XIP with revert",
+            )
+        images = await self._offered(smp.SLOT_INFO, {}, "images")
+        for entry in images if isinstance(images, list) else ():
+            if not isinstance(entry, dict) or _number(entry, "image") != self._config.image:
+                continue
+            slots = [slot for slot in entry.get("slots", ()) if isinstance(slot, dict)]
+            if len(slots) < 2:
+                raise Permanent(Reason.UNSUPPORTED, f"{self._device.id} has {len(slots)} slots, not two")
+            sizes = [_number(slot, "size") for slot in slots if _number(slot, "size")]
+            bounds = [*sizes, _number(entry, "max_image_size") or size_bytes]
+            if min(bounds) < size_bytes:
+                raise Refused(
+                    Reason.IMAGE_TOO_LARGE,
+                    f"the image has {size_bytes} bytes; a slot of {self._device.id} has room for {min(bounds)}",
+                )
+
+    async def _inspect(self, image: Image, progress: Progress) -> _Inspected:
+        """Read all of the image, and check it. Raises Refused."""
+        if len(image.segments) != 1:
+            raise Refused(
+                Reason.IMAGE_INVALID, f"an MCUboot image is one segment; this one has {len(image.segments)}"
+            )
+        size = image.size_bytes
+        header = mcuboot.parse_header(await image.read(0, 0, min(size, mcuboot.HEADER_BYTES)), size)
+        tlvs_at = header.signed_bytes - header.protected_bytes
+        parsed = mcuboot.parse_tlvs(header, await image.read(0, tlvs_at, size - tlvs_at))
+        digest, whole = parsed.new_digest(), hashlib.sha256()
+        for at in range(0, size, _READ_BYTES):
+            data = await image.read(0, at, min(_READ_BYTES, size - at))
+            whole.update(data)
+            digest.update(data[: max(0, header.signed_bytes - at)])
+            progress(Phase.COMPARE, at + len(data), size)
+        parsed.check(digest)
+        return _Inspected(parsed, whole.digest())
+
+    async def _upload(self, image: Image, inspected: _Inspected, progress: Progress) -> None:
+        config, size = self._config, image.size_bytes
+
+        async def read(offset: int, length: int) -> bytes:
+            return await image.read(0, offset, length)
+
+        async def is_listed() -> bool:
+            return (await self._known_state()).holds(inspected.hash)
+
+        pace = Pace(
+            config.erase_s,
+            config.answer_s,
+            _BITS_PER_BYTE / config.baud,
+            config.window or self._client.parameters.window,
+        )
+        match = await upload(
+            self._client,
+            Content(read, is_listed, size, inspected.file_sha256, config.image),
+            pace,
+            lambda offset: progress(Phase.WRITE, offset, size),
+        )
+        if match is False:
+            raise Permanent(
+                Reason.VERIFY_FAILED, f"{self._device.id} has other bytes in its slot than were sent to it"
+            )
+
+    async def _mark(self, spare: ImageState) -> State:
+        """Mark the image in the spare slot for test; it is so afterwards, or an error says why not."""
+        if not spare.pending:
+            try:
+                await self._client.ask(
+                    smp.SET_IMAGE_STATE, {"hash": bytes.fromhex(spare.hash), "confirm": False}
+                )
+            except ErrorAnswer:
+                # the answer to an earlier try may have been lost
+                if not (await self._known_state()).pending:
+                    raise
+        state = await self._known_state()
+        if state.spare is None or state.spare.permanent or not state.pending:
+            raise Permanent(
+                Reason.DEVICE_ERROR,
+                f"{self._device.id} was told to try image {spare.hash[:16]}, and would "
+                f"{'keep it without a trial' if state.spare and state.spare.permanent else 'not boot it'}",
+            )
+        return state
+
+    async def _settle(self) -> None:
+        """Reset until a confirmed image runs and nothing is to be tried: what is pending is booted, and then left."""
+        for _ in range(_SETTLING_BOOTS):
+            state = await self._known_state()
+            if state.settled:
+                return
+            await self._reboot(lambda now, before=state: now != before)  # type: ignore[misc]
+        state = await self._known_state()
+        if not state.settled:
+            raise Transient(
+                Reason.DEVICE_ERROR,
+                f"{self._device.id} does not leave the image that it tries, after two resets",
+            )
+
+    # -- reset
+
+    async def _reboot(self, arrived: Callable[[State], bool]) -> State:
+        """Reset, and wait until the device answers with a state that has ``arrived``, or does not get there.
+
+        Raises Transient(NO_RESPONSE) where it does not answer at all.
+        """
+        await self._client.tell(smp.RESET)
+        state = await self._awaited(arrived)
+        if state is None and self._config.reset == "dtr":
+            await self._link.pulse_reset()
+            state = await self._awaited(arrived)
+        if state is None:
+            raise Transient(
+                Reason.NO_RESPONSE,
+                f"{self._device.id} did not answer within {self._config.boot_s:g} s after its reset"
+                f"{f'; it said: {said}' if (said := self._evidence()) else ''}",
+            )
+        return state
+
+    async def _awaited(self, arrived: Callable[[State], bool]) -> State | None:
+        """The first state that has ``arrived``; else the last that was told within ``boot_s``, None where none was."""
+        loop = asyncio.get_running_loop()
+        self._lines.clear()
+        self._first_lines.clear()
+        await self._client.silence(self._config.quiet_s)
+        end, state = loop.time() + self._config.boot_s, None
+        while loop.time() < end:
+            self._client.forget()
+            try:
+                state = await self._state()
+            except Transient as error:
+                if error.reason is not Reason.NO_RESPONSE:
+                    raise
+                continue
+            if arrived(state):
+                return state
+            # what still answers has not reset yet
+            await self._client.silence(_LOOK_AGAIN_S)
+        return state
+
+    # -- properties
+
+    async def _poll(self) -> list[Reported]:
+        return [*await self._image_reports(), *await self._statistics(), *await self._settings()]
+
+    async def _image_reports(self) -> list[Reported]:
+        try:
+            active = (await self._state()).active
+        except ErrorAnswer:
+            return []
+        if active is None:
+            return []
+        return [
+            Reported("image.version", active.version),
+            Reported("image.hash", active.hash),
+            Reported("image.confirmed", active.confirmed),
+        ]
+
+    async def _statistics(self) -> list[Reported]:
+        names: object = list(self._config.statistics)
+        if names == [ALL]:
+            names = await self._offered(smp.STATISTICS_GROUPS, {}, "stat_list")
+        found = []
+        for name in names if isinstance(names, list) else ():
+            fields = await self._offered(smp.STATISTICS, {"name": name}, "fields")
+            for key, value in fields.items() if isinstance(fields, dict) else ():
+                if isinstance(value, int):
+                    found.append(Reported(f"{STATISTIC}{name}.{key}", value))
+        return found
+
+    async def _settings(self) -> list[Reported]:
+        found = []
+        for name, setting in self._config.settings.items():
+            data = await self._offered(smp.SETTING, {"name": name}, "val")
+            if isinstance(data, bytes):
+                try:
+                    found.append(Reported(SETTING + name, setting.value(data), setting.unit))
+                except ValueError as error:
+                    raise Permanent(Reason.CONFIG_INVALID, f"settings.{name}: {error}") from error
+        return found
+
+    async def _seen(self, query: str) -> str:
+        """The value of a property as text; empty where the device does not answer or has none of that name."""
+        try:
+            if query == "os.info":
+                return str(await self._offered(smp.APPLICATION_INFO, {"format": "a"}, "output") or "")
+            if query == "os.echo":
+                return str(await self._offered(smp.ECHO, {"d": query}, "r") or "")
+            values = {one.name: one.value for one in await self._poll()}
+        except Transient as error:
+            if error.reason is not Reason.NO_RESPONSE:
+                raise
+            self._client.forget()
+            return ""
+        return _text(values[query]) if query in values else ""
+
+    async def _offered(self, command: smp.Command, body: Mapping[str, object], key: str) -> Any:
+        """What the answer has under ``key``; None where the server does not offer this."""
+        try:
+            return (await self._client.ask(command, body)).get(key)
+        except ErrorAnswer:
+            return None
+
+    async def _if_offered(self, command: smp.Command) -> None:
+        try:
+            await self._client.ask(command)
+        except ErrorAnswer as error:
+            if error.group is not None or error.code != smp.ENOTSUP:
+                raise
+
+    # -- lines of the application
+
+    def _hear(self, line: str) -> None:
+        self._lines.append(line)
+        if line and len(self._first_lines) < _EVIDENCE_LINES:
+            self._first_lines.append(line)
+        reported = parse_report(line)
+        if reported is not None:
+            self._told.append(reported)
+
+    def _evidence(self) -> str:
+        return "\n".join(line[:_EVIDENCE_CHARS] for line in self._first_lines)
+
+
+def make_framing(config: SmpConfig) -> Framing:
+    """The framing that ``config`` names."""
+    match config.framing:
+        case "raw":
+            return Raw()
+        case "cobs":
+            return Cobs()
+        case _:
+            return Console(config.line_bytes)
+
+
+def _entry(entry: Mapping[str, Any]) -> ImageState:
+    digest = entry.get("hash")
+    return ImageState(
+        slot=_number(entry, "slot"),
+        version=str(entry.get("version", "")),
+        hash=digest.hex() if isinstance(digest, bytes) else "",
+        active=entry.get("active") is True,
+        confirmed=entry.get("confirmed") is True,
+        pending=entry.get("pending") is True,
+        permanent=entry.get("permanent") is True,
+        bootable=entry.get("bootable") is True,
+    )
+
+
+def _number(entry: Mapping[str, Any], key: str) -> int:
+    value = entry.get(key, 0)
+    return value if isinstance(value, int) else 0
+
+
+def _described(entry: ImageState) -> str:
+    marks = [name for name in ("active", "confirmed", "pending") if getattr(entry, name)]
+    return " ".join([entry.version, entry.hash[:16], *marks])
+
+
+def _doubt(image: mcuboot.McubootImage) -> str:
+    if image.signature is None:
+        return "it is not signed, and the device wants a signature, or it is made for another board"
+    key = f" ({image.key_hash.hex()[:16]})" if image.key_hash else ""
+    return f"it is signed ({image.signature}) with a key{key} that the device does not know, or made for another board"
+
+
+def _text(value: JsonValue) -> str:
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

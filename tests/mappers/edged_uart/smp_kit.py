@@ -1,0 +1,168 @@
+"""What the tests of SMP share: images, devices, sessions."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from engine_kit import QUICK, Publisher
+from smp_server import SmpServer, body_of, make_image
+from uart_kit import LINKS, MAPPERS
+
+from edged.api import Device, Image
+from edged.config import (
+    Config,
+    DeviceSettings,
+    EngineSettings,
+    HealthSettings,
+    Model,
+    Storage,
+    TrustSettings,
+)
+from edged.config import Node as NodeSettings
+from edged.domain.job import Job
+from edged.links import LinkPool, device_env
+from edged.plugins import discover
+from edged.testing.conformance import Subject
+from edged.testing.faults import Faults
+from edged.testing.node import TestNode, life
+from edged_firmware.chunks import ChunkIndex
+from edged_firmware.formats import mcuboot
+from edged_firmware.image import MemorySource
+from edged_uart.smp_session import SmpSession
+
+SPEC = MAPPERS["uart-smp"]
+BODY_BYTES = 6000
+FACTORY = make_image((1, 0, 0), body_of(BODY_BYTES, 1))
+SECOND = make_image((2, 0, 0), body_of(BODY_BYTES, 2))
+THIRD = make_image((3, 0, 0), body_of(BODY_BYTES, 3))
+BRISK = {"answer_s": 0.3, "erase_s": 5, "quiet_s": 0.1, "boot_s": 4}
+"""Times for a device that answers at once."""
+
+
+def identifies_as(image: bytes) -> str:
+    return mcuboot.parse(image).hash.hex()
+
+
+async def opaque(image: bytes, *, damaged_at: int | None = None) -> Image:
+    index = ChunkIndex.build(image, 512)
+    if damaged_at is not None:
+        image = image[:damaged_at] + bytes([image[damaged_at] ^ 1]) + image[damaged_at + 1 :]
+    return await Image.open(MemorySource(image), index, opaque=True)
+
+
+def device(port: Path | str, **config: object) -> Device:
+    return Device(
+        id="node",
+        model="node",
+        mapper=SPEC.name,
+        address=f"serial:{port}",
+        config=SPEC.parse_config({**BRISK, **config}),
+    )
+
+
+@asynccontextmanager
+async def connected(to: Device) -> AsyncIterator[SmpSession]:
+    async with SPEC.connect(to, device_env(to.id, LinkPool(LINKS))) as session:
+        assert isinstance(session, SmpSession)
+        yield session
+
+
+def subject(server: SmpServer, **config: object) -> Subject:
+    """For the conformance kit."""
+
+    async def unplug() -> None:
+        server.unplug()
+
+    async def plug() -> None:
+        server.plug()
+
+    def holds(address: int, length: int) -> bytes:
+        return bytes(server.slots[1][address : address + length])
+
+    return Subject(
+        spec=SPEC,
+        links=LINKS,
+        device=device(server.port, poll_s=0.2, **config),
+        first=[(0, SECOND)],
+        second=[(0, THIRD)],
+        sent=lambda: bytes(server.received),
+        holds=holds,
+        written=lambda: server.counts.stored,
+        unit_bytes=384,
+        unplug=unplug,
+        plug=plug,
+    )
+
+
+def losing(every: int, *, start: int = 0) -> Callable[[bytes], bytes]:
+    """A wire that drops one byte of so many."""
+    seen = start
+
+    def lose(data: bytes) -> bytes:
+        nonlocal seen
+        kept = bytearray()
+        for byte in data:
+            seen += 1
+            if seen % every:
+                kept.append(byte)
+        return bytes(kept)
+
+    return lose
+
+
+@dataclass
+class Node:
+    """A node with one device that speaks SMP, and a repository with the ``images`` of ``fw``, by version."""
+
+    folder: Path
+    port: Path | str
+    images: dict[str, bytes]
+    health: HealthSettings | None = None
+    config: dict[str, object] = field(default_factory=dict)
+    watch: bool = False
+    engine: EngineSettings = QUICK
+    publisher: Publisher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.publisher = Publisher(self.folder / "publisher")
+        self.publisher.base.mkdir(parents=True)
+        self.publisher.init()
+        for version, image in self.images.items():
+            self.publisher.add(version, image, name="fw", models=("node",), protocol="smp")
+        self.publisher.publish()
+
+    @property
+    def settings(self) -> Config:
+        return Config(
+            node=NodeSettings(id="node-1", state_dir=self.folder / "state"),
+            trust=TrustSettings(repository=str(self.publisher.repo), root=self.publisher.root),
+            engine=self.engine,
+            storage=Storage(report_interval_s=0.2),
+            model=(Model(id="node", health=self.health),),
+            device=(
+                DeviceSettings(
+                    id="dev-1",
+                    model="node",
+                    mapper=SPEC.name,
+                    address=f"serial:{self.port}",
+                    watch=self.watch,
+                    config={**BRISK, **self.config},
+                ),
+            ),
+        )
+
+    @asynccontextmanager
+    async def life(self, faults: Faults | None = None) -> AsyncIterator[TestNode]:
+        async with life(self.settings, discover(), faults=faults) as node:
+            yield node
+
+    async def deploy(self, version: str, timeout_s: float = 60.0) -> Job:
+        async with self.life() as node:
+            await node.want("dev-1", f"fw@{version}")
+            return await node.ended("dev-1", timeout_s)
+
+
+VERSION_IS = HealthSettings(kind="property", query="image.version", pattern="^2", timeout_s=2)

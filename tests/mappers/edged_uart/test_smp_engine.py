@@ -1,0 +1,330 @@
+"""Releases through the engine onto devices that speak SMP: how jobs end, and cuts of the power on both sides."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+from collections.abc import Iterator
+from copy import copy
+from pathlib import Path
+
+import attrs
+import pytest
+from engine_kit import Publisher
+from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, VERSION_IS, Node, identifies_as
+from smp_server import HANGS, SmpServer, body_of, make_image
+
+from edged.config import HealthSettings, examine
+from edged.domain.job import Job, State
+from edged.domain.reasons import exit_code
+from edged.domain.reconcile import FIRMWARE
+from edged.errors import Reason
+from edged.plugins import discover
+from edged.store import audit, floors, twins
+from edged.testing.faults import Faults, PowerCut, When
+from edged.testing.node import life
+
+ROOT = Path(__file__).parents[3]
+KEY = b"the key of the factory"
+SMALL_BYTES = 1500
+TRIED_AGAIN = 4 * 384
+"""What may be on its way when the power goes: a window of the device's buffers."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[SmpServer]:
+    with SmpServer(tmp_path, FACTORY) as server:
+        yield server
+
+
+def test_a_release_is_uploaded_tried_and_confirmed(tmp_path: Path, server: SmpServer) -> None:
+    node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS)
+    job = asyncio.run(node.deploy("2.0.0"))
+    assert (job.state, job.reason, job.trial_boots) == (State.SUCCEEDED, None, 1), job.detail
+    assert server.runs == "2.0.0" and server.confirmed and not server.pending
+    assert server.counts.stored == len(SECOND) and server.counts.boots == 2
+    # deployed again it is not sent again
+    again = asyncio.run(node.deploy("2.0.0"))
+    assert again.state is State.SUCCEEDED and server.counts.stored == len(SECOND)
+
+
+@pytest.mark.parametrize(
+    ("image", "keys", "end", "reason"),
+    [
+        (make_image((3, 0, 0), body_of(4000, 3), key=b"unknown"), (KEY,), State.FAILED, Reason.VERIFY_FAILED),
+        (make_image((3, 0, 0), body_of(4000, 3)), (), State.REVERTED, Reason.HEALTH_FAILED),
+    ],
+    ids=["unknown key", "not healthy"],
+)
+def test_how_a_job_ends_that_does_not_succeed(
+    tmp_path: Path, image: bytes, keys: tuple[bytes, ...], end: State, reason: Reason
+) -> None:
+    factory = make_image((1, 0, 0), body_of(BODY_BYTES, 1), key=KEY)
+    with SmpServer(tmp_path, factory, keys=keys) as server:
+        node = Node(tmp_path / "node", server.port, {"3.0.0": image}, VERSION_IS)
+        job = asyncio.run(node.deploy("3.0.0"))
+        assert (job.state, job.reason) == (end, reason), job.detail
+        assert server.runs == "1.0.0" and server.confirmed and not server.pending
+        assert server.counts.trial_boots == (1 if end is State.REVERTED else 0)
+        assert reason is not Reason.VERIFY_FAILED or "key that the device does not know" in job.detail
+
+
+def test_an_image_that_is_none_is_refused_before_a_byte_is_sent(tmp_path: Path, server: SmpServer) -> None:
+    """Signed as it is by a publisher who did not say what it is."""
+    node = Node(tmp_path / "node", server.port, {})
+    node.publisher.add(
+        "4.0.0", b"\x7fELF" + body_of(4000, 4), name="fw", models=("node",), protocol="smp", format="opaque"
+    )
+    node.publisher.publish()
+    job = asyncio.run(node.deploy("4.0.0"))
+    assert (job.state, job.reason) == (State.FAILED, Reason.IMAGE_INVALID), job.detail
+    assert exit_code(job.reason) == 3 and server.counts.stored == server.counts.erases == 0
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_device_that_hangs_in_its_trial_is_left_by_its_watchdog(
+    tmp_path: Path, server: SmpServer, watched: bool
+) -> None:
+    hanging = make_image((6, 6, 6), HANGS + body_of(4000, 6))
+    node = Node(
+        tmp_path / "node",
+        server.port,
+        {"6.6.6": hanging},
+        config={"boot_s": 1, "answer_s": 0.1},
+        watch=watched,
+    )
+
+    async def run() -> Job:
+        async with node.life() as life:
+            await life.want("dev-1", "fw@6.6.6")
+            while server.counts.trial_boots < 1:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
+            server.power()
+            return await life.ended("dev-1")
+
+    job = asyncio.run(run())
+    assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
+    assert server.runs == "1.0.0" and server.counts.trial_boots == 1
+
+
+def test_properties_reach_the_twin_and_wishes_the_device(tmp_path: Path) -> None:
+    config = {"settings": {"app/interval": {"type": "uint32", "unit": "s"}}, "poll_s": 0.2}
+    with SmpServer(
+        tmp_path, FACTORY, settings={"app/interval": (5).to_bytes(4, "little")}, statistics={"net": {"rx": 3}}
+    ) as server:
+        node = Node(tmp_path / "node", server.port, {}, config=config, watch=True)
+
+        async def run() -> None:
+            async with node.life() as life, asyncio.timeout(20):
+                for name, value in [
+                    ("image.version", "1.0.0"),
+                    ("stat.net.rx", 3),
+                    ("setting.app/interval", 5),
+                ]:
+                    while await life.reported("dev-1", name) != value:
+                        await asyncio.sleep(0.02)
+                await life.store.write(
+                    lambda tx: twins.set_desired(tx, "dev-1", "setting.app/interval", 60, "operator")
+                )
+                life.sessions["dev-1"].refresh()
+                while await life.reported("dev-1", "setting.app/interval") != 60:
+                    await asyncio.sleep(0.02)
+
+        asyncio.run(run())
+        assert server.saved["app/interval"] == (60).to_bytes(4, "little")
+
+
+def test_the_configuration_of_the_page_works(tmp_path: Path) -> None:
+    """As it stands there, but for the port."""
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "smp.md").read_text(), re.DOTALL)
+    publisher = Publisher(tmp_path / "publisher")
+    publisher.base.mkdir()
+    publisher.init().add("2.0.0", SECOND, name="fw", models=("sensor",), protocol="smp")
+    publisher.publish()
+    (tmp_path / "edged.toml").write_text(
+        f'[node]\nid = "n"\nstate_dir = "{tmp_path}/state"\n'
+        f'[trust]\nrepository = "{publisher.repo}"\nroot = "{publisher.root}"\n'
+    )
+    with SmpServer(tmp_path, FACTORY, settings={"app/state": b"ready", "app/interval": bytes(4)}) as server:
+        for block in blocks:
+            (file,) = re.findall(r"/etc/edged/(\S+)", block)
+            (tmp_path / file).parent.mkdir()
+            (tmp_path / file).write_text(re.sub(r'"serial:by-id/[^"]*"', f'"serial:{server.port}"', block))
+        found = examine(tmp_path / "edged.toml")
+        assert not found.problems
+        brisk = attrs.evolve(found.config, device=tuple(
+            attrs.evolve(one, config={**one.config, **BRISK}) for one in found.config.device
+        ))  # fmt: skip
+
+        async def run() -> Job:
+            async with life(brisk, discover()) as node:
+                await node.want("sensor-1", "fw@2.0.0")
+                return await node.ended("sensor-1")
+
+        job = asyncio.run(run())
+        assert job.state is State.SUCCEEDED, job.detail
+        assert job.detail == "ready" and server.runs == "2.0.0" and server.confirmed
+
+
+# -- the sweep: cuts of the power of node and device, at every lasting effect
+
+
+class World:
+    """One device and one node's folder, over as many lives as it takes.
+
+    A cut at an effect of the node is a cut of the node's power, one at an effect of the device of the device's power too.
+    """
+
+    def __init__(self, node: Node, server: SmpServer, healthy: bool) -> None:
+        self.server = server
+        self.node = node
+        self.healthy = healthy
+        self.cuts: list[str] = []
+
+    def live(self, faults: Faults) -> Job | None:
+        """One life of node and device; the ended job, or None where the power was cut."""
+        if not self.cuts or self.cuts[-1].startswith("device."):
+            self.server.power(faults)
+        else:
+            self.server.effects = faults
+        job = None
+        try:
+            job = asyncio.run(self._live(faults))
+        except (PowerCut, BaseExceptionGroup) as error:
+            if isinstance(error, BaseExceptionGroup):
+                _, other = error.split(PowerCut)
+                assert other is None, f"something else than the cut came out: {other!r}"
+            assert faults.fired, "a cut came out that did not fire"
+        if faults.fired:
+            self.cuts.append(faults.fired)
+            return None
+        return job
+
+    async def _live(self, faults: Faults) -> Job:
+        async with self.node.life(faults) as node:
+            twin = await node.store.read(lambda tx: twins.get(tx, "dev-1"))
+            if FIRMWARE not in twin.desired:
+                await node.want("dev-1", "fw@2.0.0" if self.healthy else "fw@3.0.0")
+            return await node.ended("dev-1")
+
+    def check(self, job: Job) -> None:
+        server, outcome = self.server, (job.state, job.reason)
+        bad = (State.REVERTED, Reason.HEALTH_FAILED)
+        # a device that loses its power in its trial goes back by itself
+        left = (State.REVERTED, Reason.DEVICE_REVERTED)
+        good = (State.SUCCEEDED, None)
+        may_be_left = any(cut in ("device.boot", "device.confirm") for cut in self.cuts)
+        allowed = [good if self.healthy else bad, *([left] if may_be_left else [])]
+        assert outcome in allowed, f"{outcome}: {job.detail}; cut at {self.cuts}"
+        assert server.runs == ("2.0.0" if outcome == good else "1.0.0")
+        assert server.confirmed and not server.pending
+        # a device that was off has forgotten how far it was
+        off = sum(cut.startswith("device.") for cut in self.cuts)
+        assert server.counts.stored <= (1 + off) * len(SECOND) + len(self.cuts) * TRIED_AGAIN
+        assert server.counts.trial_boots <= 1 + len(self.cuts)
+        asyncio.run(self._check_store(outcome == good))
+
+    async def _check_store(self, succeeded: bool) -> None:
+        async with self.node.life() as node:
+            assert len(await node.jobs("dev-1")) == 1, "a job was lost or made twice"
+            report = await node.store.read(lambda tx: audit.verify(tx, node.key.public_key))
+            assert report.intact, report.reason
+            assert await node.store.read(lambda tx: floors.get(tx, "dev-1", FIRMWARE)) == int(succeeded)
+
+
+@pytest.fixture(scope="module")
+def two_releases(tmp_path_factory: pytest.TempPathFactory) -> Node:
+    """2.0.0, which is healthy, and 3.0.0, which is not; to be put on a port of its own."""
+    images = {
+        version: make_image((int(version[0]), 0, 0), body_of(SMALL_BYTES, 5))
+        for version in ("2.0.0", "3.0.0")
+    }
+    config: dict[str, object] = {"answer_s": 0.05, "quiet_s": 0.02, "boot_s": 2}
+    health = attrs.evolve(VERSION_IS, timeout_s=0.2)
+    return Node(tmp_path_factory.mktemp("releases"), "/dev/null", images, health, config=config)
+
+
+def scene(folder: Path, releases: Node, healthy: bool) -> World:
+    folder.mkdir(exist_ok=True)
+    server = SmpServer(folder, FACTORY, boot_s=0.01, reset_s=0.0)
+    node = copy(releases)
+    node.folder, node.port = folder, server.port
+    return World(node, server, healthy)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_several_cuts_in_a_row(tmp_path: Path, two_releases: Node, seed: int) -> None:
+    """Up to four cuts, early ones and late ones, also while it goes back."""
+    dice = random.Random(seed)
+    world = scene(tmp_path, two_releases, dice.random() < 0.6)
+    with world.server:
+        job = None
+        for _ in range(dice.randint(2, 4)):
+            job = world.live(Faults(dice.randint(2, 30), dice.choice(list(When))))
+            if job is not None:
+                break
+        job = job or world.live(Faults())
+        assert job is not None
+        world.check(job)
+        assert world.cuts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("healthy", [True, False], ids=["good", "bad"])
+def test_one_cut_at_every_effect(tmp_path: Path, two_releases: Node, healthy: bool) -> None:
+    whole = scene(tmp_path / "whole", two_releases, healthy)
+    counting = Faults()
+    with whole.server:
+        job = whole.live(counting)
+        assert job is not None
+        whole.check(job)
+    names = counting.names
+    assert {"store.commit", "device.erase", "device.page", "device.pending", "device.boot"} <= set(names)
+    fired = []
+    for number in range(1, len(names) + 1):
+        world = scene(tmp_path / f"cut-{number}", two_releases, healthy)
+        with world.server:
+            cut = Faults(number, list(When)[number % len(When)])
+            job = world.live(cut) or world.live(Faults())
+            assert job is not None
+            world.check(job)
+            fired.append(cut.fired)
+    # checkpoints are due by the clock: now and then there is one less
+    assert fired.count("") <= 3 and set(fired) - {""} == set(names)
+
+
+@pytest.mark.parametrize("tenth", range(1, 10))
+def test_the_node_dies_at_every_tenth_of_the_upload(tmp_path: Path, server: SmpServer, tenth: int) -> None:
+    """The device stays on: the next life goes on at its offset, and sends again what was on its way at most."""
+    node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS)
+
+    async def killed() -> None:
+        async with node.life() as life:
+            await life.want("dev-1", "fw@2.0.0")
+            while server.counts.stored * 10 < tenth * len(SECOND):
+                await asyncio.sleep(0.0005)
+
+    asyncio.run(killed())
+    sent_before = len(server.received)
+    assert server.runs == "1.0.0" and not server.pending
+
+    async def next_life() -> Job:
+        async with node.life() as life:
+            return await life.ended("dev-1")
+
+    job = asyncio.run(next_life())
+    assert job.state is State.SUCCEEDED and server.runs == "2.0.0"
+    assert server.counts.stored == len(SECOND), "image bytes were stored twice"
+    assert server.counts.erases == 1 and server.counts.trial_boots == 1
+    assert identifies_as(SECOND) == identifies_as(bytes(server.slots[0][: len(SECOND)]))
+    assert sent_before > 0
+
+
+def test_an_unhealthy_pattern_is_told_with_what_was_seen(tmp_path: Path, server: SmpServer) -> None:
+    health = HealthSettings(kind="property", query="image.hash", pattern="^{identifies_as}x$", timeout_s=0.3)
+    node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, health)
+    job = asyncio.run(node.deploy("2.0.0"))
+    assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED)
+    assert identifies_as(SECOND) in job.detail

@@ -1,0 +1,733 @@
+"""Sessions with a second implementation of the server: what is on the wire, what goes wrong on it, and properties."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peer_kit import peer_python
+from smp_kit import BRISK, FACTORY, SECOND, connected, device, identifies_as, opaque
+from smp_server import HANGS, SmpServer, body_of, make_image
+from uart_kit import Watched
+
+from edged.api import Desired, Health, HealthCheck, Phase, Reported
+from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
+from edged_firmware.chunks import ChunkIndex
+from edged_firmware.image import Image, MemorySource, pack
+from edged_uart.smp_session import SmpSession
+
+Work = Callable[[SmpSession], Coroutine[Any, Any, None]]
+FRAMINGS = pytest.mark.parametrize("framing", ["console", "raw", "cobs"])
+
+
+def on(server: SmpServer, work: Work, **config: object) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(60), connected(device(server.port, **config)) as session:
+            await session.identify()
+            await work(session)
+
+    asyncio.run(run())
+
+
+async def staged(session: SmpSession, image: bytes) -> Watched:
+    watched = Watched()
+    await session.stage(await opaque(image), watched)
+    return watched
+
+
+def uploads(server: SmpServer) -> list[dict[str, Any]]:
+    return [body for _, group, number, body in server.log if (group, number) == (1, 1)]
+
+
+# -- what is sent
+
+
+def test_the_first_piece_has_the_header_and_the_sha_and_each_fills_the_buffer(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, buffer_bytes=384) as server:
+        on(server, work)
+        first, *following = uploads(server)
+        assert first.keys() == {"off", "data", "len", "sha"} and len(first["data"]) >= 32
+        assert (first["off"], first["len"], len(first["sha"])) == (0, len(SECOND), 32)
+        assert all(piece.keys() == {"off", "data"} for piece in following)
+        assert b"".join(piece["data"] for piece in [first, *following]) == SECOND
+        # 384 without length and CRC, header, CBOR's names and numbers, down to a word
+        assert {len(piece["data"]) for piece in following[:-1]} <= {352, 356}
+        assert server.counts.dropped == 0
+
+
+@pytest.mark.parametrize(("count", "window", "most"), [(4, 0, 3), (1, 0, 1), (4, 1, 1), (2, 8, 8)])
+def test_so_many_are_on_their_way(tmp_path: Path, count: int, window: int, most: int) -> None:
+    """What the device has room for, less one for the answer; or what the table says."""
+    waiting: list[int] = []
+
+    async def work(session: SmpSession) -> None:
+        server.to_device, server.from_device = to_device, from_device
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, buffer_count=count) as server:
+        sent, answered = 0, 0
+
+        def to_device(data: bytes) -> bytes:
+            nonlocal sent
+            sent += data.count(b"\x06\x09")
+            waiting.append(sent - answered)
+            return data
+
+        def from_device(data: bytes) -> bytes:
+            nonlocal answered
+            answered += data.count(b"\x06\x09")
+            return data
+
+        on(server, work, window=window)
+    assert max(waiting) <= most
+    assert most == 1 or max(waiting) > 1
+
+
+def test_a_server_that_knows_version_1_only_is_met(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        assert (await session.identify()).detail["header_version"] == "1"
+        await staged(session, SECOND)
+        with pytest.raises(Permanent) as caught:
+            await session.apply(Desired("setting.no", 1, 1))
+        assert "unknown to the device" in caught.value.detail or caught.value.reason is Reason.DEVICE_ERROR
+
+    with SmpServer(tmp_path, FACTORY, versions=(1,), tells_parameters=False, mode=None) as server:
+        on(server, work, settings={"no": {"type": "int8"}})
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
+
+
+def test_version_2_is_preferred(tmp_path: Path) -> None:
+    with SmpServer(tmp_path, FACTORY, versions=(1, 2)) as server:
+
+        async def work(session: SmpSession) -> None:
+            assert (await session.identify()).detail["header_version"] == "2"
+
+        on(server, work)
+
+
+def test_nobody_there_says_what_to_look_at(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with connected(device(server.port, answer_s=0.05)) as session:
+            await session.identify()
+
+    with SmpServer(tmp_path, FACTORY, versions=()) as server, pytest.raises(Transient) as caught:
+        asyncio.run(run())
+    assert caught.value.reason is Reason.NO_RESPONSE and "baud" in caught.value.detail
+
+
+# -- faults on the wire
+
+
+def dice(
+    seed: int, rate: float, change: Callable[[random.Random, bytes, int], bytes]
+) -> Callable[[bytes], bytes]:
+    """A wire on which ``rate`` of the bytes meet with ``change``."""
+    thrown = random.Random(seed)
+    hits = 0
+
+    def disturb(data: bytes) -> bytes:
+        nonlocal hits
+        out = bytearray()
+        for at in range(len(data)):
+            hit = thrown.random() < rate
+            hits += hit
+            out += change(thrown, data, at) if hit else data[at : at + 1]
+        disturb.hits = hits  # type: ignore[attr-defined]
+        return bytes(out)
+
+    return disturb
+
+
+FAULTS: dict[str, Callable[[random.Random, bytes, int], bytes]] = {
+    "lost": lambda thrown, data, at: b"",
+    "doubled": lambda thrown, data, at: data[at : at + 1] * 2,
+    "flipped": lambda thrown, data, at: bytes([data[at] ^ 1 << thrown.randrange(8)]),
+    "noise": lambda thrown, data, at: data[at : at + 1] + bytes([thrown.randrange(256)]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("framing", ["console", "cobs"])
+def test_bytes_that_go_wrong_cost_time_and_nothing_else(tmp_path: Path, fault: str, framing: str) -> None:
+    async def work(session: SmpSession) -> None:
+        # the wire turns bad when the device was found
+        server.to_device, server.from_device = (
+            dice(1, 1 / 3000, FAULTS[fault]),
+            dice(2, 1 / 3000, FAULTS[fault]),
+        )
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
+        assert server.to_device.hits > 0  # type: ignore[attr-defined]
+
+    with SmpServer(tmp_path, FACTORY, framing=framing) as server:
+        on(server, work, answer_s=0.1, framing=framing)
+        assert server.counts.stored == len(SECOND)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_without_a_checksum_no_wrong_image_is_called_good(tmp_path: Path, fault: str) -> None:
+    """Raw: what was damaged on the way is stored; the boot loader does not boot it, and that is seen."""
+
+    async def work(session: SmpSession) -> None:
+        server.to_device = dice(3, 1 / 1500, FAULTS[fault])
+        try:
+            await staged(session, SECOND)
+            server.to_device = lambda data: data
+            await session.activate()
+        except EdgedError as error:
+            assert isinstance(error, Transient | Permanent)
+        runs = (await session.slots()).slots[0].runs
+        whole = bytes(server.slots[0][: len(SECOND)]) == SECOND
+        assert (runs == identifies_as(SECOND)) == whole, "a wrong image runs"
+
+    with SmpServer(tmp_path, FACTORY, framing="raw") as server:
+        on(server, work, answer_s=0.1, framing="raw")
+
+
+@FRAMINGS
+@pytest.mark.parametrize("which", ["request", "answer"])
+@pytest.mark.parametrize("doubled", [False, True], ids=["lost", "doubled"])
+def test_whole_messages_lost_and_doubled(tmp_path: Path, framing: str, which: str, doubled: bool) -> None:
+    """Every fifth one."""
+    seen = 0
+
+    def disturb(data: bytes) -> bytes:
+        nonlocal seen
+        seen += 1
+        return data if seen % 5 else data * 2 if doubled else b""
+
+    async def work(session: SmpSession) -> None:
+        if which == "request":
+            server.to_device = disturb
+        else:
+            server.from_device = disturb
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND and seen > 5
+
+    with SmpServer(tmp_path, FACTORY, framing=framing) as server:
+        on(server, work, answer_s=0.1, framing=framing)
+        assert server.counts.stored == len(SECOND), "a piece was stored twice"
+
+
+def test_answers_in_another_order_are_each_other_s(tmp_path: Path) -> None:
+    held: list[bytes] = []
+
+    def swap(data: bytes) -> bytes:
+        held.append(data)
+        return b"" if len(held) % 2 else held[-1] + held[-2]
+
+    async def work(session: SmpSession) -> None:
+        server.from_device = swap
+        await staged(session, SECOND)
+        server.from_device = lambda data: data
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work, answer_s=0.15)
+
+
+def test_a_wire_that_is_dead_ends_with_a_reason(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        staging = asyncio.ensure_future(staged(session, SECOND))
+        while server.counts.stored < 1000:
+            await asyncio.sleep(0.001)
+        server.to_device = lambda data: b""
+        with pytest.raises(Transient) as caught:
+            await staging
+        assert caught.value.reason is Reason.NO_RESPONSE
+        server.to_device = lambda data: data
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, line_bytes_per_s=50_000) as server:
+        on(server, work, answer_s=0.05)
+        assert server.counts.stored == len(SECOND) and server.counts.erases == 1
+
+
+@pytest.mark.parametrize("at", range(0, 10, 2))
+def test_the_device_resets_in_the_upload(tmp_path: Path, at: int) -> None:
+    """It has forgotten where it was: the upload begins anew by itself, and ends."""
+
+    async def work(session: SmpSession) -> None:
+        watched = Watched()
+        staging = asyncio.ensure_future(session.stage(await opaque(SECOND), watched))
+        while server.counts.stored * 10 < at * len(SECOND) or not server.counts.erases:
+            await asyncio.sleep(0.001)
+        server.power()
+        boots = server.counts.boots
+        await staging
+        assert boots == 2 and bytes(server.slots[1][: len(SECOND)]) == SECOND
+        assert server.counts.stored <= len(SECOND) * (1 + at / 10) + 4 * 384
+
+    with SmpServer(tmp_path, FACTORY, line_bytes_per_s=50_000) as server:
+        on(server, work, answer_s=0.2)
+
+
+def test_a_device_that_resets_again_and_again_is_given_up(tmp_path: Path) -> None:
+    def restart(group: int, number: int, body: dict[str, Any]) -> bool:
+        if (group, number) == (1, 1) and body["off"] > 3000:
+            server.power()
+            return False
+        return True
+
+    async def work(session: SmpSession) -> None:
+        server.on_request = restart
+        with pytest.raises(Transient) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason in (Reason.PROTOCOL_ERROR, Reason.NO_RESPONSE)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work, answer_s=0.1)
+        assert server.counts.erases <= 3
+
+
+def test_a_device_that_is_busy_erasing_is_waited_for_and_erases_once(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        assert session.traits.quiet_s >= 5
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, erase_s=1.0) as server:
+        on(server, work, answer_s=0.1)
+        assert server.counts.erases == 1 and server.counts.stored == len(SECOND)
+
+
+@pytest.mark.parametrize("code", [2, 10], ids=["ENOMEM", "EBUSY"])
+def test_a_server_that_is_full_is_asked_again(tmp_path: Path, code: int) -> None:
+    async def work(session: SmpSession) -> None:
+        normal, count = server._do, 0
+
+        def now_and_then(op: int, group: int, number: int, body: dict[str, Any]) -> Any:
+            nonlocal count
+            count += 1
+            return (0, code) if count % 4 == 0 else normal(op, group, number, body)
+
+        server._do = now_and_then  # type: ignore[method-assign]
+        await staged(session, SECOND)
+        assert count > 8
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
+
+
+@pytest.mark.parametrize(
+    "answer", [{"off": -1}, {"off": "x"}, {}, {"off": 10**9}, {"rc": 6}, {"err": {"group": 1, "rc": 12}}]
+)
+def test_an_answer_that_makes_no_sense_ends_with_a_reason(tmp_path: Path, answer: dict[str, Any]) -> None:
+    async def work(session: SmpSession) -> None:
+        server._do_1_1_w = lambda body: answer  # type: ignore[method-assign]
+        with pytest.raises((Transient, Permanent)) as caught:
+            await staged(session, SECOND)
+        refused = "rc" in answer or "err" in answer
+        assert caught.value.reason is (Reason.DEVICE_ERROR if refused else Reason.PROTOCOL_ERROR)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+# -- two slots
+
+
+def test_what_was_staged_is_not_sent_again(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        count = len(uploads(server))
+        await staged(session, SECOND)
+        assert len(uploads(server)) == count
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_a_match_that_is_none_is_an_error(tmp_path: Path) -> None:
+    """Where the device checks what it stored."""
+
+    async def work(session: SmpSession) -> None:
+        server.on_request = damage
+        with pytest.raises(Permanent) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason is Reason.VERIFY_FAILED
+
+    def damage(group: int, number: int, body: dict[str, Any]) -> bool:
+        if (group, number) == (1, 1) and body["off"] > 2000:
+            body["data"] = bytes(len(body["data"]))
+        return True
+
+    with SmpServer(tmp_path, FACTORY, checks=True) as server:
+        on(server, work)
+
+
+KEY, OTHER_KEY = b"the key of the factory", b"another"
+
+
+def test_a_key_that_the_device_does_not_know_is_seen(tmp_path: Path) -> None:
+    good = make_image((2, 0, 0), body_of(4000, 2), key=KEY)
+    bad = make_image((3, 0, 0), body_of(4000, 3), key=OTHER_KEY)
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, bad)
+        with pytest.raises(Permanent) as caught:
+            await session.activate()
+        assert caught.value.reason is Reason.VERIFY_FAILED and "key" in caught.value.detail
+        assert server.runs == "1.0.0"
+        await staged(session, good)
+        await session.activate()
+        assert server.runs == "2.0.0"
+
+    with SmpServer(tmp_path, FACTORY, keys=(KEY,)) as server:
+        on(server, work)
+        assert server.counts.trial_boots == 1
+
+
+def test_an_image_that_the_device_does_not_list_after_the_upload_is_missing(tmp_path: Path) -> None:
+    """A server that validates what it lists, as a boot loader's does."""
+    bad = make_image((3, 0, 0), body_of(4000, 3), key=OTHER_KEY)
+
+    async def work(session: SmpSession) -> None:
+        normal = server._do_1_0_r
+        server._do_1_0_r = lambda body: {  # type: ignore[method-assign]
+            "images": [one for one in normal(body)["images"] if one["active"]]
+        }
+        with pytest.raises(Permanent) as caught:
+            await staged(session, bad)
+        assert caught.value.reason is Reason.VERIFY_FAILED
+        assert "lists it in no slot" in caught.value.detail and "Ed25519" in caught.value.detail
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [(0, Reason.UNSUPPORTED), (2, Reason.UNSUPPORTED), (4, Reason.UNSUPPORTED), (6, Reason.UNSUPPORTED)],
+)
+def test_a_boot_loader_that_cannot_go_back_is_refused(tmp_path: Path, mode: int, reason: Reason) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Permanent) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason is reason and "cannot go back" in caught.value.detail
+        assert not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY, mode=mode) as server:
+        on(server, work)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (SECOND[:-1], Reason.IMAGE_INVALID),
+        (b"\0" * 400, Reason.IMAGE_INVALID),
+        (make_image((2, 0, 0), body_of(4000, 2), damaged=True), Reason.HASH_MISMATCH),
+        (make_image((2, 0, 0), body_of(70_000, 2)), Reason.IMAGE_TOO_LARGE),
+        (SECOND + b"\xff" * 100, Reason.IMAGE_INVALID),
+    ],
+)
+def test_what_is_wrong_with_an_image_is_found_before_it_is_sent(
+    tmp_path: Path, image: bytes, reason: Reason
+) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Refused) as caught:
+            await staged(session, image)
+        assert caught.value.reason is reason and not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_an_image_of_two_segments_is_none(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        file = pack([(0, SECOND), (0x10000, b"more")])
+        image = await Image.open(MemorySource(file), ChunkIndex.build(file, 512))
+        with pytest.raises(Refused) as caught:
+            await session.stage(image, Watched())
+        assert caught.value.reason is Reason.IMAGE_INVALID
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_serial_recovery_is_not_flashed(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        server._do_1_0_r = lambda body: {"images": [{"slot": 0, "version": "1.0.0"}]}  # type: ignore[method-assign]
+        with pytest.raises(Permanent) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason is Reason.UNSUPPORTED and "recovery" in caught.value.detail
+        assert not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_a_device_that_would_keep_the_image_without_a_trial_is_not_reset(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        server._set_pending = lambda permanent: (
+            setattr(server, "permanent", True) or setattr(server, "pending", True)
+        )  # type: ignore[method-assign,func-returns-value]
+        with pytest.raises(Permanent) as caught:
+            await session.activate()
+        assert caught.value.reason is Reason.DEVICE_ERROR and "without a trial" in caught.value.detail
+        assert server.counts.boots == 1
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+@pytest.mark.parametrize("lost", [(1, 0), (0, 5)], ids=["mark", "reset"])
+def test_a_lost_answer_to_mark_or_reset_is_no_loss(tmp_path: Path, lost: tuple[int, int]) -> None:
+    """The request was heard; asking again would be refused, or would reset twice."""
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        normal, dropped = server._write, 0
+
+        def write(data: bytes) -> None:
+            nonlocal dropped
+            op, group, number, _ = server.log[-1]
+            if op == 2 and (group, number) == lost and not dropped:
+                dropped += 1
+                return
+            normal(data)
+
+        server._write = write  # type: ignore[method-assign]
+        await session.activate()
+        assert dropped == 1 and server.runs == "2.0.0" and server.counts.boots == 2
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_what_others_left_pending_is_booted_and_left_before_the_upload(tmp_path: Path) -> None:
+    third = make_image((3, 0, 0), body_of(4000, 3))
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, third)
+        server.pending = True
+        await staged(session, SECOND)
+        assert server.runs == "1.0.0" and server.confirmed and not server.pending
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+        assert server.counts.boots == 3
+
+
+def test_revert_leaves_a_trial(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+        assert server.runs == "2.0.0" and not server.confirmed
+        await session.revert()
+        assert server.runs == "1.0.0" and server.confirmed
+        boots = server.counts.boots
+        await session.revert()
+        assert server.counts.boots == boots, "reverting is idempotent"
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_only_the_image_that_was_looked_at_is_confirmed(tmp_path: Path) -> None:
+    """It resets between the health check and the confirmation: the old image runs, and must not pass for the new one."""
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+        assert (await session.slots()).slots[0].runs == identifies_as(SECOND)
+        server.power()
+        with pytest.raises(Transient) as caught:
+            await session.confirm()
+        assert caught.value.reason is Reason.DEVICE_ERROR and "has reset" in caught.value.detail
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_a_device_that_never_answers_again_is_told_with_what_it_said(tmp_path: Path) -> None:
+    hanging = make_image((6, 6, 6), HANGS + body_of(4000, 6))
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, hanging)
+        with pytest.raises(Transient) as caught:
+            await session.activate()
+        assert caught.value.reason is Reason.NO_RESPONSE and "after its reset" in caught.value.detail
+        server.power()
+        session._client.forget()
+        assert (await session.slots()).slots[0].runs == identifies_as(FACTORY)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work, answer_s=0.1, boot_s=1)
+
+
+# -- health and properties
+
+
+def test_health_by_a_line_and_by_a_property(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await session.activate()
+        assert await session.check_health(HealthCheck("line", "^ready [0-9]$", timeout_s=2)) == Health(
+            True, "ready 1"
+        )
+        later = asyncio.get_running_loop().call_later(0.2, server.say, "late")
+        assert (await session.check_health(HealthCheck("line", "late", timeout_s=2))).healthy
+        later.cancel()
+        assert await session.check_health(HealthCheck("line", "x$", timeout_s=0.2)) == Health(
+            False, "boot\nready 1\nlate"
+        )
+        assert (await session.check_health(HealthCheck("property", "^ok$", "setting.app/state", 1))).healthy
+        assert await session.check_health(HealthCheck("property", "^no", "setting.app/state", 0.2)) == Health(
+            False, "ok"
+        )
+        assert (await session.check_health(HealthCheck("property", "Simulated 1.0", "os.info", 1))).healthy
+        with pytest.raises(Permanent) as caught:
+            await session.check_health(HealthCheck("smell", "x"))
+        assert caught.value.reason is Reason.UNSUPPORTED
+        server.versions = ()
+        assert not (
+            await session.check_health(HealthCheck("property", "ok", "setting.app/state", 0.2))
+        ).healthy
+
+    with SmpServer(tmp_path, FACTORY, hello=("boot", "ready 1"), settings={"app/state": b"ok"}) as server:
+        on(server, work, settings={"app/state": {}}, answer_s=0.1)
+
+
+def test_what_the_device_says_is_reported(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        seen: list[Reported] = []
+        async with asyncio.timeout(5):
+            async for reported in session.reports():
+                seen.append(reported)
+                if reported.name == "stat.net.rx":
+                    server.say("uptime=7")
+                if reported.name == "uptime":
+                    break
+        assert seen[:3] == [
+            Reported("image.version", "1.0.0"),
+            Reported("image.hash", identifies_as(FACTORY)),
+            Reported("image.confirmed", True),
+        ]
+        assert Reported("stat.net.rx", 41) in seen and Reported("setting.app/interval", 30, "s") in seen
+        assert seen[-1] == Reported("uptime", 7)
+
+    with SmpServer(
+        tmp_path,
+        FACTORY,
+        settings={"app/interval": (30).to_bytes(4, "little")},
+        statistics={"net": {"rx": 41, "tx": 2}},
+    ) as server:
+        on(
+            server,
+            work,
+            settings={"app/interval": {"type": "uint32", "unit": "s"}, "not/there": {}},
+            poll_s=60,
+        )
+
+
+def test_reports_end_when_the_device_is_gone(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Transient) as caught:
+            async for _ in session.reports():
+                server.unplug()
+        assert caught.value.reason is Reason.LINK_LOST
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_a_desired_setting_is_written_once_kept_and_told(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        wish = Desired("setting.app/interval", 60, 1)
+        assert await session.apply(wish) == Reported("setting.app/interval", 60, "s")
+        assert await session.apply(wish) == Reported("setting.app/interval", 60, "s")
+        assert server.counts.settings_written == 1
+        server.power()
+        assert server.saved["app/interval"] == (60).to_bytes(4, "little")
+        for name, value, reason in [
+            ("setting.app/interval", -1, Reason.REQUEST_INVALID),
+            ("setting.app/interval", "x", Reason.REQUEST_INVALID),
+            ("setting.other", 1, Reason.UNSUPPORTED),
+            ("app/interval", 1, Reason.UNSUPPORTED),
+            ("setting.not/there", "x", Reason.DEVICE_ERROR),
+        ]:
+            with pytest.raises(Permanent) as caught:
+                await session.apply(Desired(name, value, 2))
+            assert caught.value.reason is reason, name
+
+    with SmpServer(tmp_path, FACTORY, settings={"app/interval": bytes(4)}) as server:
+        on(server, work, settings={"app/interval": {"type": "uint32", "unit": "s"}, "not/there": {}})
+
+
+# -- not our own mirror
+
+PEER = """
+import asyncio, sys
+from smpclient import SMPClient
+from smpclient.generics import success
+from smpclient.requests import image_management as image, os_management as os, settings_management as settings
+from smpclient.requests.statistics_management import GroupData
+from smpclient.transport.serial import SMPSerialTransport, SMPSerialRawTransport, Cobs
+
+async def main(port, framing, file):
+    transport = {
+        "console": SMPSerialTransport, "raw": SMPSerialRawTransport, "cobs": lambda: SMPSerialRawTransport(framing=Cobs()),
+    }[framing]()
+    data = open(file, "rb").read()
+    async with SMPClient(transport, port) as client:
+        assert success(await client.request(os.EchoWrite(d="hello")))
+        state = await client.request(image.ImageStatesRead())
+        assert success(state) and [one.version for one in state.images] == ["1.0.0"], state
+        async for offset in client.upload(data):
+            pass
+        assert offset == len(data)
+        state = await client.request(image.ImageStatesRead())
+        (new,) = [one for one in state.images if one.slot == 1]
+        assert success(await client.request(image.ImageStatesWrite(hash=new.hash)))
+        value = await client.request(settings.ReadSetting(name="app/state"))
+        assert success(value) and value.val == b"ok", value
+        assert success(await client.request(os.ResetWrite()))
+        await asyncio.sleep(0.5)
+        state = await client.request(image.ImageStatesRead())
+        assert [one.version for one in state.images if one.active] == ["2.0.0"], state
+        assert success(await client.request(image.ImageStatesWrite(confirm=True)))
+    print("done")
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+@FRAMINGS
+def test_a_client_that_others_wrote_drives_the_simulated_server(tmp_path: Path, framing: str) -> None:
+    """So it is not edged's mirror: smpclient uploads, tries, confirms."""
+    (tmp_path / "image").write_bytes(SECOND)
+    with SmpServer(tmp_path, FACTORY, framing=framing, settings={"app/state": b"ok"}) as server:
+        done = subprocess.run(
+            [peer_python("smpclient"), "-c", PEER, server.port, framing, tmp_path / "image"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.stdout == "done\n", done.stderr[-2000:]
+        assert server.runs == "2.0.0" and server.confirmed and server.counts.boots == 2
+
+
+def test_brisk_times_are_allowed() -> None:
+    assert device("/dev/ttyX", **BRISK).config.answer_s == BRISK["answer_s"]  # type: ignore[attr-defined]
+
+
+def test_progress_counts_what_the_device_has(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        watched = await staged(session, SECOND)
+        writes = [done for phase, done, _ in watched.seen if phase is Phase.WRITE]
+        assert writes == sorted(writes) and writes[-1] == len(SECOND)
+        assert watched.bytes_of(Phase.COMPARE) == len(SECOND)
+        assert all(total == len(SECOND) for _, _, total in watched.seen)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
