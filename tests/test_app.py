@@ -307,7 +307,7 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
             "typo",
             "unwired",
         }
-        assert "mapper: found 'warp'; allowed: fake" in devices["alien"]["detail"]
+        assert "mapper: found 'warp'; allowed: can-uds, fake" in devices["alien"]["detail"]
         assert "slots: found an unknown key" in devices["typo"]["detail"]
         assert (
             "address: found 'serial:by-id/one'; allowed: an address that begins with one of: fake:"

@@ -148,16 +148,17 @@ def test_check_config_asks_mapper_and_link_and_lists_all_in_one_run(tmp_path: Pa
     path = write(tmp_path, node="engine.stall_s = -1\n" + MODEL, devices=device + alien)
     answer = CliRunner().invoke(main, ["--config", str(path), "check-config"])
     assert answer.exit_code == 2
-    where = f"edged: configuration: {tmp_path}"
+    where, installed = f"edged: configuration: {tmp_path}", discover()
+    mappers, schemes = sorted(installed.mappers), sorted(f"{link}:" for link in installed.links)
     assert answer.stderr.splitlines() == [
         f"{where}/edged.toml: engine.stall_s: found -1; allowed: a number from 0.1 to 3600",
         f"{where}/devices.d/x.toml: device[0].address: found 'serial:board/tty'; "
         "allowed: serial:by-id/NAME, serial:by-path/NAME, serial:/dev/NAME",
         f"{where}/devices.d/x.toml: device[0].config.baud: found 1; allowed: a whole number from 1200 to 4000000",
         f"{where}/devices.d/x.toml: device[0].config.answer_s: found 0; allowed: a number of seconds from 0.05 to 60",
-        f"{where}/devices.d/x.toml: device[1].mapper: found 'warp'; allowed: uart-stk500, uart-stk500v2",
+        f"{where}/devices.d/x.toml: device[1].mapper: found 'warp'; allowed: {', '.join(mappers)}",
         f"{where}/devices.d/x.toml: device[1].address: found 'rope:/dev/ttyUSB0'; "
-        "allowed: an address that begins with one of: serial:",
+        f"allowed: an address that begins with one of: {', '.join(schemes)}",
     ]
 
 

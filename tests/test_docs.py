@@ -25,6 +25,7 @@ from edged.metrics import Metrics, Snapshot
 from edged.plugins import ENTRY_POINT_GROUP, PLUGIN_FOLDERS
 from edged.supervisor import UnitState
 from edged.testing.conformance import CHECKS
+from edged_can.config import Property, UdsConfig
 from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.smp_config import SmpConfig, parse_smp
 
@@ -209,6 +210,54 @@ def test_the_table_of_the_smp_mapper() -> None:
                 parse_smp({name: bad})
     for kind in re.findall(r"`(\w+)`", told["settings"]["meaning"]):
         assert parse_smp({"settings": {"x": {"type": kind}}}).settings["x"].type == kind
+
+
+CAN_TABLES: dict[str, tuple[Any, str]] = {
+    "### `[device.config]` of `can-uds`": (UdsConfig(), "default"),
+    "#### `erase` and `check` of `can-uds`": (UdsConfig().erase, "default of `erase`"),
+    "#### `security` of `can-uds`": (UdsConfig().security, "default"),
+    "#### `properties` of `can-uds`": (Property(), "default"),
+}
+
+
+def _said_of(default: object) -> str:
+    """A default as the page writes it."""
+    if isinstance(default, tuple):
+        return ", ".join(default) or "none"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return (
+        "below"
+        if hasattr(default, "__dataclass_fields__")
+        else f"{default:g}"
+        if isinstance(default, float)
+        else str(default)
+    )
+
+
+@pytest.mark.parametrize("heading", CAN_TABLES)
+def test_the_tables_of_the_can_mapper(heading: str) -> None:
+    record, column = CAN_TABLES[heading]
+    told = {row["key"]: row[column] for row in rows(section(page("docs/configuration.md"), heading), "key")}
+    assert list(told) == [field.name for field in fields(record)]
+    for name, cell in told.items():
+        default = getattr(record, name)
+        if cell.startswith("0x"):
+            assert int(cell, 16) == default
+        elif cell != "required":
+            assert cell.replace("empty", "") == _said_of(default), name
+
+
+def test_the_checks_defaults_of_the_can_mapper() -> None:
+    found = rows(section(page("docs/configuration.md"), "#### `erase` and `check` of `can-uds`"), "key")
+    said = {row["key"]: row["default of `check`"] for row in found}
+    check = UdsConfig().check
+    assert said == {
+        "routine": f"0x{check.routine:04X}",
+        "parameters": "none",
+        "per": check.per,
+        "ok": check.ok,
+    }
 
 
 def test_environment_variables_are_those_of_the_code() -> None:

@@ -234,7 +234,7 @@ def test_an_address_is_asked_without_a_mappers_name(place: Place) -> None:
     assert resets.code == 1
     assert "not asked, since it may reset the device: uart-stk500, uart-stk500v2" in resets.err
     nowhere = place.run("mapper", "probe", "rope:1")
-    assert nowhere.code == 1 and "an address begins with one of: fake:, serial:" in nowhere.err
+    assert nowhere.code == 1 and "an address begins with one of: can:, fake:, " in nowhere.err
     other = place.run("mapper", "probe", "uart-stk500", "fake:bus/two")
     assert other.code == 1 and "mapper uart-stk500 asks at serial: only, not at 'fake:bus/two'" in other.err
 

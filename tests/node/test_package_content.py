@@ -114,6 +114,7 @@ def test_plugins_are_found(unpacked: Path) -> None:
     (own,) = [d for d in distributions(path=[str(unpacked / TREE)]) if d.metadata["Name"] == "edged"]
     assert {(p.group, p.name) for p in own.entry_points} == {
         ("console_scripts", "edged"),
+        ("edged.plugins", "can"),
         ("edged.plugins", "uart"),
     }
 
@@ -216,8 +217,9 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, sys.argv[1])
-import edged, edged_firmware, edged_uart
-names = [m.name for p in (edged, edged_firmware, edged_uart) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
+import edged, edged_can, edged_firmware, edged_uart
+packages = (edged, edged_can, edged_firmware, edged_uart)
+names = [m.name for p in packages for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 for name in names:
     if name not in {"edged.__main__", "edged.testing.daemon", "edged.testing.pytest_plugin"}:
         __import__(name)

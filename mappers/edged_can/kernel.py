@@ -1,0 +1,344 @@
+"""An interface of the kernel: its own ISO-TP (linux/can/isotp.h) carries messages, raw frames come through python-can.
+
+Everything is on the event loop's watch of descriptors: no thread, and no Python for each frame of a message. The raw socket
+hears only what somebody listens to, unless a session is to keep to a share of the bus: then it has to see all of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import can
+
+from edged.errors import Permanent, Reason, Transient
+from edged_can.address import CanAddress
+from edged_can.bus_errors import FULL, BusErrors, lost, not_opened, queue_full
+from edged_can.frames import Frame, wire_s
+from edged_can.link import CanLink, Listener, again
+from edged_can.load import BusLoad, gap_s
+from edged_can.transport import N_AS_S, Peer, Shape, Transport
+
+_EXTENDED_ID: Final = 0x80000000
+
+_SOL_CAN_ISOTP: Final = 106
+_OPTS, _RECV_FC, _LL_OPTS = 1, 2, 5
+_OPTIONS: Final = struct.Struct("=LLBBBB")
+"""flags, frame_txtime (ns), ext_address, txpad_content, rxpad_content, rx_ext_address"""
+_EXTEND_ADDR, _TX_PADDING, _RX_EXT_ADDR = 0x002, 0x004, 0x200
+_FD_MTU: Final = 72
+_BRS: Final = 0x01
+_LONGEST: Final = 8300
+_FULL_WAIT_S: Final = 0.002
+_NOBODY: Final = [{"can_id": 0, "can_mask": 0x1FFFFFFF, "extended": True}]
+
+_MEANINGS: Final = {
+    errno.ECOMM: (Reason.NO_RESPONSE, "nobody takes the message: no flow control"),
+    errno.ETIMEDOUT: (Reason.NO_RESPONSE, "its message stopped in the middle"),
+    errno.EILSEQ: (Reason.PROTOCOL_ERROR, "its frames came out of order"),
+    errno.EBADMSG: (Reason.PROTOCOL_ERROR, "a frame of it was damaged"),
+    errno.EMSGSIZE: (Reason.PROTOCOL_ERROR, "it cannot take a message of that length"),
+}
+"""What an ISO-TP socket reports (net/can/isotp.c), as the caller is to see it."""
+
+
+def has_isotp() -> bool:
+    """Does this kernel have ISO-TP sockets? Asking loads the module, where there is one."""
+    try:
+        socket.socket(socket.AF_CAN, socket.SOCK_DGRAM, socket.CAN_ISOTP).close()
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+@asynccontextmanager
+async def opened(bus: CanAddress, log: logging.LoggerAdapter[logging.Logger]) -> AsyncIterator[CanLink]:
+    """The interface, open until the block ends. Errors as :func:`edged_can.link.open_can`."""
+    link = KernelLink(bus)
+    try:
+        link.open()
+        yield link
+    finally:
+        link.close()
+
+
+class KernelLink:
+    """See :class:`edged_can.link.CanLink`. Opening and closing a socket of the kernel does not block."""
+
+    exclusive = False
+    kernel = True
+
+    def __init__(self, bus: CanAddress) -> None:
+        self.address = str(bus)
+        self.bus = bus
+        self.load = BusLoad()
+        self.errors = BusErrors(bus)
+        self.lost: Transient | None = None
+        self._loop = asyncio.get_running_loop()
+        self._raw: Any = None
+        self._listeners: dict[Listener, frozenset[tuple[int, bool]]] = {}
+        self._peers: list[_KernelPeer] = []
+        self._measured = 0
+
+    def open(self) -> None:
+        try:
+            self._raw = can.Bus(
+                channel=self.bus.channel,
+                interface=self.bus.interface,
+                ignore_config=True,
+                fd=self.bus.fd,
+                **dict(self.bus.options),  # type: ignore[arg-type]
+            )
+        except (can.CanError, OSError) as error:
+            raise not_opened(self.bus, _code(error), str(error)) from error
+        self._filter()
+        self._loop.add_reader(self._raw.fileno(), self._on_readable)
+
+    def close(self) -> None:
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            self._loop.remove_reader(raw.fileno())
+            raw.shutdown()
+
+    @asynccontextmanager
+    async def transport(self, peer: Peer, shape: Shape) -> AsyncIterator[Transport]:
+        """As :class:`~edged_can.link.CanLink`."""
+        if shape.fd and not self.bus.fd:
+            text = f"{self.bus}: fd needs a data bit rate: can:socketcan@CHANNEL@BITRATE/DATA_BITRATE"
+            raise Permanent(Reason.CONFIG_INVALID, text)
+        port = _KernelPeer(self, peer, shape)
+        self._peers.append(port)
+        self._measured += shape.share < 1
+        self._filter()
+        try:
+            port.open(0.0)
+            yield port
+        finally:
+            self._peers.remove(port)
+            self._measured -= shape.share < 1
+            self._filter()
+            port.close()
+
+    @asynccontextmanager
+    async def listen(self, ids: Collection[tuple[int, bool]]) -> AsyncIterator[Listener]:
+        """As :class:`~edged_can.link.CanLink`."""
+        listener = Listener()
+        if self.lost is not None:
+            listener.lose(self.lost)
+        self._listeners[listener] = frozenset(ids)
+        self._filter()
+        try:
+            yield listener
+        finally:
+            del self._listeners[listener]
+            self._filter()
+
+    async def send(self, frame: Frame) -> None:
+        """As :class:`~edged_can.link.CanLink`."""
+        message = can.Message(
+            arbitration_id=frame.id,
+            data=frame.data,
+            is_extended_id=frame.extended,
+            is_fd=frame.fd,
+            bitrate_switch=frame.fd,
+        )
+        try:
+            async with asyncio.timeout(N_AS_S):
+                # select() calls a socket writable whose device's queue is full: there is nothing to wait for but time
+                while not self._try_send(message):  # noqa: ASYNC110
+                    await asyncio.sleep(_FULL_WAIT_S)
+        except TimeoutError:
+            raise queue_full(self.bus, self.errors) from None
+
+    def _try_send(self, message: can.Message) -> bool:
+        if self.lost is not None:
+            raise again(self.lost)
+        try:
+            self._raw.send(message)
+        except can.CanError as error:
+            code = _code(error)
+            # without a number it is python-can's own word for a full queue
+            if code in FULL or code is None:
+                return False
+            raise self.lose(lost(self.bus, code, str(error))) from error
+        return True
+
+    def lose(self, error: Transient) -> Transient:
+        """The bus is gone: everybody who waits for it is told. Returns ``error``."""
+        if self.lost is None:
+            self.lost = error
+            for listener in self._listeners:
+                listener.lose(error)
+            for peer in self._peers:
+                peer.fail(error)
+        return error
+
+    def _filter(self) -> None:
+        if self._raw is None:
+            return
+        wanted = {key for ids in self._listeners.values() for key in ids}
+        filters = [{"can_id": id, "can_mask": 0x1FFFFFFF, "extended": extended} for id, extended in wanted]
+        self._raw.set_filters(None if self._measured else filters or _NOBODY)
+
+    def _on_readable(self) -> None:
+        try:
+            message = self._raw.recv(0)
+        except can.CanError as error:
+            self._loop.remove_reader(self._raw.fileno())
+            self.lose(lost(self.bus, _code(error), str(error)))
+            return
+        if message is not None:
+            self._arrived(message)
+
+    def _arrived(self, message: can.Message) -> None:
+        if message.is_error_frame:
+            failure = self.errors.saw(message.arbitration_id, bytes(message.data))
+            if failure is not None:
+                self.lose(failure)
+            return
+        if self._measured:
+            seconds = wire_s(len(message.data), self.bus, extended=message.is_extended_id, fd=message.is_fd)
+            # what other sockets of this machine send comes back marked; most of it is ours
+            self.load.saw(seconds, own=not message.is_rx)
+        if message.is_remote_frame:
+            return
+        key = message.arbitration_id, message.is_extended_id
+        for listener, ids in self._listeners.items():
+            if key in ids:
+                listener.put(Frame(key[0], bytes(message.data), key[1], message.is_fd))
+
+
+class _KernelPeer:
+    """An ISO-TP socket; :class:`edged_can.transport.Transport`.
+
+    The pause between frames cannot be changed on a socket that is bound, so a share of the bus is kept to by binding a new
+    one before a message, where the others' use of the bus has changed.
+    """
+
+    def __init__(self, link: KernelLink, peer: Peer, shape: Shape) -> None:
+        self._link = link
+        self._peer = peer
+        self._shape = shape
+        self._frame_s = wire_s(
+            shape.frame_bytes if shape.fd else 8, link.bus, extended=peer.extended_ids, fd=shape.fd
+        )
+        self._loop = asyncio.get_running_loop()
+        self._gap_s = 0.0
+        self._socket: socket.socket | None = None
+        self._waiting: asyncio.Task[Any] | None = None
+
+    def open(self, gap_s: float) -> None:
+        """Bind the socket, with a pause of ``gap_s`` after each frame. Raises Transient, Permanent(CONFIG_INVALID)."""
+        opened = socket.socket(socket.AF_CAN, socket.SOCK_DGRAM, socket.CAN_ISOTP)
+        self._socket, self._gap_s = opened, gap_s
+        opened.setblocking(False)
+        flag = _EXTENDED_ID if self._peer.extended_ids else 0
+        ids = self._peer.response_id | flag, self._peer.request_id | flag
+        try:
+            self._configure(opened)
+            opened.bind((self._link.bus.channel, *ids))
+        except OSError as error:
+            raise not_opened(self._link.bus, error.errno, str(error)) from error
+
+    def close(self) -> None:
+        opened, self._socket = self._socket, None
+        if opened is not None:
+            opened.close()
+
+    async def send(self, message: bytes) -> None:
+        """As :class:`~edged_can.transport.Transport`; the kernel sends the frames."""
+        self._check()
+        self._pace()
+        assert self._socket is not None
+        try:
+            async with asyncio.timeout(N_AS_S):
+                await self._loop.sock_sendall(self._socket, message)
+        except TimeoutError:
+            raise queue_full(self._link.bus, self._link.errors) from None
+        except OSError as error:
+            raise self._meaning(error) from error
+
+    async def receive(self, timeout_s: float) -> bytes | None:
+        """As :class:`~edged_can.transport.Transport`."""
+        self._check()
+        assert self._socket is not None
+        self._waiting = asyncio.create_task(self._loop.sock_recv(self._socket, _LONGEST))
+        try:
+            await asyncio.wait([self._waiting], timeout=timeout_s)
+            if not self._waiting.done():
+                return None
+            if self._waiting.cancelled():
+                self._check()
+                return None
+            received: bytes = self._waiting.result()
+            return received
+        except OSError as error:
+            raise self._meaning(error) from error
+        finally:
+            self._waiting.cancel()
+            self._waiting = None
+
+    def drop_input(self) -> None:
+        """As :class:`~edged_can.transport.Transport`."""
+        assert self._socket is not None
+        while True:
+            try:
+                self._socket.recv(_LONGEST)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                # a failure of an earlier message, told now
+                if error.errno not in _MEANINGS:
+                    return
+
+    def explained(self, what: str) -> str:
+        """As :class:`~edged_can.transport.Transport`."""
+        return self._link.errors.explained(what)
+
+    def fail(self, error: Transient) -> None:
+        """The link is lost: who waits for a message is told."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    def _check(self) -> None:
+        if self._link.lost is not None:
+            raise again(self._link.lost)
+
+    def _pace(self) -> None:
+        if self._shape.share >= 1:
+            return
+        gap = gap_s(self._frame_s, self._shape.share, self._link.load.used_by_others())
+        if abs(gap - self._gap_s) > 0.05 * self._frame_s:
+            self.close()
+            self.open(gap)
+
+    def _configure(self, opened: socket.socket) -> None:
+        flags, pad = (0, 0) if self._shape.padding is None else (_TX_PADDING, self._shape.padding)
+        target, source = self._peer.target, self._peer.source
+        if target is not None and source is not None:
+            flags |= _EXTEND_ADDR | _RX_EXT_ADDR
+        options = _OPTIONS.pack(flags, round(self._gap_s * 1e9), target or 0, pad, pad, source or 0)
+        opened.setsockopt(_SOL_CAN_ISOTP, _OPTS, options)
+        opened.setsockopt(_SOL_CAN_ISOTP, _RECV_FC, bytes((self._shape.block_size, self._shape.st_min, 0)))
+        if self._shape.fd:
+            layer = bytes((_FD_MTU, self._shape.frame_bytes, _BRS))
+            opened.setsockopt(_SOL_CAN_ISOTP, _LL_OPTS, layer)
+
+    def _meaning(self, error: OSError) -> Transient:
+        name = f"{self._link.bus}: {self._peer.request_id:#x}"
+        known = _MEANINGS.get(error.errno or 0)
+        if known is None:
+            return self._link.lose(lost(self._link.bus, error.errno, str(error)))
+        return Transient(known[0], self._link.errors.explained(f"{name}: {known[1]}"))
+
+
+def _code(error: Exception) -> int | None:
+    """The system's error number, wherever python-can put it."""
+    found = getattr(error, "error_code", None) or getattr(error, "errno", None)
+    return found if isinstance(found, int) else None

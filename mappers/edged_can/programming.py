@@ -1,0 +1,264 @@
+"""The flash protocol ``uds``: the programming sequence of ISO 14229-1 (clause 15 and annex) as controllers are built for it.
+
+Sessions and permissions; erase, RequestDownload, TransferData, RequestTransferExit for each segment; the check routine;
+ECUReset. Which of it a kind of controller wants is configuration. Knows no slots and no health.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import zlib
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
+
+from edged.api import Image, Phase, Progress, Segment
+from edged.errors import Permanent, Reason, Transient
+from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
+from edged_can.config import Routine, UdsConfig
+from edged_can.security import key_for, secret_bytes
+
+DEFAULT_SESSION: Final = 1
+PROGRAMMING_SESSION: Final = 2
+EXTENDED_SESSION: Final = 3
+
+_START_ROUTINE: Final = 1
+_DTC_OFF: Final = 2
+_NO_NORMAL_MESSAGES: Final = bytes((0x01,))
+_DISABLE_RX_AND_TX: Final = 3
+_HEAD_BYTES: Final = 2
+"""Of a TransferData request: service and blockSequenceCounter; maxNumberOfBlockLength counts them (14.3.3)."""
+_STARTS: Final = 4
+"""RequestDownloads for one segment: the first, and those after a block that had to be repeated and was refused."""
+_SENDS: Final = 3
+"""Of one block: the server acknowledges a repeated one and writes it once (14.5.2.3), or refuses it."""
+_SECURITY_ACCESS_DENIED: Final = 0x33
+_DROPPED: Final = frozenset({0x24, 0x70, 0x71, 0x73})
+"""requestSequenceError, uploadDownloadNotAccepted, transferDataSuspended, wrongBlockSequenceCounter: no transfer is under way
+as the client knows it, and a new one begins at RequestDownload."""
+
+Secret = Callable[[str], Awaitable[str]]
+
+
+class Programming:
+    """Writes images into one controller. ``entered``: it is in its programming session, as far as is known."""
+
+    def __init__(self, client: UdsClient, config: UdsConfig, secret: Secret, name: str) -> None:
+        self._client = client
+        self._config = config
+        self._secret = secret
+        self._name = name
+        self.entered = False
+        self._steps: dict[str, Callable[[], Awaitable[None]]] = {
+            "default_session": lambda: client.session(DEFAULT_SESSION),
+            "extended_session": lambda: client.session(EXTENDED_SESSION),
+            "check_preconditions": self._check_preconditions,
+            "dtc_off": self._dtc_off,
+            "communication_off": self._communication_off,
+            "programming_session": lambda: client.session(PROGRAMMING_SESSION),
+            "security_access": self.unlock,
+        }
+
+    async def enter(self) -> None:
+        """What comes before the first erase. Raises NegativeResponse and Transient."""
+        self.entered = True
+        for step in self._config.sequence:
+            await self._steps[step]()
+
+    async def write(self, image: Image, progress: Progress) -> None:
+        """Erase, download and check every segment.
+
+        Raises NegativeResponse; Permanent(VERIFY_FAILED) where a routine says that what is in the flash is not good; Transient.
+        """
+        try:
+            await self._write(image, progress)
+        except RefusedForGood as error:
+            if error.code != _SECURITY_ACCESS_DENIED or "security_access" not in self._config.sequence:
+                raise
+            raise Transient(error.reason, f"{error.detail}: was it reset since it was unlocked?") from error
+
+    async def _write(self, image: Image, progress: Progress) -> None:
+        erase, check = self._config.erase, self._config.check
+        sent = _Sent("sha256" in check.parameters)
+        if erase.per == "image":
+            await self._run(erase, "erase", _span(image.segments))
+        for number, segment in enumerate(image.segments):
+            begun = sent if check.per == "image" else _Sent("sha256" in check.parameters)
+            sent = await self._write_segment(image, number, begun, progress)
+            if check.per == "segment":
+                await self._run(check, "check", segment, sent)
+        if check.per == "image":
+            await self._run(check, "check", _span(image.segments), sent)
+
+    async def reset(self) -> None:
+        """ECUReset (10.3), acknowledged before it happens."""
+        kind = self._config.reset
+        await self._client.ask(services.ECUReset.make_request(kind), bytes((kind,)))
+        self.entered = False
+
+    async def leave(self) -> None:
+        """Back to the default session, where the programming session was entered and no reset ended it."""
+        if self.entered:
+            self.entered = False
+            await self._client.session(DEFAULT_SESSION)
+
+    async def unlock(self) -> None:
+        """SecurityAccess (10.4). A seed of zeros says that the server is unlocked already."""
+        settings = self._config.security
+        level = settings.level
+        seed = await self._client.ask(Request(services.SecurityAccess, level), bytes((level,)))
+        if not any(seed):
+            return
+        secret = await self._secret(settings.credential) if settings.credential else ""
+        try:
+            raw = secret_bytes(secret)
+        except ValueError:
+            text = f"credential {settings.credential!r}: no hexadecimal digits after 'hex:'"
+            raise Permanent(Reason.CONFIG_INVALID, text) from None
+        key = await asyncio.to_thread(key_for, settings.algorithm, seed, raw, level)
+        await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+
+    async def _check_preconditions(self) -> None:
+        await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")
+
+    async def _dtc_off(self) -> None:
+        """ControlDTCSetting (10.8): no fault codes for what follows."""
+        await self._client.ask(Request(services.ControlDTCSetting, _DTC_OFF), bytes((_DTC_OFF,)))
+
+    async def _communication_off(self) -> None:
+        """CommunicationControl (10.5): normal messages neither sent nor heard."""
+        request = Request(services.CommunicationControl, _DISABLE_RX_AND_TX, data=_NO_NORMAL_MESSAGES)
+        await self._client.ask(request, bytes((_DISABLE_RX_AND_TX,)))
+
+    async def _write_segment(self, image: Image, number: int, before: _Sent, progress: Progress) -> _Sent:
+        """One segment, begun anew where the server lost its place; ``before`` with what was sent."""
+        for start in range(1, _STARTS + 1):
+            try:
+                return await self._download(image, number, before.copy(), progress)
+            except NegativeResponse as error:
+                if error.code not in _DROPPED or start == _STARTS:
+                    raise
+        raise AssertionError("the last start returns or raises")
+
+    async def _download(self, image: Image, number: int, sent: _Sent, progress: Progress) -> _Sent:
+        segment = image.segments[number]
+        done = sum(before.length for before in image.segments[:number])
+        if self._config.erase.per == "segment":
+            await self._run(self._config.erase, "erase", segment)
+        size = await self._request_download(segment, image.params.get("data_format"))
+        counter = 0
+        for offset in range(0, segment.length, size):
+            data = await image.read(number, offset, min(size, segment.length - offset))
+            counter = (counter + 1) & 0xFF
+            await self._ask_again(services.TransferData.make_request(counter, data), bytes((counter,)))
+            sent.take(data)
+            progress(Phase.WRITE, done + offset + len(data), image.size_bytes)
+        await self._ask_again(Request(services.RequestTransferExit), b"")
+        return sent
+
+    async def _request_download(self, segment: Segment, data_format: object) -> int:
+        """RequestDownload (14.2); how many bytes of data each TransferData may have."""
+        location = _location(segment, self._config)
+        kind = data_format if isinstance(data_format, int) else self._config.data_format
+        request = services.RequestDownload.make_request(
+            location, DataFormatIdentifier(compression=kind >> 4, encryption=kind & 0xF)
+        )
+        longest = _block_length(await self._client.ask(request), self._name)
+        size = min(longest, self._config.block_bytes) - _HEAD_BYTES
+        if size < 1:
+            text = f"{self._name}: maxNumberOfBlockLength is {longest}, which leaves no room for data"
+            raise Permanent(Reason.DEVICE_ERROR, text)
+        return size
+
+    async def _ask_again(self, request: Request, echo: bytes) -> None:
+        """Ask, and the same again where no answer comes."""
+        for sending in range(1, _SENDS + 1):
+            try:
+                await self._client.ask(request, echo)
+                return
+            except Transient as error:
+                if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR) or sending == _SENDS:
+                    raise
+
+    async def _run(
+        self, routine: Routine, what: str, segment: Segment | None = None, sent: _Sent | None = None
+    ) -> None:
+        """RoutineControl (13.2), started; Permanent(VERIFY_FAILED) where its status is not the one that means well."""
+        if routine.per == "never":
+            return
+        parameters = b"".join(_field(name, self._config, segment, sent) for name in routine.parameters)
+        echo = bytes((_START_ROUTINE,)) + routine.routine.to_bytes(2, "big")
+        request = services.RoutineControl.make_request(routine.routine, _START_ROUTINE, parameters)
+        status = await self._client.ask(request, echo)
+        if not status.startswith(bytes.fromhex(routine.ok)):
+            found = status.hex() or "nothing"
+            raise Permanent(
+                Reason.VERIFY_FAILED,
+                f"{self._name}: the {what} routine {routine.routine:#06x} answered {found}, not {routine.ok}",
+            )
+
+
+class _Sent:
+    """Checksums of what was sent, for the check routine."""
+
+    def __init__(self, wants_hash: bool) -> None:
+        self.crc32 = 0
+        self._hash = hashlib.sha256() if wants_hash else None
+
+    def copy(self) -> _Sent:
+        twin = _Sent(False)
+        twin.crc32, twin._hash = self.crc32, self._hash and self._hash.copy()
+        return twin
+
+    def take(self, data: bytes) -> None:
+        self.crc32 = zlib.crc32(data, self.crc32)
+        if self._hash is not None:
+            self._hash.update(data)
+
+    @property
+    def sha256(self) -> bytes:
+        return self._hash.digest() if self._hash is not None else b""
+
+
+def _block_length(answer: bytes, name: str) -> int:
+    """maxNumberOfBlockLength, after the byte whose high half says how long it is (14.2.3)."""
+    size = answer[0] >> 4 if answer else 0
+    if not 0 < size < len(answer):
+        text = f"{name}: RequestDownload: the device answered {answer.hex() or 'nothing'} for a length"
+        raise Transient(Reason.PROTOCOL_ERROR, text)
+    return int.from_bytes(answer[1 : 1 + size], "big")
+
+
+def _location(segment: Segment, config: UdsConfig) -> MemoryLocation:
+    """Raises Permanent(IMAGE_TOO_LARGE) where address or length have more bytes than the device takes."""
+    for what, value, size in (
+        ("address", segment.address, config.address_bytes),
+        ("length", segment.length, config.length_bytes),
+    ):
+        if value >= 256**size:
+            raise Permanent(Reason.IMAGE_TOO_LARGE, f"the {what} {value:#x} does not fit into {size} bytes")
+    return MemoryLocation(segment.address, segment.length, config.address_bytes * 8, config.length_bytes * 8)
+
+
+def _span(segments: tuple[Segment, ...]) -> Segment:
+    """From the first address to the last."""
+    first, last = segments[0], segments[-1]
+    return Segment(first.address, last.address + last.length - first.address)
+
+
+def _field(name: str, config: UdsConfig, segment: Segment | None, sent: _Sent | None) -> bytes:
+    """A parameter of a routine."""
+    if name == "format":
+        # addressAndLengthFormatIdentifier: bytes of the length in the high half, of the address in the low one (annex H)
+        return bytes((config.length_bytes << 4 | config.address_bytes,))
+    if segment is not None and name == "address":
+        return _location(segment, config).get_address_bytes()
+    if segment is not None and name == "length":
+        return _location(segment, config).get_memorysize_bytes()
+    if sent is not None and name == "crc32":
+        return sent.crc32.to_bytes(4, "big")
+    if sent is not None and name == "sha256":
+        return sent.sha256
+    raise Permanent(Reason.CONFIG_INVALID, f"{name!r} is not known when this routine is started")

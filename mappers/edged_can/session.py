@@ -1,0 +1,211 @@
+"""One controller on a CAN bus, spoken to by UDS: see :class:`edged.api.Session` and the ``Supports...`` Protocols.
+
+One slot, which cannot be read back: what runs is what the controller says in its version identifier. Asking for identifiers
+in the default session disturbs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Final
+
+from edged.api import (
+    Desired,
+    Device,
+    Env,
+    Health,
+    HealthCheck,
+    Identity,
+    Image,
+    Progress,
+    Reported,
+    SessionTraits,
+    Slot,
+    Slots,
+)
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged_can.client import NegativeResponse, Timing, UdsClient
+from edged_can.config import Property, UdsConfig
+from edged_can.frames import ceiling_bytes_per_s
+from edged_can.link import CanLink
+from edged_can.programming import EXTENDED_SESSION, Programming
+from edged_can.properties import decode, encode, text_of
+
+PROTOCOL: Final = "uds"
+NO_APPLICATION: Final = ""
+"""What runs where the controller does not tell a version that it should: no release identifies as nothing."""
+_ASK_AGAIN_S: Final = 0.5
+_BOOTING_S: Final = 0.05
+
+
+@asynccontextmanager
+async def connected(device: Device, config: UdsConfig, link: CanLink, env: Env) -> AsyncIterator[UdsSession]:
+    """A session; at its end the controller is told that the tester goes. Errors as the transport's."""
+    async with AsyncExitStack() as stack:
+        transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
+        client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
+        session = UdsSession(device, config, link, client, env)
+        await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
+        yield session
+        await session.rest()
+
+
+class UdsSession:
+    """A session with one controller."""
+
+    def __init__(self, device: Device, config: UdsConfig, link: CanLink, client: UdsClient, env: Env) -> None:
+        self._device = device
+        self._config = config
+        self._client = client
+        self._loop = asyncio.get_running_loop()
+        self.programming = Programming(client, config, env.credential, device.id)
+        peer, shape = config.peer, config.shape
+        self.traits = SessionTraits(
+            ceiling_bytes_per_s=ceiling_bytes_per_s(
+                link.bus,
+                extended=peer.extended_ids,
+                fd=shape.fd,
+                frame_bytes=shape.frame_bytes,
+                overhead=peer.overhead,
+            ),
+            quiet_s=config.pending_s,
+        )
+
+    async def identify(self) -> Identity:
+        """``uds:`` and the hardware identifier's record. Raises Transient, NegativeResponse."""
+        config = self._config
+        hardware = text_of(await self._client.read(config.hardware_did))
+        serial = await self._read_text(config.serial_did)
+        version = await self._read_text(config.version_did)
+        detail = {"protocol": PROTOCOL} | ({"version": version} if version else {})
+        return Identity(f"uds:{hardware}", serial or None, detail)
+
+    async def slots(self) -> Slots:
+        """The one slot; what runs in it is what the version identifier says."""
+        if not self._config.version_did:
+            return Slots((Slot("flash", active=True),))
+        version = await self._read_text(self._config.version_did)
+        return Slots((Slot("flash", active=True, runs=NO_APPLICATION if version is None else version),))
+
+    async def stage(self, image: Image, progress: Progress) -> None:
+        """The programming sequence up to the check routine. Raises what :mod:`edged_can.programming` raises."""
+        self._check_bounds(image)
+        await self.programming.enter()
+        await self.programming.write(image, progress)
+
+    async def activate(self) -> None:
+        """ECUReset, and wait until the controller answers again. Raises Transient(NO_RESPONSE), NegativeResponse."""
+        await self.programming.reset()
+        deadline = self._loop.time() + self._config.boot_s
+        while True:
+            try:
+                await self._client.tester_present()
+                return
+            except NegativeResponse:
+                # it is there, and has another opinion of testers
+                return
+            except Transient as error:
+                if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:
+                    raise
+            await asyncio.sleep(_BOOTING_S)
+
+    async def check_health(self, check: HealthCheck) -> Health:
+        """``property``: the record of an identifier (``query``: its number, or a property's name) matches.
+
+        Raises Transient(LINK_LOST), Permanent(UNSUPPORTED) for a kind of check or a query that is not known.
+        """
+        if check.kind != "property":
+            raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: property")
+        pattern, deadline = re.compile(check.pattern), self._loop.time() + check.timeout_s
+        while True:
+            seen = await self._evidence(check.query)
+            if pattern.search(seen):
+                return Health(True, seen)
+            if self._loop.time() >= deadline:
+                return Health(False, seen)
+            await asyncio.sleep(min(_ASK_AGAIN_S, max(0.0, deadline - self._loop.time())))
+
+    async def reports(self) -> AsyncIterator[Reported]:
+        """The properties, each as often as it is configured to be read. Raises Transient."""
+        polled = [prop for prop in self._config.properties if prop.poll_s]
+        due = {prop.name: self._loop.time() for prop in polled}
+        while polled:
+            prop = min(polled, key=lambda each: due[each.name])
+            await asyncio.sleep(max(0.0, due[prop.name] - self._loop.time()))
+            due[prop.name] = self._loop.time() + prop.poll_s
+            try:
+                yield await self._report(prop)
+            except NegativeResponse:
+                # not now, or not in this session: the others may be had
+                continue
+        await self._loop.create_future()
+
+    async def apply(self, desired: Desired) -> Reported:
+        """WriteDataByIdentifier, and read back. Raises Permanent(REQUEST_INVALID), NegativeResponse, Transient."""
+        prop = next((each for each in self._config.properties if each.name == desired.name), None)
+        if prop is None or not prop.writable:
+            able = ", ".join(each.name for each in self._config.properties if each.writable) or "none"
+            raise Permanent(
+                Reason.REQUEST_INVALID, f"{desired.name!r} cannot be set; properties that can: {able}"
+            )
+        record = encode(prop, desired.value)
+        if prop.session == "extended":
+            await self._client.session(EXTENDED_SESSION)
+        if prop.security:
+            await self.programming.unlock()
+        await self._client.write(prop.did, record)
+        return await self._report(prop)
+
+    async def rest(self) -> None:
+        """Leave the programming session, where that is still to be done: the controller need not answer."""
+        try:
+            await self.programming.leave()
+        except (Transient, Permanent):
+            # it goes there by itself, S3 after the last request
+            return
+
+    async def _report(self, prop: Property) -> Reported:
+        return decode(prop, await self._client.read(prop.did))
+
+    async def _read_text(self, did: int) -> str | None:
+        """An identifier as text; None where there is none, or the device does not offer it now."""
+        if not did:
+            return None
+        try:
+            return text_of(await self._client.read(did))
+        except NegativeResponse:
+            return None
+
+    async def _evidence(self, query: str) -> str:
+        """What an identifier or a property says, or why it does not."""
+        prop = next((each for each in self._config.properties if each.name == query), None)
+        try:
+            if prop is not None:
+                return str((await self._report(prop)).value)
+            return text_of(await self._client.read(_did(query)))
+        except EdgedError as error:
+            if isinstance(error, NegativeResponse) or error.reason is Reason.NO_RESPONSE:
+                return error.detail
+            raise
+
+    def _check_bounds(self, image: Image) -> None:
+        size = self._device.flash_size_bytes
+        end = max(segment.address + segment.length for segment in image.segments)
+        if size is not None and end > self._device.flash_base + size:
+            raise Permanent(
+                Reason.IMAGE_TOO_LARGE,
+                f"the image ends at {end:#x}; {self._device.id} ends at {self._device.flash_base + size:#x}",
+            )
+
+
+def _did(query: str) -> int:
+    """A data identifier in hexadecimal digits. Raises Permanent(UNSUPPORTED)."""
+    if re.fullmatch(r"(?:0[xX])?[0-9A-Fa-f]{1,4}", query):
+        return int(query, 16)
+    raise Permanent(
+        Reason.UNSUPPORTED,
+        f"health query {query!r}: neither a property nor a data identifier such as 'F189'",
+    )

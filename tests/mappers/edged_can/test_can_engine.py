@@ -1,0 +1,126 @@
+"""Jobs of the real engine on a controller: what it is sent, what it says afterwards, and how a job ends that cannot succeed."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from can_kit import secret
+from can_node import IMAGES, Site, alive, published, settle, update
+from engine_kit import Publisher
+from uds_server import Controller
+
+from edged.domain.job import Job, State
+from edged.errors import Reason
+from edged.testing.node import life
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    return published(tmp_path_factory.mktemp("ecu-releases"))
+
+
+@pytest.fixture
+def site(tmp_path: Path, releases: Publisher, monkeypatch: pytest.MonkeyPatch) -> Site:
+    secret(monkeypatch, tmp_path)
+    return Site(tmp_path / "state", releases)
+
+
+def run(site: Site, controller: Controller, version: str) -> Job:
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, version)
+
+    with alive(site, controller):
+        return asyncio.run(body())
+
+
+def holds(controller: Controller, version: str) -> bool:
+    return all(controller.held(address, len(data)) == data for address, data in IMAGES[version])
+
+
+@pytest.mark.parametrize("health", [False, True])
+def test_a_good_release_is_written_and_runs(site: Site, health: bool) -> None:
+    site.health = health
+    controller = site.controller()
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert holds(controller, "2.0.0") and controller.runs == b"2.0.0"
+    counts = controller.counts
+    assert (counts.written, counts.downloads, counts.resets) == (1600, 2, 1)
+
+
+def test_one_that_runs_already_is_not_written_again(site: Site) -> None:
+    controller = site.controller()
+    job = run(site, controller, "1.0.0")
+    assert job.state is State.SUCCEEDED and controller.counts.written == controller.counts.erased == 0
+
+
+def test_what_says_that_it_is_another_one_goes_back(site: Site) -> None:
+    controller = site.controller()
+    job = run(site, controller, "3.0.0")
+    assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED)
+    assert controller.runs == b"1.0.0" and holds(controller, "1.0.0")
+    assert controller.counts.written == 2 * 1600
+
+
+def test_one_that_stays_in_its_boot_loader_is_not_called_well(site: Site) -> None:
+    controller = site.controller()
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            controller.never_boots = True
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert job.state in (State.REVERTED, State.FAILED) and job.reason is Reason.DEVICE_REVERTED
+
+
+def test_nothing_is_written_where_nobody_knows_the_way_back(site: Site) -> None:
+    controller = site.controller()
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert (job.state, job.reason) == (State.FAILED, Reason.NO_FALLBACK)
+    assert controller.counts.erased == 0
+
+
+def test_another_controller_at_the_address_is_not_touched(site: Site) -> None:
+    controller = site.controller(hardware=b"ECU-8")
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert (job.state, job.reason) == (State.FAILED, Reason.HARDWARE_MISMATCH)
+    assert "uds:ECU-8 answered" in job.detail
+    assert controller.counts.erased == controller.counts.seeds == 0
+
+
+def test_a_wrong_secret_ends_with_the_standards_word_and_one_try(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    controller = site.controller()
+    job = run(site, controller, "2.0.0")
+    # the way there and the way back
+    assert job.state is State.FAILED and "SecurityAccess: the device answered invalidKey (0x35)" in job.detail
+    assert controller.counts.wrong_keys == 2 and controller.counts.erased == 0 and controller.runs == b"1.0.0"
+
+
+def test_a_missing_secret_is_named(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "edged_ecu").unlink()
+    controller = site.controller()
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.FAILED and "credential 'ecu'" in job.detail
+    assert controller.counts.wrong_keys == controller.counts.erased == 0

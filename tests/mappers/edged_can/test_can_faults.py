@@ -1,0 +1,417 @@
+"""Faults on the wire while a controller is flashed: frames lost, doubled, flipped, late; resets, bus-off, strangers, silence.
+
+Each ends with the right image, or with the old one (or none) and a reason; what is not the published image is never reported
+as good. That the fault came about is asserted too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import can
+import pytest
+from can_kit import (
+    bus_name,
+    connected,
+    device,
+    on_bus,
+    quiet,
+    secret,
+    soon,
+    verified,
+    virtual,
+)
+from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, reasons, settle, update
+from engine_kit import Publisher
+from uds_server import Controller, OnBus, make_app
+
+from edged.domain.job import Job, State
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.testing.node import life
+
+APP = make_app("1.2.0", (1200, 600))
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
+    return published(tmp_path_factory.mktemp("ecu-releases"))
+
+
+@pytest.fixture(autouse=True)
+def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret(monkeypatch, tmp_path)
+
+
+class Noise:
+    """Does ``what`` to some of the frames, by chance but always the same ones; ``count`` is how often."""
+
+    def __init__(self, what: str, seed: int, odds: float = 0.01, skip: int = 40) -> None:
+        self._what = what
+        self._dice = random.Random(seed)
+        self._odds = odds
+        self._skip = skip
+        self._held: dict[str, bytes] = {}
+        self.count = 0
+
+    def __call__(self, way: str, frame: bytes) -> list[bytes]:
+        self._skip -= 1
+        held = self._held.pop(way, None)
+        if held is not None:
+            return [frame, held]
+        if self._skip > 0 or self._dice.random() > self._odds:
+            return [frame]
+        self.count += 1
+        if self._what == "lost":
+            return []
+        if self._what == "doubled":
+            return [frame, frame]
+        if self._what == "reordered":
+            self._held[way] = frame
+            return []
+        bit = self._dice.randrange(len(frame) * 8)
+        flipped = bytearray(frame)
+        flipped[bit // 8] ^= 1 << bit % 8
+        return [bytes(flipped)]
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("what", ["lost", "doubled", "flipped", "reordered"])
+def test_noise_ends_with_the_right_image_or_a_reason(
+    tmp_path: Path, releases: Publisher, what: str, seed: int
+) -> None:
+    site = Site(tmp_path / "state", releases, table={"answer_s": 0.3})
+    controller = site.controller()
+    noise = Noise(what, seed)
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0", timeout_s=120)
+
+    with alive(site, controller, noise):
+        job = asyncio.run(body())
+    assert noise.count > 0
+    assert job.state in (State.SUCCEEDED, State.REVERTED, State.FAILED)
+    runs = {State.SUCCEEDED: "2.0.0", State.REVERTED: "1.0.0"}.get(job.state)
+    if runs is None:
+        assert job.reason and job.detail
+    else:
+        assert all(controller.held(at, len(data)) == data for at, data in IMAGES[runs])
+        assert controller.version == runs.encode()
+
+
+def test_a_flipped_bit_of_the_image_is_found_by_the_check(tmp_path: Path) -> None:
+    """Below CAN's own checksum nothing would see it: ISO-TP and UDS have none."""
+    bus = bus_name()
+    flips = 0
+
+    def flip(way: str, frame: bytes) -> list[bytes]:
+        nonlocal flips
+        if way == "in" and frame[0] >> 4 == 2 and server.controller.counts.blocks == 2 and not flips:
+            flips += 1
+            return [frame[:-1] + bytes((frame[-1] ^ 0x10,))]
+        return [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with (
+        on_bus(bus, Controller(), wire=flip) as server,
+        pytest.raises(Permanent, match="check routine 0xff01 answered 01, not 00") as caught,
+    ):
+        asyncio.run(body())
+    assert flips == 1 and caught.value.reason is Reason.VERIFY_FAILED
+
+
+def _lose_answer(number: int) -> tuple[Callable[[str, bytes], list[bytes]], list[int]]:
+    """A wire that loses the answer to TransferData ``number``."""
+    lost: list[int] = []
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if way == "out" and frame[1:3] == bytes((0x76, number)) and not lost:
+            lost.append(number)
+            return []
+        return [frame]
+
+    return wire, lost
+
+
+@pytest.mark.parametrize(("refuses", "downloads", "written"), [(False, 2, 1800), (True, 3, 1800 + 1024)])
+def test_a_lost_answer_costs_a_repeated_block_or_that_segment(
+    refuses: bool, downloads: int, written: int
+) -> None:
+    bus = bus_name()
+    wire, lost = _lose_answer(4)
+    seen: list[int] = []
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), lambda phase, done, total: seen.append(done))
+
+    with on_bus(bus, Controller(refuses_repeats=refuses), wire=wire) as server:
+        asyncio.run(body())
+    controller = server.controller
+    assert lost == [4]
+    assert all(controller.held(at, len(data)) == data for at, data in APP)
+    # block 4 of the first segment: 4 x 256 bytes are sent again where the server lost its place, and nothing of the other
+    assert (controller.counts.downloads, controller.counts.written) == (downloads, written)
+    assert seen[-1] == 1800
+
+
+def test_a_reset_in_the_middle_is_begun_anew(tmp_path: Path, releases: Publisher) -> None:
+    site = Site(tmp_path / "state", releases)
+    controller = site.controller(boot_s=0.3)
+    booted = threading.Event()
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if controller.counts.blocks == 3 and not booted.is_set():
+            booted.set()
+            controller.boot()
+        return [frame]
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller, wire):
+        job = asyncio.run(body())
+    assert booted.is_set()
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.written <= 2 * IMAGE_BYTES and controller.runs == b"2.0.0"
+
+
+@pytest.mark.parametrize("message", range(0, 26, 3))
+def test_a_reset_at_any_request_ends_well(tmp_path: Path, releases: Publisher, message: int) -> None:
+    site = Site(tmp_path / "state", releases, table={"answer_s": 0.2})
+    controller = site.controller(boot_s=0.1)
+    at: list[int] = []
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if at and len(controller.heard) >= at[0]:
+            at[0] = 10**9
+            controller.boot()
+        return [frame]
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            at.append(len(controller.heard) + message)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller, wire):
+        job = asyncio.run(body())
+    assert at == [10**9]
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.runs == b"2.0.0" and controller.counts.resets <= 3
+    assert controller.counts.written <= 2 * IMAGE_BYTES
+
+
+def test_bus_off_is_transient_and_says_so() -> None:
+    bus = bus_name()
+    other = virtual(bus)
+
+    def off(phase: object, done: int, total: int) -> None:
+        if done * 2 > total:
+            other.send(
+                can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True, is_extended_id=False)
+            )
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), off)
+
+    with (
+        on_bus(bus, Controller()) as server,
+        pytest.raises(Transient, match="bus off: the controller has left the bus") as caught,
+    ):
+        asyncio.run(body())
+    other.shutdown()
+    assert caught.value.reason is Reason.LINK_LOST
+    assert 0 < server.controller.counts.written < 1800
+
+
+def test_an_error_frame_explains_a_silence() -> None:
+    bus = bus_name()
+    other = virtual(bus)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            other.send(
+                can.Message(arbitration_id=0x20, data=bytes(8), is_error_frame=True, is_extended_id=False)
+            )
+            await asyncio.sleep(0.2)
+            await session.stage(await verified(APP), quiet)
+
+    def deaf(way: str, frame: bytes) -> list[bytes]:
+        return []
+
+    with (
+        on_bus(bus, Controller(), wire=deaf),
+        pytest.raises(Transient, match="the bus says: no node acknowledges") as caught,
+    ):
+        asyncio.run(body())
+    other.shutdown()
+    assert caught.value.reason is Reason.NO_RESPONSE
+
+
+def test_endless_response_pending_ends() -> None:
+    bus = bus_name()
+    controller = Controller(endless=True, pending_every_s=0.1)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}", pending_s=1)) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with (
+        on_bus(bus, controller),
+        pytest.raises(
+            Transient, match=r"asked for more time for 1 s \(requestCorrectlyReceived-ResponsePending\)"
+        ),
+    ):
+        asyncio.run(body())
+    assert controller.counts.pending >= 8
+
+
+def test_a_slow_erase_is_waited_for_beyond_the_first_time_limit() -> None:
+    bus = bus_name()
+    controller = Controller(slow_erase_s=1.0)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with on_bus(bus, controller):
+        asyncio.run(body())
+    assert controller.counts.pending >= 4
+    assert all(controller.held(at, len(data)) == data for at, data in APP)
+
+
+def test_a_sleeping_server_is_not_there() -> None:
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus_name()}")) as session:
+            await session.identify()
+
+    with pytest.raises(Transient, match=r"ecu: ReadDataByIdentifier: no answer within 0\.4 s") as caught:
+        asyncio.run(body())
+    assert caught.value.reason is Reason.NO_RESPONSE
+
+
+def test_the_session_is_kept_while_the_image_is_slow_to_come() -> None:
+    """S3 is short here: without TesterPresent the server would leave the programming session."""
+    bus = bus_name()
+    controller = Controller(s3_s=2.6)
+
+    async def body() -> None:
+        image = await verified(APP)
+        read, slow = image.read, [True]
+
+        async def late(*arguments: object) -> bytes:
+            if slow:
+                slow.clear()
+                await asyncio.sleep(3.2)
+            return await read(*arguments)  # type: ignore[arg-type]
+
+        image.read = late  # type: ignore[method-assign]
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(image, quiet)
+
+    with on_bus(bus, controller):
+        asyncio.run(body())
+    assert controller.counts.testers >= 1
+    assert all(controller.held(at, len(data)) == data for at, data in APP)
+
+
+def test_two_testers_at_once_never_end_in_a_wrong_image() -> None:
+    """Another tester asks the same controller, by the same identifiers."""
+    bus = bus_name()
+    outcomes: list[object] = []
+
+    async def one(segments: list[tuple[int, bytes]]) -> None:
+        try:
+            async with connected(device(f"can:virtual@{bus}", answer_s=0.2)) as session:
+                await session.stage(await verified(segments), quiet)
+        except EdgedError as error:
+            outcomes.append(error)
+        else:
+            held = all(controller.held(at, len(data)) == data for at, data in segments)
+            outcomes.append("right" if held else "WRONG")
+
+    async def body() -> None:
+        await asyncio.gather(one(APP), one(make_app("9.9.9", (1200, 600))))
+
+    controller = Controller()
+    with on_bus(bus, controller):
+        asyncio.run(body())
+    assert len(outcomes) == 2 and "WRONG" not in outcomes
+
+
+def test_a_cancelled_transfer_leaves_the_controller_in_its_default_session() -> None:
+    bus = bus_name()
+    controller = Controller()
+    half = asyncio.Event()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            task = asyncio.create_task(
+                session.stage(await verified(APP), lambda phase, done, total: done * 2 > total and half.set())
+            )
+            await half.wait()
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() and controller.session == 2
+        await soon(lambda: controller.session == 1)
+
+    with on_bus(bus, controller):
+        asyncio.run(body())
+
+
+def test_a_message_is_not_finished_for_a_dead_reader() -> None:
+    """A stage that is cancelled between the frames of a message; the next message is whole."""
+    bus = bus_name()
+
+    async def body(server: OnBus) -> None:
+        async with connected(device(f"can:virtual@{bus}", bus_share=0.05)) as session:
+            task = asyncio.create_task(session.stage(await verified(APP), quiet))
+            await soon(lambda: server.controller.counts.blocks >= 1)
+            task.cancel()
+            await asyncio.wait([task])
+            assert (await session.identify()).hardware_id == "uds:ECU-7"
+
+    with on_bus(bus, Controller()) as server:
+        asyncio.run(body(server))
+    assert server.controller.counts.written < 1800
+
+
+def test_a_noisy_stranger_is_passed_over(tmp_path: Path, releases: Publisher) -> None:
+    """Answers that nobody asked for, on the controller's own identifier."""
+    site = Site(tmp_path / "state", releases)
+    controller = site.controller()
+    stranger = virtual(site.bus)
+    noise = 0
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        nonlocal noise
+        if way == "in" and frame[0] >> 4 == 1:
+            for data in (b"\x03\x7f\x22\x31", b"\x02\x7e\x00", b"\x03\x6e\x01\x01", b"\x02\x76\xee"):
+                stranger.send(can.Message(arbitration_id=0x7E8, data=data, is_extended_id=False))
+                noise += 1
+        return [frame]
+
+    async def body() -> tuple[Job, set[str]]:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            job = await update(node, "2.0.0")
+            return job, await reasons(node, job)
+
+    with alive(site, controller, wire):
+        job, why = asyncio.run(body())
+    stranger.shutdown()
+    assert noise > 20
+    assert job.state is State.SUCCEEDED, (job, why)
+    assert controller.runs == b"2.0.0"

@@ -1,0 +1,433 @@
+"""The bus as a link: addresses, serial adapters, sharing, loss; how much of it is used, and keeping to a share."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+import can
+import pytest
+from can_kit import (
+    LINKS,
+    SPEC,
+    SlcanAdapter,
+    bus_name,
+    connected,
+    device,
+    on_bus,
+    quiet,
+    secret,
+    verified,
+    virtual,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from uds_server import Controller, Wiring, make_app
+
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool, device_env
+from edged_can.address import CanAddress, parse_address
+from edged_can.bus_errors import BusErrors, lost, not_opened
+from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
+from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
+
+APP = make_app("1.2.0", (1200, 600))
+BUS = CanAddress("virtual", "x")
+
+
+@pytest.fixture(autouse=True)
+def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rest", "found"),
+    [
+        ("can0", CanAddress("socketcan", "can0")),
+        ("socketcan@can0@250000", CanAddress("socketcan", "can0", 250_000)),
+        ("slcan@/dev/ttyUSB0@500000", CanAddress("slcan", "/dev/ttyUSB0")),
+        ("kvaser@0@1000000/2000000", CanAddress("kvaser", "0", 1_000_000, 2_000_000)),
+        ("virtual@bench", CanAddress("virtual", "bench")),
+        (
+            "vector@0@500000?app_name=edged&serial=7&rx=true",
+            CanAddress("vector", "0", options=(("app_name", "edged"), ("serial", 7), ("rx", True))),
+        ),
+    ],
+)
+def test_addresses(rest: str, found: CanAddress) -> None:
+    assert parse_address(rest) == found
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ("", "can:NAME"),
+        ("a name that is far too long", "can:NAME"),
+        ("can0@500000", "can:NAME"),
+        ("SLCAN@x@1", "can:NAME"),
+        ("slcan@/dev/x@fast", "can:NAME"),
+        ("slcan@/dev/x@1", "a bit rate from 5000 to 1000000"),
+        ("slcan@/dev/x@500000/1", "a data bit rate from"),
+        ("slcan@/dev/x?=1", "KEY=VALUE"),
+        ("slcan@/dev/x\n", "can:NAME"),
+    ],
+)
+def test_what_is_no_address_is_told_what_is(rest: str, says: str) -> None:
+    with pytest.raises(ValueError, match="allowed") as caught:
+        parse_address(rest)
+    assert says in str(caught.value)
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
+    try:
+        found = parse_address(text)
+    except ValueError as error:
+        assert "allowed" in str(error)
+    else:
+        assert found.channel and found.bitrate >= 5000
+
+
+def open_it(address: str) -> None:
+    async def body() -> None:
+        async with device_env("x", LinkPool(LINKS)).link(address):
+            pass
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("address", "kind", "reason", "says"),
+    [
+        ("can:nothere@x", Permanent, Reason.CONFIG_INVALID, "interfaces of python-can: .*slcan"),
+        ("can:slcan@/dev/nothere@500000", Transient, Reason.DEVICE_ABSENT, "there is no such interface"),
+        ("can:slcan@/dev/null@123456", EdgedError, None, ""),
+        ("can:can0", Transient, Reason.DEVICE_ABSENT, ""),
+        ("can:a b", Permanent, Reason.CONFIG_INVALID, "allowed"),
+    ],
+)
+def test_what_cannot_be_opened_has_a_reason(
+    address: str, kind: type[EdgedError], reason: Reason | None, says: str
+) -> None:
+    with pytest.raises(kind, match=says or None) as caught:
+        open_it(address)
+    assert reason is None or caught.value.reason is reason
+
+
+def test_a_wrong_bit_rate_of_an_adapter_is_told(tmp_path: Path) -> None:
+    with SlcanAdapter(bus_name()) as adapter, pytest.raises(Permanent, match="Invalid bitrate"):
+        open_it(f"can:slcan@{adapter.port}@123456")
+
+
+@pytest.mark.parametrize("wiring", [Wiring(), Wiring(receives=0x18DA10F1, sends=0x18DAF110, extended=True)])
+def test_a_controller_behind_a_serial_adapter(wiring: Wiring) -> None:
+    name, controller = bus_name(), Controller()
+
+    async def body(port: str) -> None:
+        async with connected(device(f"can:slcan@{port}@500000", wiring=wiring)) as session:
+            assert (await session.identify()).serial_number == "SN0001"
+            await session.stage(await verified(APP), quiet)
+            await session.activate()
+
+    with SlcanAdapter(name) as adapter, on_bus(name, controller, wiring):
+        asyncio.run(body(adapter.port))
+        assert adapter.opened == 1 or adapter.opened == 2
+    assert controller.runs == b"1.2.0"
+
+
+def test_an_adapter_that_is_pulled_out_is_a_lost_link() -> None:
+    name = bus_name()
+
+    async def body(adapter: SlcanAdapter) -> None:
+        def halfway(phase: object, done: int, total: int) -> None:
+            if done * 2 > total:
+                adapter.unplug()
+
+        async with connected(device(f"can:slcan@{adapter.port}@500000")) as session:
+            await session.stage(await verified(APP), halfway)
+
+    with SlcanAdapter(name) as adapter, on_bus(name, Controller()), pytest.raises(Transient) as caught:
+        asyncio.run(body(adapter))
+    assert caught.value.reason is Reason.LINK_LOST
+
+
+def test_an_adapter_has_one_owner() -> None:
+    async def body(port: str) -> None:
+        async with device_env("x", LinkPool(LINKS)).link(f"can:slcan@{port}@500000"):
+            await asyncio.to_thread(open_it, f"can:slcan@{port}@500000")
+
+    with SlcanAdapter(bus_name()) as adapter, pytest.raises(Transient, match="used by another") as caught:
+        asyncio.run(body(adapter.port))
+    assert caught.value.reason is Reason.LINK_BUSY
+
+
+def test_damaged_lines_of_an_adapter_cost_a_frame_each() -> None:
+    name, controller = bus_name(), Controller()
+    damaged = 0
+
+    def damage(line: bytes) -> bytes:
+        nonlocal damaged
+        if controller.counts.blocks in (2, 5) and damaged < 2:
+            damaged += 1
+            return b"tXYZ!" + line[5:]
+        return line
+
+    async def body(port: str) -> None:
+        async with connected(device(f"can:slcan@{port}@500000")) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with SlcanAdapter(name) as adapter, on_bus(name, controller):
+        adapter.damage = damage
+        asyncio.run(body(adapter.port))
+    assert damaged == 2
+    assert all(controller.held(at, len(data)) == data for at, data in APP)
+
+
+def test_a_bus_is_opened_once_for_two_and_both_work() -> None:
+    name, pool = bus_name(), LinkPool(LINKS)
+    other = Wiring(receives=0x7E1, sends=0x7E9)
+
+    async def body() -> None:
+        address = f"can:virtual@{name}"
+        async with (
+            connected(device(address), pool) as first,
+            connected(device(address, "other", other), pool) as second,
+        ):
+            assert pool.users() == {address: ("ecu", "other")}
+            await asyncio.gather(
+                first.stage(await verified(APP), quiet),
+                second.stage(await verified(make_app("1.3.0", (900, 900))), quiet),
+            )
+            await asyncio.gather(first.activate(), second.activate())
+
+    one, two = Controller(), Controller()
+    with on_bus(name, one), on_bus(name, two, other):
+        asyncio.run(body())
+    assert (one.runs, two.runs) == (b"1.2.0", b"1.3.0")
+
+
+def test_fd_wants_a_bus_that_has_it() -> None:
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus_name()}", fd=True)):
+            pass
+
+    with pytest.raises(Permanent, match="data bit rate") as caught:
+        asyncio.run(body())
+    assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_a_queue_that_stays_full_is_a_lost_link_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver takes no more, as an adapter without a bus does after some frames."""
+
+    def full(self: object, message: object, timeout: float | None = None) -> None:
+        raise can.CanOperationError("Failed to transmit: No buffer space available", errno.ENOBUFS)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus_name()}")) as session:
+            monkeypatch.setattr("can.interfaces.virtual.VirtualBus.send", full)
+            await session.identify()
+
+    began = time.monotonic()
+    with pytest.raises(Transient, match="queue for sending stays full") as caught:
+        asyncio.run(body())
+    assert caught.value.reason is Reason.LINK_LOST and time.monotonic() - began > 0.9
+
+
+def test_a_queue_that_is_full_for_a_moment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, refusals = can.interfaces.virtual.VirtualBus.send, 0
+
+    def sometimes(self: Any, message: can.Message, timeout: float | None = None) -> None:
+        nonlocal refusals
+        if message.arbitration_id == 0x7E0 and refusals < 20:
+            refusals += 1
+            raise can.CanOperationError("Failed to transmit: No buffer space available", errno.ENOBUFS)
+        real(self, message, timeout)
+
+    name = bus_name()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}")) as session:
+            assert (await session.identify()).hardware_id == "uds:ECU-7"
+
+    monkeypatch.setattr("can.interfaces.virtual.VirtualBus.send", sometimes)
+    with on_bus(name, Controller()):
+        asyncio.run(body())
+    assert refusals == 20
+
+
+def test_raw_frames_reach_who_listens_for_them_and_nobody_else() -> None:
+    name = bus_name()
+    other = virtual(name)
+
+    async def body() -> None:
+        async with device_env("x", LinkPool(LINKS)).link(f"can:virtual@{name}") as link:
+            bus: Any = link
+            async with bus.listen([(0x123, False)]) as listener:
+                other.send(can.Message(arbitration_id=0x124, data=b"no", is_extended_id=False))
+                other.send(can.Message(arbitration_id=0x123, data=b"no", is_extended_id=True))
+                other.send(can.Message(arbitration_id=0x123, data=b"yes", is_extended_id=False))
+                assert await listener.next(2) == Frame(0x123, b"yes")
+                assert await listener.next(0.05) is None
+                await bus.send(Frame(0x321, b"out"))
+                sent = await asyncio.to_thread(other.recv, 2)
+                assert sent is not None and (sent.arbitration_id, bytes(sent.data)) == (0x321, b"out")
+                other.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
+                with pytest.raises(Transient, match="bus off"):
+                    await listener.next(2)
+                with pytest.raises(Transient, match="bus off"):
+                    await bus.send(Frame(0x321, b"out"))
+
+    asyncio.run(body())
+    other.shutdown()
+
+
+# -- how much of it is used
+
+
+def test_the_time_of_a_frame_is_between_its_bits_with_and_without_stuffing() -> None:
+    """111 to 135 bits for 8 bytes and 11-bit identifiers; 131 to 160 for 29 bits."""
+    assert 111 <= wire_s(8, BUS, extended=False, fd=False) * BUS.bitrate <= 135
+    assert 131 <= wire_s(8, BUS, extended=True, fd=False) * BUS.bitrate <= 160
+    fd = CanAddress("virtual", "x", 500_000, 2_000_000)
+    assert 300e-6 < wire_s(64, fd, extended=False, fd=True) < 400e-6
+    assert 25_900 < ceiling_bytes_per_s(BUS, extended=False, fd=False, frame_bytes=8, overhead=1) < 31_500
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@settings(max_examples=15)
+@given(st.floats(0.05, 0.95), st.floats(0.0, 0.9))
+def test_frames_that_wait_as_they_are_told_keep_to_the_share(share: float, others: float) -> None:
+    """All traffic together, unless the others alone use more than it: then one in 50 ms still goes."""
+    clock, frame_s = Clock(), 228e-6
+    load = BusLoad(clock)
+    own, strangers_s, end = 0, 0.0, 2.0
+    load.wait_s(share)
+    while clock.now < end:
+        while strangers_s < others * clock.now:
+            strangers_s += frame_s
+            load.saw(frame_s, own=False)
+        wait = load.wait_s(share)
+        if wait:
+            clock.now += min(wait, 0.001)
+            continue
+        own += 1
+        load.saw(frame_s, own=True)
+        clock.now += frame_s
+    used = (own * frame_s + strangers_s) / end
+    most = max(share, others) + 0.02 + frame_s / LONGEST_WAIT_S
+    assert used <= most
+    if others < share - 0.1:
+        assert used >= share - 0.05
+        assert abs(load.used() - used) < 0.1 and abs(load.used_by_others() - others) < 0.1
+
+
+@given(st.floats(0.05, 1), st.floats(0, 1))
+def test_the_pause_between_frames_leaves_the_bus_at_the_share(share: float, others: float) -> None:
+    frame_s = 228e-6
+    gap = gap_s(frame_s, share, others)
+    assert 0 <= gap <= LONGEST_WAIT_S
+    if others < share - 0.05:
+        assert frame_s / (frame_s + gap) == pytest.approx(share - others, rel=0.01)
+
+
+def test_a_share_is_kept_to_while_others_talk() -> None:
+    """Both are measured on the bus by a third party, in wire time of the frames that it saw."""
+    name, controller = bus_name(), Controller(longest_block=1026)
+    watcher = virtual(name)
+    share = 0.3
+
+    async def body() -> float:
+        async with connected(device(f"can:virtual@{name}", bus_share=share)) as session:
+            began = time.monotonic()
+            await session.stage(await verified(make_app("1.2.0", (6000,))), quiet)
+            return time.monotonic() - began
+
+    with on_bus(name, controller):
+        took_s = asyncio.run(body())
+    seen_s = 0.0
+    while (message := watcher.recv(0)) is not None:
+        seen_s += wire_s(len(message.data), BUS, extended=False, fd=False)
+    watcher.shutdown()
+    assert all(controller.held(at, len(data)) == data for at, data in make_app("1.2.0", (6000,)))
+    assert 0.15 < seen_s / took_s <= share * 1.1
+
+
+# -- what the controller says
+
+
+@pytest.mark.parametrize(
+    ("error_class", "data", "says"),
+    [
+        (0x20, b"", "no node acknowledges"),
+        (0x04, b"\0\x30", "error-passive"),
+        (0x04, b"\0\x01", "buffer was full"),
+        (0x04, b"\0\x08", "warns"),
+        (0x08, b"", "damaged frames"),
+        (0x10, b"", "transceiver"),
+        (0x01, b"", "in time"),
+        (0x100, b"", "started again"),
+    ],
+)
+def test_error_frames_in_words(error_class: int, data: bytes, says: str) -> None:
+    errors = BusErrors(BUS)
+    assert errors.saw(error_class, data) is None
+    assert says in errors.explained("x") and errors.count == 1
+
+
+def test_bus_off_is_the_end_of_the_link() -> None:
+    failure = BusErrors(BUS).saw(0x40, b"")
+    assert failure is not None and failure.reason is Reason.LINK_LOST
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "says"),
+    [
+        (lost(BUS, errno.ENETDOWN, ""), Reason.LINK_LOST, "interface is down"),
+        (lost(BUS, None, "gone"), Reason.LINK_LOST, "gone: unplugged"),
+        (not_opened(BUS, errno.EBUSY, ""), Reason.LINK_BUSY, "another program"),
+        (not_opened(BUS, errno.ENODEV, ""), Reason.DEVICE_ABSENT, "no such interface"),
+        (not_opened(BUS, None, "driver missing"), Reason.DEVICE_ABSENT, "driver missing"),
+    ],
+)
+def test_failures_of_the_interface_have_their_reasons(error: Transient, reason: Reason, says: str) -> None:
+    assert error.reason is reason and says in error.detail and "can:virtual@x" in error.detail
+
+
+def test_the_probe_names_everybody_on_the_bus() -> None:
+    name = bus_name()
+    first, second = Controller(), Controller(hardware=b"ECU-9", serial=b"SN7")
+    first.install(APP)
+
+    async def body() -> None:
+        assert SPEC.probe is not None and not SPEC.probe_disturbs
+        found = await SPEC.probe(f"can:virtual@{name}", device_env("probe", LinkPool(LINKS)))
+        assert found is not None and (found.hardware_id, found.serial_number) == ("uds:ECU-7", "SN0001")
+        assert found.detail == {
+            "protocol": "uds",
+            "0x7e0": "uds:ECU-7, runs 1.2.0",
+            "0x7e3": "uds:ECU-9, tells no version",
+        }
+
+    with on_bus(name, first), on_bus(name, second, Wiring(receives=0x7E3, sends=0x7EB)):
+        asyncio.run(body())
+    services = {request[0] for controller in (first, second) for request in controller.heard}
+    assert services == {0x3E, 0x22}, "the probe did more than ask"
+
+
+def test_the_probe_of_an_empty_bus_finds_nobody() -> None:
+    async def body() -> None:
+        assert SPEC.probe is not None
+        env = device_env("probe", LinkPool(LINKS))
+        assert await SPEC.probe(f"can:virtual@{bus_name()}", env) is None
+
+    asyncio.run(body())
