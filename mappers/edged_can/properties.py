@@ -56,8 +56,10 @@ def _value(prop: Property, record: bytes) -> JsonValue:
         found = f"{prop.name}: the device answered {len(record)} bytes, {prop.type} has {layout.size}"
         raise Transient(Reason.PROTOCOL_ERROR, found)
     (raw,) = layout.unpack(record)
-    if prop.type == "bool" or (prop.scale == 1 and prop.offset == 0 and isinstance(raw, int)):
-        return bool(raw) if prop.type == "bool" else int(raw)
+    if prop.type == "bool":
+        return bool(raw)
+    if _is_raw(prop, raw):
+        return int(raw)
     scaled = raw * prop.scale + prop.offset
     # JSON has no word for the others
     return round(scaled, 12) if math.isfinite(scaled) else None
@@ -68,12 +70,18 @@ def _record(prop: Property, value: JsonValue) -> bytes:
         return value.encode()
     if prop.type == "hex" and isinstance(value, str):
         return bytes.fromhex(value)
-    if (prop.type == "bool") != isinstance(value, bool) or not isinstance(value, int | float):
+    is_text = prop.type in ("text", "hex")
+    if is_text or not isinstance(value, int | float) or (prop.type == "bool") != isinstance(value, bool):
         raise ValueError("another type")
-    if prop.type == "bool":
+    if prop.type == "bool" or _is_raw(prop, value):
         return _layout(prop).pack(value)
     raw = (value - prop.offset) / prop.scale
     return _layout(prop).pack(raw if prop.type[0] == "f" else round(raw))
+
+
+def _is_raw(prop: Property, value: object) -> bool:
+    """A whole number that is not scaled: it may have more digits than a floating-point number keeps."""
+    return isinstance(value, int) and prop.scale == 1 and prop.offset == 0
 
 
 def _layout(prop: Property) -> struct.Struct:

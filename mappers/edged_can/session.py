@@ -121,8 +121,8 @@ class UdsSession:
             raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: property")
         pattern, deadline = re.compile(check.pattern), self._loop.time() + check.timeout_s
         while True:
-            seen = await self._evidence(check.query)
-            if pattern.search(seen):
+            tells, seen = await self._evidence(check.query)
+            if tells and pattern.search(seen):
                 return Health(True, seen)
             if self._loop.time() >= deadline:
                 return Health(False, seen)
@@ -179,16 +179,16 @@ class UdsSession:
         except NegativeResponse:
             return None
 
-    async def _evidence(self, query: str) -> str:
-        """What an identifier or a property says, or why it does not."""
+    async def _evidence(self, query: str) -> tuple[bool, str]:
+        """Whether an identifier or a property says something, and what; else why it does not."""
         prop = next((each for each in self._config.properties if each.name == query), None)
         try:
             if prop is not None:
-                return str((await self._report(prop)).value)
-            return text_of(await self._client.read(_did(query)))
+                return True, str((await self._report(prop)).value)
+            return True, text_of(await self._client.read(_did(query)))
         except EdgedError as error:
             if isinstance(error, NegativeResponse) or error.reason is Reason.NO_RESPONSE:
-                return error.detail
+                return False, error.detail
             raise
 
     def _check_bounds(self, image: Image) -> None:

@@ -29,11 +29,12 @@ IMAGES: dict[str, Segments] = {
     "2.0.0": make_app("2.0.0", SIZES),
     # what was published is not what it says of itself
     "3.0.0": make_app("2.9.9", SIZES),
+    "4.0.0": make_app("4.0.0", SIZES),
 }
 
 
-def published(base: Path) -> Publisher:
-    """``ecu@1.0.0`` and ``ecu@2.0.0``, which are good, and ``ecu@3.0.0``, which says that it is another one."""
+def published(base: Path, name: str = "ecu") -> Publisher:
+    """``1.0.0``, ``2.0.0`` and ``4.0.0``, which are good, and ``3.0.0``, which says that it is another one."""
     from edged_firmware import release
 
     base.mkdir(exist_ok=True)
@@ -41,7 +42,7 @@ def published(base: Path) -> Publisher:
     for version, segments in IMAGES.items():
         file = base / f"{version}.hex"
         write_hex(file, segments)
-        draft = release.Draft("ecu", version, ("ecu",), protocol="uds", chunk_size_bytes=512)
+        draft = release.Draft(name, version, ("ecu",), protocol="uds", chunk_size_bytes=512)
         release.add(publisher.repo, file, draft)
     publisher.publish()
     return publisher

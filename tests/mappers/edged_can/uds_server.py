@@ -9,15 +9,22 @@ python-can where a bus of its is used.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
 import os
 import random
+import socket
 import struct
+import sys
 import threading
 import time
+import types
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 DEFAULT, PROGRAMMING, EXTENDED = 1, 2, 3
@@ -624,6 +631,9 @@ class OnBus:
         return self._isotp.controls.popleft() if self._isotp.controls else None
 
     def _put(self, data: bytes) -> None:
+        if isinstance(self._bus, KernelBus):
+            self._bus.send(self.wiring, data)
+            return
         import can
 
         for frame in self.wire("out", data):
@@ -636,3 +646,65 @@ class OnBus:
                     bitrate_switch=self.wiring.fd,
                 )
             )
+
+
+class KernelBus:
+    """Raw frames of an interface of the kernel (linux/can.h), as much like a bus of python-can as is needed."""
+
+    def __init__(self, interface: str) -> None:
+        self._socket = socket.socket(socket.AF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+        self._socket.setsockopt(socket.SOL_CAN_RAW, socket.CAN_RAW_FD_FRAMES, 1)
+        self._socket.bind((interface,))
+
+    def recv(self, timeout_s: float) -> Any:
+        self._socket.settimeout(timeout_s)
+        try:
+            raw = self._socket.recv(72)
+        except TimeoutError:
+            return None
+        except OSError:
+            # the interface is down for a while
+            time.sleep(timeout_s)
+            return None
+        word, length = struct.unpack_from("=IB", raw)
+        extended = bool(word & 0x80000000)
+        return types.SimpleNamespace(
+            arbitration_id=word & (0x1FFFFFFF if extended else 0x7FF),
+            is_extended_id=extended,
+            is_error_frame=bool(word & 0x20000000),
+            data=raw[8 : 8 + length],
+        )
+
+    def send(self, wiring: Wiring, data: bytes) -> None:
+        word = wiring.sends | (0x80000000 if wiring.extended else 0)
+        shape = "=IBB2x64s" if wiring.fd else "=IB3x8s"
+        fields = (word, len(data), 0x01, data) if wiring.fd else (word, len(data), data)
+        with contextlib.suppress(OSError):
+            self._socket.send(struct.pack(shape, *fields))
+
+    def shutdown(self) -> None:
+        self._socket.close()
+
+
+def main() -> None:
+    """``uds_server.py INTERFACE FLASH_FILE [WIRING]``: a controller whose flash is a file; counts go to FLASH_FILE.json."""
+    interface, file = sys.argv[1], Path(sys.argv[2])
+    wiring = Wiring(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else Wiring()
+    controller = Controller(flash=bytearray(file.read_bytes()), boot_s=0.2)
+    with OnBus(controller, KernelBus(interface), wiring) as server:
+        seen = -1
+        while not server.dead:
+            time.sleep(0.05)
+            now = len(controller.heard)
+            if now != seen:
+                seen = now
+                for name, data in (
+                    (f"{file}.json", json.dumps(dataclasses.asdict(controller.counts)).encode()),
+                    (str(file), bytes(controller.flash)),
+                ):
+                    Path(f"{name}.new").write_bytes(data)
+                    Path(f"{name}.new").replace(name)
+
+
+if __name__ == "__main__":
+    main()

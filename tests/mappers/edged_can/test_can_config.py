@@ -1,0 +1,396 @@
+"""The mapper's table, its properties, its keys, its frames' arithmetic: what can be told without a bus."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+from can_kit import Segments, bus_name, connected, device, on_bus, quiet, secret, verified
+from hypothesis import given
+from hypothesis import strategies as st
+from uds_server import BASE, SECRET, Controller, make_app
+
+from edged.api import Desired, Device, HealthCheck
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged_can import security
+from edged_can.client import RefusedForGood, RefusedForNow, code_name, negative
+from edged_can.config import TYPES, Property, UdsConfig, parse
+from edged_can.properties import decode, encode, text_of
+
+FAULTS = [
+    ({"baud": 1}, "baud: found an unknown key; allowed: address_bytes"),
+    ({"request_id": True}, "request_id: found True; allowed: a whole number"),
+    ({"request_id": 0x800}, "request_id: found 0x800; allowed: at most 0x7ff without extended_ids"),
+    ({"response_id": 0x7E0}, "response_id: found 0x7e0, which is request_id too"),
+    ({"target_address": 5}, "source_address: found one address of two"),
+    ({"target_address": 256, "source_address": 1}, "target_address: found 256"),
+    ({"target_address": True, "source_address": True}, "target_address: found True"),
+    ({"padding": "cc"}, "padding: found 'cc'; allowed: a whole number from 0 to 255, or false"),
+    ({"st_min": 200}, "st_min: found 200; allowed: 0 to 127"),
+    ({"frame_bytes": 63}, "frame_bytes: found 63"),
+    ({"bus_share": 0}, "bus_share: found 0"),
+    ({"fd": 1}, "fd: found 1; allowed: true or false"),
+    ({"sequence": ["dtc_off", "dtc_off"]}, "sequence: found"),
+    ({"sequence": "dtc_off"}, "sequence: found 'dtc_off'; allowed: a list of"),
+    ({"erase": 5}, "erase: found 5; allowed: a table"),
+    ({"erase": {"parameters": ["crc16"]}}, "erase.parameters: found ['crc16']"),
+    ({"check": {"ok": "0"}}, "check.ok: found '0'; allowed: pairs of hexadecimal digits"),
+    ({"security": {"level": 2}}, "security.level: found 2; allowed: an odd number"),
+    (
+        {"security": {"algorithm": "none-such"}},
+        "security.algorithm: found 'none-such'; allowed: add, aes-cmac",
+    ),
+    ({"security": {"credential": "../x"}}, "security.credential: found '../x'"),
+    ({"properties": {}}, "properties: found {}; allowed: a list of tables"),
+    ({"properties": [5]}, "properties[0]: found 5; allowed: a table"),
+    ({"properties": [{"name": "a", "did": 1}]}, "properties[0].type: found nothing; this key is required"),
+    ({"properties": [{"name": "a", "did": 1, "type": "u8le"}]}, "properties[0].type: found 'u8le'"),
+    ({"properties": [{"name": "a", "did": 1, "type": "u8"}] * 2}, "properties: found 'a' twice"),
+    ({"properties": [{"name": "a", "did": 1, "type": "u8", "scale": 0}]}, "properties[0].scale: found 0"),
+]
+
+
+@pytest.mark.parametrize(("table", "says"), FAULTS)
+def test_a_fault_is_one_line_with_what_is_allowed(table: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match="found") as caught:
+        parse(table)
+    assert any(line.startswith(says) for line in str(caught.value).splitlines()), caught.value
+
+
+def test_all_faults_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="found") as caught:
+        parse({"fd": 1, "reset": 0, "erase": {"per": "page", "routine": -1}, "nonsense": 1})
+    assert len(str(caught.value).splitlines()) == 5
+
+
+def test_nothing_said_is_what_the_page_says() -> None:
+    assert parse({}) == UdsConfig()
+
+
+# -- properties
+
+
+@given(st.sampled_from([name for name in TYPES if name[0] in "ui"]), st.data())
+def test_whole_numbers_come_back(kind: str, data: st.DataObject) -> None:
+    bits = int(kind[1:])
+    low, high = (0, 2**bits - 1) if kind[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    value = data.draw(st.integers(low, high))
+    for name in (kind, f"{kind}le") if bits > 8 else (kind,):
+        prop = Property("x", 1, name)
+        # a float has 53 bits
+        held = encode(prop, value)
+        assert len(held) == bits // 8
+        found = decode(prop, held).value
+        assert found == value if bits < 64 else isinstance(found, int)
+        for beyond in (low - 1, high + 1) if bits < 64 else ():
+            with pytest.raises(Permanent, match=r"x: found .*; allowed: a number from"):
+                encode(prop, beyond)
+
+
+@given(st.integers(0, 65535))
+def test_scaled_values_come_back(raw: int) -> None:
+    prop = Property("x", 1, "u16", scale=0.1, offset=-40, unit="bar")
+    reported = decode(prop, raw.to_bytes(2, "big"))
+    assert reported.unit == "bar" and isinstance(reported.value, float)
+    assert reported.value == pytest.approx(raw * 0.1 - 40)
+    assert encode(prop, reported.value) == raw.to_bytes(2, "big")
+
+
+def test_texts_bytes_and_flags() -> None:
+    assert decode(Property("x", 1, "text"), b"pump\0\0").value == "pump"
+    assert encode(Property("x", 1, "text"), "pump") == b"pump"
+    assert decode(Property("x", 1, "hex"), b"\x01\xff").value == "01ff"
+    assert encode(Property("x", 1, "hex"), "01ff") == b"\x01\xff"
+    assert decode(Property("x", 1, "bool"), b"\x01").value is True
+    assert encode(Property("x", 1, "bool"), False) == b"\x00"
+    assert decode(Property("x", 1, "f32"), b"\x7f\xc0\0\0").value is None, "JSON has no NaN"
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "allowed"),
+    [
+        ("u8", "7", "a number from 0 to 255"),
+        ("u8", True, "a number from 0 to 255"),
+        ("bool", 1, "true or false"),
+        ("text", 5, "a text"),
+        ("hex", "0", "hexadecimal digits"),
+        ("f32", 1e99, "a number"),
+        ("u8", math.nan, "a number from 0 to 255"),
+        ("u8", math.inf, "a number from 0 to 255"),
+        ("u8", None, "a number from 0 to 255"),
+    ],
+)
+def test_what_a_type_cannot_hold_is_refused_with_what_it_can(kind: str, value: Any, allowed: str) -> None:
+    with pytest.raises(Permanent, match=f"allowed: {allowed}") as caught:
+        encode(Property("x", 1, kind), value)
+    assert caught.value.reason is Reason.REQUEST_INVALID
+
+
+def test_a_record_of_another_length_is_no_value() -> None:
+    with pytest.raises(Transient, match="answered 3 bytes, u16 has 2"):
+        decode(Property("x", 1, "u16"), bytes(3))
+
+
+@pytest.mark.parametrize(
+    ("record", "text"),
+    [
+        (b"ECU-7\0\0", "ECU-7"),
+        (b"  1.2.0 ", "1.2.0"),
+        (b"\x01\x02", "0102"),
+        (b"\xff\xff", ""),
+        (b"\xc3\xa4", "c3a4"),
+    ],
+)
+def test_identifications_are_text_or_digits(record: bytes, text: str) -> None:
+    assert text_of(record) == text
+
+
+POLLED = [
+    {
+        "name": "pressure",
+        "did": 0x0101,
+        "type": "u16",
+        "scale": 0.1,
+        "unit": "bar",
+        "poll_s": 0.05,
+        "writable": True,
+    },
+    {"name": "enabled", "did": 0x0102, "type": "bool", "poll_s": 0, "writable": True, "session": "extended"},
+    {"name": "gone", "did": 0x0999, "type": "u8", "poll_s": 0.05},
+]
+
+
+def test_properties_are_polled_and_set() -> None:
+    name, controller = bus_name(), Controller()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", properties=POLLED)) as session:
+            reports = session.reports()
+            seen = [await anext(reports) for _ in range(3)]
+            assert [(one.name, one.value, one.unit) for one in seen] == [("pressure", 0.0, "bar")] * 3
+            await reports.aclose()
+            told = await session.apply(Desired("pressure", 12.3, 1))
+            assert told.value == pytest.approx(12.3) and controller.properties[0x0101] == b"\x00\x7b"
+            assert (await session.apply(Desired("enabled", False, 1))).value is False
+            for name_, says in (
+                ("gone", "cannot be set; properties that can: pressure, enabled"),
+                ("x", "cannot"),
+            ):
+                with pytest.raises(Permanent, match=says):
+                    await session.apply(Desired(name_, 1, 1))
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+
+
+def test_health_is_what_an_identifier_or_a_property_says() -> None:
+    name, controller = bus_name(), Controller()
+    controller.install(make_app("1.2.0"))
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", properties=POLLED)) as session:
+            well = await session.check_health(HealthCheck("property", "^1.2.0$", "0xF189", 1))
+            assert well.healthy and well.evidence == "1.2.0"
+            ill = await session.check_health(HealthCheck("property", "^9", "pressure", 0.2))
+            assert not ill.healthy and ill.evidence == "0.0"
+            gone = await session.check_health(HealthCheck("property", "x", "0999", 0.2))
+            assert not gone.healthy and "requestOutOfRange (0x31)" in gone.evidence
+            for check, says in (
+                (HealthCheck("line", "x"), "known: property"),
+                (HealthCheck("property", "x", "what?"), "neither a property nor a data identifier"),
+            ):
+                with pytest.raises(Permanent, match=says):
+                    await session.check_health(check)
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+
+
+# -- keys
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "seed", "secret_", "key"),
+    [
+        ("xor", b"\x01\x02\x03\x04", b"\xff\x0f", b"\xfe\x0d\xfc\x0b"),
+        ("add", b"\xff\xff", b"\x00\x02", b"\x00\x01"),
+        # RFC 4231, test case 2, cut to the seed's length
+        (
+            "hmac-sha256",
+            b"what do ya want for nothing?",
+            b"Jefe",
+            bytes.fromhex("5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b9"),
+        ),
+        # RFC 4493, example 2
+        (
+            "aes-cmac",
+            bytes.fromhex("6bc1bee22e409f96e93d7e117393172a"),
+            bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c"),
+            bytes.fromhex("070a16b46b4d4144f79bdd9dd04a287c"),
+        ),
+    ],
+)
+def test_keys_of_the_built_in_algorithms(algorithm: str, seed: bytes, secret_: bytes, key: bytes) -> None:
+    assert security.key_for(algorithm, seed, secret_, 1) == key
+
+
+@pytest.mark.parametrize("algorithm", sorted(security.BUILT_IN))
+def test_an_algorithm_without_its_secret_says_so(algorithm: str) -> None:
+    with pytest.raises(Permanent, match="secret") as caught:
+        security.key_for(algorithm, b"\x01", b"", 1)
+    assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_secrets_are_texts_or_digits() -> None:
+    assert security.secret_bytes("hex:00ff") == b"\x00\xff"
+    assert security.secret_bytes("plain") == b"plain"
+
+
+def _plug_in(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    entry = EntryPoint("acme", where, security.GROUP)
+
+    def installed(*, group: str, name: str = "acme") -> list[EntryPoint]:
+        return [entry] if (group, name) == (security.GROUP, "acme") else []
+
+    monkeypatch.setattr(security, "entry_points", installed)
+
+
+def acme(seed: bytes, secret_: bytes, level: int) -> bytes:
+    """The plug-in of these tests: the server's own rule, and the level in its secret."""
+    assert level == 1
+    return bytes(a ^ b for a, b in zip(seed, secret_, strict=True))
+
+
+def test_a_plug_ins_algorithm_unlocks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _plug_in(monkeypatch, "test_can_config:acme")
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Controller()
+    to = device(f"can:virtual@{name}", security={"algorithm": "acme", "credential": "ecu"})
+
+    async def body() -> None:
+        async with connected(to) as session:
+            await session.stage(await verified(make_app("1.2.0")), quiet)
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert controller.counts.seeds == 1 and controller.counts.wrong_keys == 0
+
+
+def test_a_plug_in_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    _plug_in(monkeypatch, "no.such.module:key")
+    with pytest.raises(Permanent, match="'acme'.*No module named 'no'") as caught:
+        security.key_for("acme", b"\x01", b"", 1)
+    assert caught.value.reason is Reason.PLUGIN_FAILED
+
+
+# -- negative responses
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "kind"),
+    [
+        (0x22, "conditionsNotCorrect", RefusedForNow),
+        (0x31, "requestOutOfRange", RefusedForGood),
+        (0x33, "securityAccessDenied", RefusedForGood),
+        (0x35, "invalidKey", RefusedForGood),
+        (0x37, "requiredTimeDelayNotExpired", RefusedForNow),
+        (0x70, "uploadDownloadNotAccepted", RefusedForNow),
+        (0x72, "generalProgrammingFailure", RefusedForGood),
+        (0x73, "wrongBlockSequenceCounter", RefusedForNow),
+        (0x78, "requestCorrectlyReceived-ResponsePending", RefusedForGood),
+        (0x93, "voltageTooLow", RefusedForNow),
+        (0xF5, "a code of its manufacturer", RefusedForGood),
+    ],
+)
+def test_negative_responses_have_the_standards_names(code: int, name: str, kind: type[EdgedError]) -> None:
+    assert code_name(code) == name
+    error = negative("TransferData", code)
+    assert type(error) is kind and error.reason is Reason.DEVICE_ERROR and name in error.detail
+
+
+# -- what is refused before a byte is sent
+
+
+@pytest.mark.parametrize(
+    ("segments", "config", "says", "reason"),
+    [
+        ([(BASE + 0xFFF0, bytes(64))], {}, "the image ends at 0x8010030", Reason.IMAGE_TOO_LARGE),
+        (
+            [(BASE, bytes(300))],
+            {"address_bytes": 2},
+            "the address 0x8000000 does not fit into 2",
+            Reason.IMAGE_TOO_LARGE,
+        ),
+        (
+            [(BASE, bytes(300))],
+            {"length_bytes": 1},
+            "the length 0x12c does not fit into 1",
+            Reason.IMAGE_TOO_LARGE,
+        ),
+    ],
+)
+def test_an_image_that_does_not_fit_erases_nothing(
+    segments: Segments, config: dict[str, Any], says: str, reason: Reason, tmp_path: Path, monkeypatch: Any
+) -> None:
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Controller()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", **config)) as session:
+            await session.stage(await verified(segments), quiet)
+
+    with on_bus(name, controller), pytest.raises(Permanent, match=says) as caught:
+        asyncio.run(body())
+    assert caught.value.reason is reason and controller.counts.erased == 0
+
+
+# -- the page
+
+
+def _fences(text: str) -> Iterator[dict[str, Any]]:
+    for block in text.split("```toml\n")[1:]:
+        yield tomllib.loads(block.split("```")[0])
+
+
+def test_the_example_of_the_page_flashes_a_controller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "can.md").read_text()
+    found = list(_fences(page))
+    (model,) = next(table["model"] for table in found if "model" in table)
+    (settings,) = next(table["device"] for table in found if "device" in table)
+    (tmp_path / "edged_drive").write_text(f"hex:{SECRET.hex().upper()}")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    assert f"hex:{SECRET.hex().upper()}" in page
+    name, controller = bus_name(), Controller()
+    to = Device(
+        id=settings["id"],
+        model=model["id"],
+        mapper=settings["mapper"],
+        address=f"can:virtual@{name}",
+        hardware_ids=tuple(model["hardware_ids"]),
+        flash_base=model["flash_base"],
+        flash_size_bytes=model["flash_size"],
+        config=parse({**model["config"], **settings["config"]}),
+    )
+
+    async def body() -> None:
+        async with connected(to) as session:
+            assert (await session.identify()).hardware_id in to.hardware_ids
+            await session.stage(await verified(make_app("1.2.0")), quiet)
+            await session.activate()
+            check = HealthCheck("property", model["health"]["pattern"].format(identifies_as="1.2.0"), "F189")
+            assert (await session.check_health(check)).healthy
+            assert (await session.apply(Desired("enabled", True, 1))).value is True
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    logging.getLogger(__name__).debug("flashed %s", controller.runs)
+    assert controller.runs == b"1.2.0"

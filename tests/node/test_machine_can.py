@@ -1,0 +1,215 @@
+"""CAN on a machine of its own: Debian's kernel with its vcan and its ISO-TP, and the daemon in its sandbox as it is.
+
+The controllers are programs in the guest, on raw sockets, with an ISO-TP of their own (``uds_server``): what the kernel sends
+for the daemon is understood by somebody else. One machine is booted for all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uds_server
+from can_node import IMAGES, published
+from guest import Image, Machine
+from guest.command import eventually
+from guest.images import make_overlay
+from node_kit import RELEASES, Releases, await_job, install, send_releases, start_job
+from uds_server import BASE, Controller
+
+pytestmark = pytest.mark.timeout(1200)
+
+PLAIN, FAR = "drive-1", "drive-2"
+WIRING: dict[str, dict[str, Any]] = {
+    PLAIN: {},
+    FAR: {
+        "receives": 0x18DA10F1,
+        "sends": 0x18DAF110,
+        "extended": True,
+        "own": 0x12,
+        "tester": 0xF1,
+        "fd": True,
+        "frame_bytes": 64,
+    },
+}
+MODEL = f"""\
+[[model]]
+id = "ecu"
+hardware_ids = ["uds:ECU-7"]
+flash_base = {BASE:#x}
+flash_size = 0x10000
+
+[model.health]
+kind = "property"
+query = "F189"
+pattern = "^{{identifies_as}}$"
+
+[model.config]
+answer_s = 5
+boot_s = 30
+
+[model.config.security]
+credential = "drive"
+
+[model.config.check]
+parameters = ["crc32"]
+
+[[model.config.properties]]
+name = "pressure"
+did = 0x0101
+type = "u16"
+poll_s = 1
+"""
+DEVICES = f"""\
+[[device]]
+id = "{PLAIN}"
+model = "ecu"
+mapper = "can-uds"
+address = "can:vcan0"
+
+[device.config]
+bus_share = 0.7
+
+[[device]]
+id = "{FAR}"
+model = "ecu"
+mapper = "can-uds"
+address = "can:socketcan@vcan1@500000/2000000"
+
+[device.config]
+request_id = 0x18DA10F1
+response_id = 0x18DAF110
+extended_ids = true
+target_address = 0x12
+source_address = 0xF1
+fd = true
+"""
+CREDENTIAL = f"hex:{uds_server.SECRET.hex()}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The guest, with the daemon at work and a controller on each of its two buses."""
+
+    guest: Machine
+
+    def flash(self, device: str) -> bytes:
+        return bytes.fromhex(self.guest.sh(f"od -An -v -tx1 /srv/{device} | tr -d ' \\n'"))
+
+    def counts(self, device: str) -> dict[str, int]:
+        found: dict[str, int] = json.loads(self.guest.sh(f"cat /srv/{device}.json"))
+        return found
+
+    def holds(self, device: str, version: str) -> bool:
+        flash = self.flash(device)
+        return all(flash[at - BASE : at - BASE + len(data)] == data for at, data in IMAGES[version])
+
+    def threads(self) -> set[str]:
+        """Names of the daemon's threads."""
+        pid = self.guest.unit("edged.service", "MainPID")
+        return set(self.guest.sh(f"cat /proc/{pid}/task/*/comm").splitlines())
+
+    def isotp_users(self) -> int:
+        """Sockets and modules that use the kernel's ISO-TP."""
+        return int(self.guest.sh("cat /sys/module/can_isotp/refcnt 2>/dev/null || echo 0"))
+
+
+@pytest.fixture(scope="module")
+def site(bookworm_machine: Machine) -> Site:
+    return Site(bookworm_machine)
+
+
+@pytest.fixture(scope="module")
+def bookworm_machine(
+    images: dict[str, Image], deb: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("can-machine")
+    image = images["bookworm"]
+    disk = make_overlay(image.disk, folder / "disk.qcow2")
+    publisher = published(folder / "publisher", "blink")
+    with Machine(image, disk, folder / "machine", cpus=2) as guest:
+        install(guest, deb)
+        guest.sh(
+            "modprobe vcan; for c in vcan0 vcan1; do ip link add $c type vcan; ip link set $c mtu 72; ip link set $c up; done"
+        )
+        for name, wiring in WIRING.items():
+            start_controller(guest, name, f"vcan{list(WIRING).index(name)}", wiring)
+        send_releases(guest, Releases(publisher.repo, {}))
+        configure(guest)
+        yield guest
+
+
+def start_controller(guest: Machine, name: str, bus: str, wiring: dict[str, Any]) -> None:
+    """A controller that runs the release 1.0.0, on ``bus``."""
+    controller = Controller()
+    controller.install(IMAGES["1.0.0"])
+    guest.put(Path(uds_server.__file__), "/srv/uds_server.py")
+    guest.write(f"/srv/{name}", bytes(controller.flash))
+    command = ("python3", "-I", "/srv/uds_server.py", bus, f"/srv/{name}", json.dumps(wiring))
+    guest.run("systemd-run", f"--unit={name}", *command)
+
+
+def configure(guest: Machine) -> None:
+    guest.sh(rf"""sed -i 's|^#\?repository = .*|repository = "{RELEASES}"|' /etc/edged/edged.toml""")
+    guest.write("/etc/edged/models.d/ecu.toml", MODEL)
+    guest.write("/etc/edged/devices.d/drives.toml", DEVICES)
+    guest.write("/etc/edged/credentials/drive", CREDENTIAL, mode="600")
+    guest.run("edged", "check-config")
+    guest.run("systemctl", "restart", "edged.service", timeout_s=120)
+    guest.run("edged", "trust", "init", f"{RELEASES}/metadata/1.root.json", timeout_s=120)
+
+
+def test_it_flashes_through_the_kernels_isotp_inside_the_sandbox(site: Site) -> None:
+    guest = site.guest
+    for device in WIRING:
+        # it runs that already: the node learns what there is to go back to
+        assert await_job(guest, start_job(guest, "1.0.0", device), 240) == "succeeded"
+        assert site.counts(device)["written"] == 0
+        assert await_job(guest, start_job(guest, "2.0.0", device), 240) == "succeeded"
+        assert site.holds(device, "2.0.0")
+        assert site.counts(device)["written"] == sum(len(data) for _, data in IMAGES["2.0.0"])
+    assert site.isotp_users() >= 2, "no ISO-TP socket of the kernel is open"
+    assert not {name for name in site.threads() if name.startswith("can:")}, (
+        "a thread does what the kernel should"
+    )
+    assert guest.unit("edged.service", "NRestarts") == "0"
+    print(guest.sh("cat /proc/net/can/stats | head -20; lsmod | grep can"))
+
+
+def test_it_reports_and_says_who_is_there(site: Site) -> None:
+    guest = site.guest
+    found = guest.json("edged", "mapper", "probe", "can:vcan0", "--json", timeout_s=120)
+    assert "uds:ECU-7, runs 2.0.0" in json.dumps(found), found
+    eventually(
+        lambda: "pressure" in json.dumps(guest.json("edged", "twin", "get", PLAIN, "--json")), 60, "a report"
+    )
+
+
+def test_an_interface_that_goes_down_in_the_middle_is_waited_for(site: Site) -> None:
+    guest = site.guest
+    before = site.counts(PLAIN)["blocks"]
+    wished = start_job(guest, "3.0.0", PLAIN)
+    eventually(lambda: site.counts(PLAIN)["blocks"] > before + 1, 120, "the first blocks", every_s=0.02)
+    guest.sh("ip link set vcan0 down; sleep 3; ip link set vcan0 up")
+    # what says that it is another one goes back, over the same bus
+    assert await_job(guest, wished, 300) == "reverted"
+    assert site.holds(PLAIN, "2.0.0")
+    told = guest.run("edged", "job", "show", wished, timeout_s=60).out
+    print(told)
+    assert "device_reverted" in told
+
+
+def test_without_isotp_in_the_kernel_its_own_threads_do_it(site: Site) -> None:
+    guest = site.guest
+    guest.run("systemctl", "stop", "edged.service", timeout_s=120)
+    guest.write("/etc/modprobe.d/no-isotp.conf", "install can-isotp /bin/false\nblacklist can-isotp\n")
+    guest.sh("modprobe -r can-isotp")
+    guest.run("systemctl", "start", "edged.service", timeout_s=180)
+    assert await_job(guest, start_job(guest, "4.0.0", FAR), 240) == "succeeded"
+    assert site.holds(FAR, "4.0.0")
+    assert guest.sh("ls -d /sys/module/can_isotp 2>/dev/null | wc -l") == "0"
+    assert {name for name in site.threads() if name.startswith("can:")}, "whose threads carried it?"
