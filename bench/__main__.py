@@ -14,6 +14,7 @@ BENCHES = {
     "engine": "verified chunks per second against SHA-256 alone",
     "fleet": "64 serial devices at once against their lines",
     "daemon": "start and memory of the real process",
+    "can": "UDS over ISO-TP: udsoncan with can-isotp against edged, and both against the bus",
     "store": "durable twin updates per second against the disk",
 }
 

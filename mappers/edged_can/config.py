@@ -16,6 +16,7 @@ from edged_can.transport import FRAME_BYTES, MESSAGE_BYTES, Peer, Shape
 
 _HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})*")
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+_SIGNAL: Final = re.compile(r"\w+\.\w+")
 _CREDENTIAL: Final = re.compile(r"|[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 SEQUENCE: Final = (
@@ -71,6 +72,15 @@ def _some_of(*choices: str) -> Rule:
         f"a list of {', '.join(map(repr, choices))}, each once",
         lambda value: (
             isinstance(value, list) and all(one in choices for one in value) and len(set(value)) == len(value)
+        ),
+    )
+
+
+def _texts(pattern: re.Pattern[str], allowed: str) -> Rule:
+    return (
+        f"a list of {allowed}",
+        lambda value: (
+            isinstance(value, list) and all(isinstance(one, str) and pattern.fullmatch(one) for one in value)
         ),
     )
 
@@ -162,6 +172,8 @@ class UdsConfig:
     - ``reset``: the ECUReset subfunction after programming.
     - ``erase``, ``check``: the routines before and after a download. ``security``: SecurityAccess.
     - ``properties``: what it reports.
+    - ``dbc``: a file that describes its raw frames; ``signals``: which it reports, each ``MESSAGE.SIGNAL``, and at most
+      every ``signals_s``; ``commands``: which can be set, by a frame.
     """
 
     request_id: int = _key(0x7E0, _ID)
@@ -201,6 +213,10 @@ class UdsConfig:
     check: Routine = Routine(0xFF01, (), "image", "00")
     security: Security = Security()
     properties: tuple[Property, ...] = ()
+    dbc: str = _key("", ("the path of a file, or empty", lambda v: isinstance(v, str)))
+    signals: tuple[str, ...] = _key((), _texts(_SIGNAL, "texts MESSAGE.SIGNAL"))
+    signals_s: float = _key(1.0, _number(0, 3600))
+    commands: tuple[str, ...] = _key((), _texts(_SIGNAL, "texts MESSAGE.SIGNAL"))
 
     @property
     def peer(self) -> Peer:
@@ -299,6 +315,8 @@ def _together(config: UdsConfig) -> typing.Iterator[str]:
                 f"security.algorithm: found {config.security.algorithm!r}; allowed: {', '.join(sorted(known()))}, or one that "
                 "a plug-in brings"
             )
+    if bool(config.dbc) != bool(config.signals or config.commands):
+        yield f"dbc: found {config.dbc!r}; allowed: a file together with signals or commands, or none of them"
     names = [one.name for one in config.properties]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"properties: found {name!r} twice; allowed: each name once"

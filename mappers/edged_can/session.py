@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 
 from edged.api import (
@@ -29,6 +29,7 @@ from edged.api import (
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_can.client import NegativeResponse, Timing, UdsClient
 from edged_can.config import Property, UdsConfig
+from edged_can.dbc import Signals, load
 from edged_can.frames import ceiling_bytes_per_s
 from edged_can.link import CanLink
 from edged_can.programming import EXTENDED_SESSION, Programming
@@ -47,7 +48,8 @@ async def connected(device: Device, config: UdsConfig, link: CanLink, env: Env) 
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
-        session = UdsSession(device, config, link, client, env)
+        signals = await _signals(config)
+        session = UdsSession(device, config, link, client, env, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
         yield session
         await session.rest()
@@ -56,10 +58,20 @@ async def connected(device: Device, config: UdsConfig, link: CanLink, env: Env) 
 class UdsSession:
     """A session with one controller."""
 
-    def __init__(self, device: Device, config: UdsConfig, link: CanLink, client: UdsClient, env: Env) -> None:
+    def __init__(
+        self,
+        device: Device,
+        config: UdsConfig,
+        link: CanLink,
+        client: UdsClient,
+        env: Env,
+        signals: Signals | None = None,
+    ) -> None:
         self._device = device
         self._config = config
+        self._link = link
         self._client = client
+        self._signals = signals
         self._loop = asyncio.get_running_loop()
         self.programming = Programming(client, config, env.credential, device.id)
         peer, shape = config.peer, config.shape
@@ -129,28 +141,34 @@ class UdsSession:
             await asyncio.sleep(min(_ASK_AGAIN_S, max(0.0, deadline - self._loop.time())))
 
     async def reports(self) -> AsyncIterator[Reported]:
-        """The properties, each as often as it is configured to be read. Raises Transient."""
-        polled = [prop for prop in self._config.properties if prop.poll_s]
-        due = {prop.name: self._loop.time() for prop in polled}
-        while polled:
-            prop = min(polled, key=lambda each: due[each.name])
-            await asyncio.sleep(max(0.0, due[prop.name] - self._loop.time()))
-            due[prop.name] = self._loop.time() + prop.poll_s
-            try:
-                yield await self._report(prop)
-            except NegativeResponse:
-                # not now, or not in this session: the others may be had
-                continue
-        await self._loop.create_future()
+        """The properties, each as often as it is configured to be read, and the signals of raw frames as they come.
+
+        Raises Transient: NO_RESPONSE, LINK_LOST.
+        """
+        polls = _Polls(self._config.properties, self._loop.time)
+        async with self._link.listen(self._signals.ids if self._signals else ()) as listener:
+            while True:
+                prop = polls.due()
+                if prop is not None:
+                    # the device may not offer it now, or in this session: the others may be had
+                    with suppress(NegativeResponse):
+                        yield await self._report(prop)
+                    continue
+                frame = await listener.next(polls.wait_s())
+                if frame is not None and self._signals is not None:
+                    for reported in self._signals.decode(frame, self._loop.time):
+                        yield reported
 
     async def apply(self, desired: Desired) -> Reported:
         """WriteDataByIdentifier, and read back. Raises Permanent(REQUEST_INVALID), NegativeResponse, Transient."""
+        if self._signals is not None and desired.name in self._signals.commands:
+            await self._link.send(self._signals.encode(desired.name, desired.value))
+            return Reported(desired.name, desired.value)
         prop = next((each for each in self._config.properties if each.name == desired.name), None)
         if prop is None or not prop.writable:
-            able = ", ".join(each.name for each in self._config.properties if each.writable) or "none"
-            raise Permanent(
-                Reason.REQUEST_INVALID, f"{desired.name!r} cannot be set; properties that can: {able}"
-            )
+            able = [each.name for each in self._config.properties if each.writable] + [*self._config.commands]
+            text = f"{desired.name!r} cannot be set; properties that can: {', '.join(able) or 'none'}"
+            raise Permanent(Reason.REQUEST_INVALID, text)
         record = encode(prop, desired.value)
         if prop.session == "extended":
             await self._client.session(EXTENDED_SESSION)
@@ -199,6 +217,35 @@ class UdsSession:
                 Reason.IMAGE_TOO_LARGE,
                 f"the image ends at {end:#x}; {self._device.id} ends at {self._device.flash_base + size:#x}",
             )
+
+
+class _Polls:
+    """When each property is to be read."""
+
+    def __init__(self, properties: tuple[Property, ...], now: Callable[[], float]) -> None:
+        self._now = now
+        self._polled = [prop for prop in properties if prop.poll_s]
+        self._due = {prop.name: now() for prop in self._polled}
+
+    def due(self) -> Property | None:
+        """The one that is to be read now; it is due again after its interval."""
+        now = self._now()
+        for prop in sorted(self._polled, key=lambda each: self._due[each.name]):
+            if self._due[prop.name] <= now:
+                self._due[prop.name] = now + prop.poll_s
+                return prop
+        return None
+
+    def wait_s(self) -> float | None:
+        """Until one is due; None: never."""
+        return max(0.0, min(self._due.values()) - self._now()) if self._due else None
+
+
+async def _signals(config: UdsConfig) -> Signals | None:
+    """What the DBC file says, where there is one. Raises Permanent(CONFIG_INVALID), Permanent(UNSUPPORTED)."""
+    if not config.dbc:
+        return None
+    return await asyncio.to_thread(load, config.dbc, config.signals, config.commands, config.signals_s)
 
 
 def _did(query: str) -> int:

@@ -1,0 +1,135 @@
+"""Raw frames with a DBC file: signals into the twin, commands out of it, and what is wrong with a file."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import can
+import pytest
+from can_kit import bus_name, connected, device, on_bus, virtual
+from uds_server import Controller
+
+from edged.api import Desired
+from edged.errors import Permanent, Reason, Transient
+from edged_can.dbc import load
+from edged_can.frames import Frame
+
+DBC = """VERSION ""
+NS_ :
+BS_:
+BU_: ECU
+BO_ 291 Engine: 8 ECU
+ SG_ Speed : 0|16@1+ (0.25,0) [0|16383.75] "rpm" Vector__XXX
+ SG_ Temperature : 16|8@1- (1,-40) [-168|87] "degC" Vector__XXX
+ SG_ Mode : 24|8@1+ (1,0) [0|255] "" Vector__XXX
+BO_ 2566844161 Setpoint: 4 ECU
+ SG_ Speed : 0|16@1+ (0.25,0) [0|4000] "rpm" ECU
+ SG_ Enable : 16|1@1+ (1,0) [0|1] "" ECU
+VAL_ 291 Mode 0 "off" 1 "run" ;
+"""
+SIGNALS = ("Engine.Speed", "Engine.Temperature", "Engine.Mode")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "drive.dbc"
+    path.write_text(DBC)
+    return str(path)
+
+
+def frame(speed: int, temperature: int = 60, mode: int = 1) -> bytes:
+    return speed.to_bytes(2, "little") + bytes((temperature, mode, 0, 0, 0, 0))
+
+
+def test_signals_have_names_values_and_units(file: str) -> None:
+    signals = load(file, SIGNALS, (), 1.0)
+    clock = [0.0]
+    told = list(signals.decode(Frame(0x123, frame(8000)), lambda: clock[0]))
+    assert [(one.name, one.value, one.unit) for one in told] == [
+        ("Engine.Speed", 2000.0, "rpm"),
+        ("Engine.Temperature", 20, "degC"),
+        ("Engine.Mode", "run", None),
+    ]
+    assert not list(signals.decode(Frame(0x123, frame(9000)), lambda: clock[0])), "too soon"
+    clock[0] = 1.0
+    assert [one.value for one in signals.decode(Frame(0x123, frame(9000, mode=7)), lambda: clock[0])][
+        ::2
+    ] == [2250.0, 7]
+    clock[0] = 2.0
+    assert not list(signals.decode(Frame(0x123, b"\x01"), lambda: clock[0])), "too short"
+
+
+def test_commands_are_frames_with_the_rest_at_its_initial_value(file: str) -> None:
+    signals = load(file, (), ("Setpoint.Speed",), 1.0)
+    assert signals.encode("Setpoint.Speed", 1000) == Frame(0x18FEEF01, b"\xa0\x0f\0\0", extended=True)
+    for value in (4001, -1, "fast", None):
+        with pytest.raises(Permanent, match=r"Setpoint\.Speed: found") as caught:
+            signals.encode("Setpoint.Speed", value)
+        assert caught.value.reason is Reason.REQUEST_INVALID
+
+
+@pytest.mark.parametrize(
+    ("text", "signals", "says"),
+    [
+        (DBC, ("Engine.Sped",), "found 'Engine.Sped'; the file has Engine.Mode, Engine.Speed"),
+        (DBC, ("Motor.Speed",), "found 'Motor.Speed'"),
+        ("this is no DBC", SIGNALS, "dbc: "),
+        (None, SIGNALS, "No such file"),
+    ],
+)
+def test_a_file_or_a_name_that_is_wrong_is_told(
+    tmp_path: Path, text: str | None, signals: tuple[str, ...], says: str
+) -> None:
+    path = tmp_path / "x.dbc"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(Permanent, match=says) as caught:
+        load(str(path), signals, (), 1.0)
+    assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_without_cantools_the_cure_is_named(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cantools", None)
+    with pytest.raises(Permanent, match="pip install --target /opt/edged/plugins cantools") as caught:
+        load(file, SIGNALS, (), 1.0)
+    assert caught.value.reason is Reason.UNSUPPORTED
+
+
+def test_a_device_reports_its_frames_beside_what_is_polled_and_takes_commands(file: str) -> None:
+    name = bus_name()
+    other = virtual(name)
+    table: dict[str, Any] = {
+        "dbc": file,
+        "signals": list(SIGNALS),
+        "signals_s": 0,
+        "commands": ["Setpoint.Speed"],
+        "properties": [{"name": "pressure", "did": 0x0101, "type": "u16", "poll_s": 0.05}],
+    }
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", **table)) as session:
+            reports, seen = session.reports(), set()
+            async with asyncio.timeout(10):
+                while seen != {"pressure", *SIGNALS}:
+                    other.send(can.Message(arbitration_id=0x123, data=frame(8000), is_extended_id=False))
+                    seen.add((await anext(reports)).name)
+            told = await session.apply(Desired("Setpoint.Speed", 1000, 1))
+            assert (told.name, told.value) == ("Setpoint.Speed", 1000)
+            with pytest.raises(Permanent, match=r"properties that can: Setpoint\.Speed"):
+                await session.apply(Desired("Engine.Speed", 1, 1))
+            other.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
+            with pytest.raises(Transient, match="bus off"):
+                async with asyncio.timeout(5):
+                    async for _ in reports:
+                        pass
+
+    with on_bus(name, Controller()):
+        asyncio.run(body())
+    heard = []
+    while (message := other.recv(0)) is not None:
+        heard.append((message.arbitration_id, message.is_extended_id, bytes(message.data)))
+    other.shutdown()
+    assert (0x18FEEF01, True, b"\xa0\x0f\0\0") in heard
