@@ -40,6 +40,8 @@ NO_APPLICATION: Final = ""
 """What runs where the controller does not tell a version that it should: no release identifies as nothing."""
 _ASK_AGAIN_S: Final = 0.5
 _BOOTING_S: Final = 0.05
+_NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F})
+"""What a boot loader answers that has no such identifier, or not the service; other codes speak of the moment."""
 
 
 @asynccontextmanager
@@ -96,10 +98,14 @@ class UdsSession:
         return Identity(f"uds:{hardware}", serial or None, detail)
 
     async def slots(self) -> Slots:
-        """The one slot; what runs in it is what the version identifier says."""
+        """The one slot; what runs in it is what the version identifier says. Raises Transient, NegativeResponse."""
         if not self._config.version_did:
             return Slots((Slot("flash", active=True),))
-        version = await self._read_text(self._config.version_did)
+        version = await self._version()
+        if version is None:
+            # a boot loader answers for a moment after every start
+            await asyncio.sleep(_ASK_AGAIN_S)
+            version = await self._version()
         return Slots((Slot("flash", active=True, runs=NO_APPLICATION if version is None else version),))
 
     async def stage(self, image: Image, progress: Progress) -> None:
@@ -109,19 +115,14 @@ class UdsSession:
         await self.programming.write(image, progress)
 
     async def activate(self) -> None:
-        """ECUReset, and wait until the controller answers again. Raises Transient(NO_RESPONSE), NegativeResponse."""
+        """ECUReset, and wait until the application tells its version, or for ``boot_s``.
+
+        Raises Transient(NO_RESPONSE) where nobody answers any more, NegativeResponse for the reset.
+        """
         await self.programming.reset()
         deadline = self._loop.time() + self._config.boot_s
-        while True:
-            try:
-                await self._client.tester_present()
-                return
-            except NegativeResponse:
-                # it is there, and has another opinion of testers
-                return
-            except Transient as error:
-                if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:
-                    raise
+        # only the controller knows when it has booted
+        while not await self._has_booted(deadline) and self._loop.time() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_BOOTING_S)
 
     async def check_health(self, check: HealthCheck) -> Health:
@@ -184,6 +185,30 @@ class UdsSession:
         except (Transient, Permanent):
             # it goes there by itself, S3 after the last request
             return
+
+    async def _has_booted(self, deadline: float) -> bool:
+        """Raises Transient for a silence beyond the deadline, or a lost bus."""
+        try:
+            if self._config.version_did:
+                return await self._version() is not None
+            await self._client.tester_present()
+        except NegativeResponse:
+            # it is there; what it thinks of testers does not matter, but an identifier may be had later
+            return not self._config.version_did
+        except Transient as error:
+            if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:
+                raise
+            return False
+        return True
+
+    async def _version(self) -> str | None:
+        """What runs; None where no application does. Raises NegativeResponse where it may tell later, and Transient."""
+        try:
+            return text_of(await self._client.read(self._config.version_did))
+        except NegativeResponse as error:
+            if error.code in _NOT_OFFERED:
+                return None
+            raise
 
     async def _report(self, prop: Property) -> Reported:
         return decode(prop, await self._client.read(prop.did))

@@ -33,6 +33,7 @@ from edged_can.transport import MESSAGE_BYTES, N_AS_S, Peer, Shape, Transport
 
 _POLL_S: Final = 0.1
 """How long a receive may last before the thread looks whether the link is being closed."""
+_LET_GO_S: Final = 3.0
 _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 8
 _WAIT_FRAMES: Final = 25
@@ -181,7 +182,8 @@ class ThreadedLink:
 
     def _close(self) -> None:
         for thread in self._threads:
-            thread.join()
+            # a driver that does not return is cancelled by closing it
+            thread.join(_LET_GO_S)
         bus, self._open_bus = self._open_bus, None
         if bus is not None:
             try:

@@ -80,6 +80,30 @@ def test_one_that_stays_in_its_boot_loader_is_not_called_well(site: Site) -> Non
     assert job.state in (State.REVERTED, State.FAILED) and job.reason is Reason.DEVICE_REVERTED
 
 
+def test_a_boot_loader_that_lingers_is_waited_for(site: Site) -> None:
+    controller = site.controller(lingers_s=1.2)
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.resets == 1
+
+
+def test_a_device_in_its_boot_loader_for_a_moment_has_not_drifted(site: Site) -> None:
+    controller = site.controller(lingers_s=0.3, boot_s=0)
+    site.watch = True
+
+    async def body() -> None:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+        controller.boot()
+        async with life(site.config, site.plugins) as node:
+            await asyncio.sleep(1.5)
+            assert len(await node.jobs("ecu")) == 1
+
+    with alive(site, controller):
+        asyncio.run(body())
+    assert controller.counts.erased == 0
+
+
 def test_nothing_is_written_where_nobody_knows_the_way_back(site: Site) -> None:
     controller = site.controller()
 

@@ -90,7 +90,8 @@ class Controller:
 
     ``refuses_repeats``: a block that was repeated ends the transfer with requestSequenceError, as some do, in place of being
     acknowledged. ``slow_erase_s``: erasing takes so long, and the client is asked for time. ``endless``: it is asked for ever.
-    ``never_boots``: it stays in its boot loader. ``locked_for_s``: after three wrong keys.
+    ``never_boots``: it stays in its boot loader; ``lingers_s``: it
+    is there for so long after a start, and answers. ``locked_for_s``: after three wrong keys.
     """
 
     hardware: bytes = b"ECU-7"
@@ -102,6 +103,7 @@ class Controller:
     endless: bool = False
     never_boots: bool = False
     boot_s: float = 0.02
+    lingers_s: float = 0.0
     locked_for_s: float = 10.0
     s3_s: float = 5.0
     p2_star_s: float = 5.0
@@ -157,7 +159,7 @@ class Controller:
         self.dtc_on = True
         self.talks = True
         self.asked_at = time.monotonic()
-        self.deaf_until = 0.0
+        self.deaf_until = self.application_at = 0.0
         self.locked_until = 0.0
         self.tries = 0
 
@@ -231,6 +233,7 @@ class Controller:
         self.counts.resets += 1
         self._reset()
         self.deaf_until = time.monotonic() + self.boot_s
+        self.application_at = self.deaf_until + self.lingers_s
 
     def _read(self, data: bytes) -> Iterator[bytes | float]:
         if len(data) != 2:
@@ -242,7 +245,7 @@ class Controller:
             0xF186: bytes((self.session,)),
             **self.properties,
         }
-        if self.runs is not None:
+        if self.runs is not None and time.monotonic() >= self.application_at:
             known[0xF189] = self.runs
         if did not in known:
             raise Negative(0x31)
