@@ -11,6 +11,7 @@ from bench.figures import Figure, machine, save, table
 
 BENCHES = {
     "flash": "avrdude against edged, on a real boot loader",
+    "smp": "smpclient against edged, on real firmware in QEMU",
     "engine": "verified chunks per second against SHA-256 alone",
     "fleet": "64 serial devices at once against their lines",
     "daemon": "start and memory of the real process",
