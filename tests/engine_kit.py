@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,8 +20,13 @@ from edged.config import (
     Policy,
     TrustSettings,
 )
+from edged.domain.job import Job
+from edged.domain.reconcile import FIRMWARE
 from edged.plugins import Plugins, discover
+from edged.store import audit, floors
 from edged.testing.fake import FakeDevice, FakePlugin, fake_app
+from edged.testing.faults import Faults, PowerCut
+from edged.testing.node import TestNode
 from edged_firmware import release
 from edged_firmware.facts import ReleaseRef
 
@@ -137,3 +144,24 @@ class Place:
             model=(model,),
             device=tuple(self.devices),
         )
+
+
+def until_cut(life: Coroutine[Any, Any, Job], faults: Faults) -> Job | None:
+    """Run one life: the ended job, or None where ``faults`` cut the power. Whatever else comes out is an error."""
+    job = None
+    try:
+        job = asyncio.run(life)
+    except (PowerCut, BaseExceptionGroup) as error:
+        if isinstance(error, BaseExceptionGroup):
+            _, other = error.split(PowerCut)
+            assert other is None, f"something else than the cut came out: {other!r}"
+        assert faults.fired, "a cut came out that did not fire"
+    return None if faults.fired else job
+
+
+async def check_store(node: TestNode, device: str, floor: int) -> None:
+    """One job, an audit trail that is intact, and the floor where it should be."""
+    assert len(await node.jobs(device)) == 1, "a job was lost or made twice"
+    report = await node.store.read(lambda tx: audit.verify(tx, node.key.public_key))
+    assert report.intact, report.reason
+    assert await node.store.read(lambda tx: floors.get(tx, device, FIRMWARE)) == floor

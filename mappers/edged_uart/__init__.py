@@ -90,7 +90,7 @@ async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
     async with env.link(device.address) as link:
         if not isinstance(link, SerialLink):
             raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
-        yield SmpSession(device, config, link)
+        yield SmpSession(device, config, link, env.log)
 
 
 async def _probe_smp(address: str, env: Env) -> Identity | None:
@@ -101,7 +101,8 @@ async def _probe_smp(address: str, env: Env) -> Identity | None:
         for framing in ("console", "cobs", "raw"):
             config = SmpConfig(framing=framing, answer_s=_PROBE_S)
             try:
-                return await SmpSession(Device("probe", "", "uart-smp", address), config, link).identify()
+                device = Device("probe", "", "uart-smp", address)
+                return await SmpSession(device, config, link, env.log).identify()
             except Transient as error:
                 if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
                     raise

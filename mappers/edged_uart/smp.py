@@ -107,6 +107,16 @@ class ErrorAnswer(Permanent):
             Reason.DEVICE_ERROR, f"the device answered {self.name} (code {code}{whose}) to {command}"
         )
 
+    @property
+    def not_offered(self) -> bool:
+        """The server does not know this command."""
+        return self.group is None and self.code == _ENOTSUP
+
+    @property
+    def passes(self) -> bool:
+        """The server has no room, or is busy: it may take the same request a moment later."""
+        return self.group is None and self.code in (_ENOMEM, _EBUSY)
+
 
 def encode(command: Command, sequence: int, body: Mapping[str, object], version: int = 2) -> bytes:
     """A request. ``sequence`` counts modulo 256."""
@@ -172,13 +182,9 @@ def _whole(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-EUNKNOWN: Final = 1
-ENOMEM: Final = 2
-ENOTSUP: Final = 8
-EBUSY: Final = 10
-TOO_NEW: Final = 13
-NO_FREE_SLOT: Final = 9
-ALREADY_PENDING: Final = 28
+_ENOMEM: Final = 2
+_ENOTSUP: Final = 8
+_EBUSY: Final = 10
 
 _COMMON: Final = {
     1: "EUNKNOWN", 2: "ENOMEM", 3: "EINVAL", 4: "ETIMEOUT", 5: "ENOENT", 6: "EBADSTATE", 7: "EMSGSIZE",

@@ -21,14 +21,13 @@ from edged_uart.link import SerialLink
 from edged_uart.smp import Command, ErrorAnswer, Message
 from edged_uart.smp_framing import Framing
 
-_TRIES: Final = 4
+TRIES: Final = 4
 _PROBE_ROUNDS: Final = 2
 _NEWER_S: Final = 0.3
 _UNKNOWN_BUFFER_BYTES: Final = 256
 _LEAST_BUFFER_BYTES: Final = 64
 _MOST_BUFFER_BYTES: Final = 16384
 BUSY_S: Final = 0.1
-TRY_LATER: Final = frozenset({smp.ENOMEM, smp.EBUSY})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +84,12 @@ class SmpClient:
             return
         self._framing.forget()
         asked: dict[int, int] = {}
-        for _ in range(_PROBE_ROUNDS):
-            for version in smp.VERSIONS:
-                if await self._try(version, asked, self._answer_s):
-                    if asked != {self._sequence: smp.VERSIONS[0]}:
-                        # a server that has just come up may know the newer one, and not have heard it
-                        await self._try(smp.VERSIONS[0], {}, min(self._answer_s, _NEWER_S))
-                    return
+        for version in smp.VERSIONS * _PROBE_ROUNDS:
+            if await self._try(version, asked, self._answer_s):
+                if len(asked) > 1:
+                    # a server that has just come up may know the newer one, and not have heard of it
+                    await self._try(smp.VERSIONS[0], {}, min(self._answer_s, _NEWER_S))
+                return
         raise Transient(
             Reason.NO_RESPONSE,
             f"{self._link.path}: nobody answered SMP within {len(asked) * self._answer_s:g} s; "
@@ -108,7 +106,7 @@ class SmpClient:
         return True
 
     async def ask(
-        self, command: Command, body: Mapping[str, object] | None = None, *, tries: int = _TRIES
+        self, command: Command, body: Mapping[str, object] | None = None, *, tries: int = TRIES
     ) -> Mapping[str, Any]:
         """The body of the answer to ``command``, which is sent up to ``tries`` times.
 
@@ -124,7 +122,7 @@ class SmpClient:
             try:
                 return smp.check(command, answer.body)
             except ErrorAnswer as error:
-                if error.group is not None or error.code not in TRY_LATER or not left:
+                if not error.passes or not left:
                     raise
             await asyncio.sleep(BUSY_S)
             sequence = self._next_sequence()

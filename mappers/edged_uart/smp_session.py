@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from edged.api import (
     Desired,
@@ -36,7 +37,7 @@ from edged_uart import smp
 from edged_uart.link import SerialLink
 from edged_uart.session import parse_report
 from edged_uart.smp import ErrorAnswer
-from edged_uart.smp_client import SmpClient
+from edged_uart.smp_client import TRIES, SmpClient
 from edged_uart.smp_config import ALL, SmpConfig
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw
 from edged_uart.smp_upload import Content, Pace, upload
@@ -49,6 +50,8 @@ _EVIDENCE_LINES: Final = 5
 _EVIDENCE_CHARS: Final = 200
 _LOOK_AGAIN_S: Final = 0.5
 _SETTLING_BOOTS: Final = 2
+Log: TypeAlias = "logging.LoggerAdapter[logging.Logger]"
+
 _NO_WAY_BACK: Final = {
     0: "single application",
     2: "overwrite only",
@@ -117,8 +120,9 @@ class _Inspected:
 class SmpSession:
     """A session with one device; see :class:`edged.api.Session` and the ``Supports...`` Protocols for the contract."""
 
-    def __init__(self, device: Device, config: SmpConfig, link: SerialLink) -> None:
+    def __init__(self, device: Device, config: SmpConfig, link: SerialLink, log: Log) -> None:
         self._device = device
+        self._log = log
         self._config = config
         self._link = link
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -241,7 +245,12 @@ class SmpSession:
             )
         if state.active.confirmed:
             return
-        await self._client.ask(smp.SET_IMAGE_STATE, {"confirm": True})
+        # not by its hash, but where it must be: a device that resets now has that image in its other slot, and would be
+        # told to boot it for good
+        by_hash = {"hash": bytes.fromhex(state.active.hash)} if self._config.image else {}
+        await self._client.ask(
+            smp.SET_IMAGE_STATE, {"confirm": True, **by_hash}, tries=1 if by_hash else TRIES
+        )
         after = await self._known_state()
         assert after.active is not None
         if after.active.hash != state.active.hash or not after.active.confirmed:
@@ -337,8 +346,10 @@ class SmpSession:
         try:
             state = await self._state()
         except ErrorAnswer as error:
+            if not error.not_offered:
+                raise
             raise Permanent(
-                Reason.UNSUPPORTED, f"{self._device.id} does not tell the state of its images: {error}"
+                Reason.UNSUPPORTED, f"{self._device.id} does not tell the state of its images: {error.detail}"
             ) from error
         if state.active is None:
             raise Permanent(
@@ -534,7 +545,7 @@ class SmpSession:
                 try:
                     found.append(Reported(SETTING + name, setting.value(data), setting.unit))
                 except ValueError as error:
-                    raise Permanent(Reason.CONFIG_INVALID, f"settings.{name}: {error}") from error
+                    self._log.warning("a setting is not of its type", extra={"detail": f"{name}: {error}"})
         return found
 
     async def _seen(self, query: str) -> str:
@@ -563,7 +574,7 @@ class SmpSession:
         try:
             await self._client.ask(command)
         except ErrorAnswer as error:
-            if error.group is not None or error.code != smp.ENOTSUP:
+            if not error.not_offered:
                 raise
 
     # -- lines of the application

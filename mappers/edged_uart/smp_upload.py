@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from edged.errors import Permanent, Reason, Transient
 from edged_uart import smp
-from edged_uart.smp_client import BUSY_S, TRY_LATER, SmpClient
+from edged_uart.smp_client import BUSY_S, SmpClient
 
 _IMAGE_HEADER_BYTES: Final = 32
 _ALIGNED_BYTES: Final = 4
@@ -156,7 +156,7 @@ class _Upload:
         try:
             self._take(body)
         except smp.ErrorAnswer as error:
-            if error.group is not None or error.code not in TRY_LATER:
+            if not error.passes:
                 raise
             await asyncio.sleep(BUSY_S)
             return False

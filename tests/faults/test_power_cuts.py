@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_kit import IMAGE_BYTES, Place, Publisher
+from engine_kit import IMAGE_BYTES, Place, Publisher, check_store, until_cut
 
 from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE
-from edged.store import audit, floors, twins
+from edged.store import twins
 from edged.testing.fake import FakeDevice
-from edged.testing.faults import Faults, PowerCut, When
+from edged.testing.faults import Faults, When
 from edged.testing.node import TestNode, life
 
 CHECKPOINT_BYTES = 512
@@ -77,17 +77,8 @@ class World:
     def live(self, faults: Faults) -> Job | None:
         """One life; the ended job, or None where the power was cut."""
         self.device.effects = faults
-        job = None
-        try:
-            job = asyncio.run(self._live(faults))
-        except (PowerCut, BaseExceptionGroup) as error:
-            if isinstance(error, BaseExceptionGroup):
-                _, other = error.split(PowerCut)
-                assert other is None, f"something else than the cut came out: {other!r}"
-            assert faults.fired, "a cut came out that did not fire"
-        if faults.fired:
-            self.cuts += 1
-            return None
+        job = until_cut(self._live(faults), faults)
+        self.cuts += bool(faults.fired)
         return job
 
     async def _live(self, faults: Faults) -> Job:
@@ -113,10 +104,7 @@ class World:
 
     async def _check_store(self) -> None:
         async with life(self.place.config, self.place.plugins) as node:
-            assert len(await node.jobs("dev-1")) == 1, "a job was lost or made twice"
-            report = await node.store.read(lambda tx: audit.verify(tx, node.key.public_key))
-            assert report.intact, report.reason
-            assert await node.store.read(lambda tx: floors.get(tx, "dev-1", FIRMWARE)) == self.scenario.floor
+            await check_store(node, "dev-1", self.scenario.floor)
 
 
 def effects_of(folder: Path, publisher: Publisher, scenario: Scenario) -> list[str]:

@@ -11,13 +11,23 @@ import pytest
 import zephyr_kit
 from smp_kit import Node, connected, device, identifies_as, opaque
 from uart_kit import LINKS, MAPPERS, Watched
-from zephyr_kit import BOARD, SLOTS, Zephyr, signed
+from zephyr_kit import (
+    BOARD,
+    MPS2_CONSOLE,
+    MPS2_RAW,
+    MPS2_RAW_AND_COBS,
+    SLOTS,
+    Machine,
+    Zephyr,
+    signed,
+)
 
-from edged.api import HealthCheck, Phase
+from edged.api import Desired, HealthCheck, Phase
 from edged.config import HealthSettings
 from edged.domain.job import State
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged.links import LinkPool, device_env
+from edged_uart import smp
 from edged_uart.smp_session import SmpSession
 
 pytestmark = pytest.mark.skipif(zephyr_kit.QEMU is None, reason="not installed: qemu-system-arm")
@@ -106,6 +116,7 @@ async def until_it_answers(session: SmpSession) -> None:
     raise AssertionError("it does not answer")
 
 
+@pytest.mark.slow
 def test_one_flipped_bit_in_the_slot_never_boots(zephyr: Zephyr) -> None:
     image = signed("1.0.0")
 
@@ -187,6 +198,7 @@ def test_a_cut_on_our_side_at_every_tenth_costs_what_was_on_its_way(zephyr: Zeph
     assert len(zephyr.tap) < wire + 9 * 4 * 800 + 10 * 1500, "more was sent again than was on its way"
 
 
+@pytest.mark.slow
 def test_a_power_cut_at_every_tenth_leaves_the_old_image_running(zephyr: Zephyr) -> None:
     """The device forgets its offset; it runs what it ran, and the upload begins anew, and ends."""
     image = signed("1.0.0", body=bytes(range(256)) * 48)
@@ -214,8 +226,6 @@ def test_a_power_cut_at_every_tenth_leaves_the_old_image_running(zephyr: Zephyr)
                 await erase(session)
 
     async def erase(session: SmpSession) -> None:
-        from edged_uart import smp
-
         await session._client.ask(smp.ERASE, {})
         assert (await session.slots()).slots[1].runs == ""
 
@@ -248,6 +258,7 @@ def test_a_release_goes_all_the_way(
     on(zephyr, work)
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_in_its_trial_comes_back_with_the_old_image(
     zephyr: Zephyr, tmp_path: Path
 ) -> None:
@@ -269,3 +280,49 @@ def test_a_device_that_hangs_in_its_trial_comes_back_with_the_old_image(
 
     asyncio.run(run())
     assert zephyr.slot(0, 512) == zephyr_kit.factory_flash()[SLOTS[0] :][:512]
+
+
+@pytest.mark.parametrize(
+    ("machine", "framing", "buffer_bytes"),
+    [(MPS2_CONSOLE, "console", 2048), (MPS2_RAW, "raw", 384)],
+    ids=["console", "raw"],
+)
+def test_another_board_with_larger_buffers_and_without_a_console(
+    tmp_path: Path, machine: Machine, framing: str, buffer_bytes: int
+) -> None:
+    image = signed("1.0.0", body=bytes(range(256)) * 64)
+
+    async def work(session: SmpSession) -> None:
+        identity = await session.identify()
+        assert identity.hardware_id == "smp:mps2/an385"
+        assert identity.detail["buffers"] == f"4 of {buffer_bytes} bytes"
+        old = await active(session)
+        await session.stage(await opaque(image), Watched())
+        assert [slot.runs for slot in (await session.slots()).slots] == [old, identifies_as(image)]
+        with pytest.raises(Permanent) as caught:
+            await session.apply(Desired("setting.app/none", "x", 1))
+        assert "KEY_NOT_FOUND" in caught.value.detail
+
+    with Zephyr(tmp_path, machine=machine) as board:
+        on(board, work, framing=framing, settings={"app/none": {}})
+
+
+def test_a_boot_loader_in_serial_recovery_is_recognised_and_left_alone(tmp_path: Path) -> None:
+    """It speaks COBS here, knows no slot that runs, and would take any image in place of its only one."""
+
+    async def into_recovery(session: SmpSession) -> None:
+        await session._client.tell(smp.RESET, {"boot_mode": 1})
+        await asyncio.sleep(2)
+
+    async def work(session: SmpSession) -> None:
+        identity = await session.identify()
+        assert identity.detail["framing"] == "cobs" and "active" not in identity.detail["slot 0"]
+        sent = len(board.tap)
+        with pytest.raises(Permanent) as caught:
+            await session.stage(await opaque(signed("1.0.0")), Watched())
+        assert caught.value.reason is Reason.UNSUPPORTED and "serial recovery" in caught.value.detail
+        assert len(board.tap) - sent < 200
+
+    with Zephyr(tmp_path, machine=MPS2_RAW_AND_COBS) as board:
+        on(board, into_recovery, framing="raw")
+        on(board, work, framing="cobs")

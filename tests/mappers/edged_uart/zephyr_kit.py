@@ -23,6 +23,7 @@ import time
 import tty
 import urllib.request
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -40,7 +41,11 @@ SLOTS: Final = (0x8000, 0x22400)
 FACTORY: Final = "zephyr_4.4.0_smp_server_0eae053d_qemu_cortex_m0_serial.merged.hex"
 SIGNED: Final = "zephyr_4.4.0_smp_server_0eae053d_qemu_cortex_m0_serial.signed.bin"
 BOARD: Final = "smp:qemu_cortex_m0/nrf51822"
-_UP: Final = b"smp_sample: build time"
+LINE_BYTES_PER_S: Final = 11_520
+"""115,200 baud."""
+QUICK_LINE_BYTES_PER_S: Final = 46_080
+_SLICE_S: Final = 0.001
+_LINE_HOLDS_BYTES: Final = 64
 _FIXTURES: Final = f"{SDIST.removesuffix('.tar.gz')}/tests/fixtures/smp-server"
 
 
@@ -108,6 +113,37 @@ def _run(*command: str | Path) -> None:
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What QEMU is told. ``loaded``: files of the source distribution and where they go (None: as the file says). ``up``: what
+    the application prints when it has started. ``flash_stays``: the flash can be read out, so that it outlives QEMU."""
+
+    cpu: str
+    name: str
+    up: bytes
+    loaded: tuple[tuple[str, int | None], ...] = ()
+    flash_stays: bool = False
+
+
+MICROBIT: Final = Machine("cortex-m0", "microbit", b"smp_sample: build time", flash_stays=True)
+
+
+def mps2(build: str) -> Machine:
+    """An Arm development board with another build of the server; its flash is simulated, and gone with QEMU.
+
+    Its log goes elsewhere: it is taken to be up at once, and hears what comes too early later.
+    """
+    return Machine(
+        "cortex-m3", "mps2-an385", b"", ((f"{build}.hex", None), (f"{build}.signed.bin", 0x20050000))
+    )
+
+
+MPS2_CONSOLE: Final = mps2("zephyr_4.4.0_smp_server_0eae053d_mps2_an385_serial_recovery_buf2048")
+MPS2_RAW: Final = mps2("zephyr_f33aa2bc4a43_smp_server_27c54835_mps2_an385_serial_recovery_raw")
+MPS2_RAW_AND_COBS: Final = mps2("zephyr_f33aa2bc4a43_smp_server_fa39f8c2_mps2_an385_serial_recovery_raw_cobs")
+"""The application speaks raw, the boot loader in recovery COBS."""
+
+
 Filter = Callable[[bytes], bytes]
 
 
@@ -115,15 +151,56 @@ def untouched(data: bytes) -> bytes:
     return data
 
 
+class Paced:
+    """One direction of a line: what was put in comes out as fast as the line carries it, in slices."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._byte_s = 1 / bytes_per_s
+        self._slice_bytes = max(1, int(bytes_per_s * _SLICE_S))
+        self._waiting = bytearray()
+        self._free_at = 0.0
+
+    @property
+    def full(self) -> bool:
+        return len(self._waiting) > _LINE_HOLDS_BYTES
+
+    @property
+    def pause_s(self) -> float | None:
+        """Until something comes out; None where nothing waits."""
+        return max(0.0, self._free_at - time.monotonic()) if self._waiting else None
+
+    def put(self, data: bytes) -> None:
+        self._free_at = max(self._free_at, time.monotonic())
+        self._waiting += data
+
+    def due(self) -> bytes:
+        found = bytearray()
+        now = time.monotonic()
+        while self._waiting and self._free_at <= now:
+            data = self._waiting[: self._slice_bytes]
+            del self._waiting[: self._slice_bytes]
+            self._free_at += len(data) * self._byte_s
+            found += data
+        return bytes(found)
+
+
 class Zephyr:
     """The device. ``port`` is its serial line, a pseudo terminal that stays through resets.
 
-    ``boots`` counts power-ups and resets; ``is_up``: the application has started since. ``tap`` keeps what
-    was sent to it. ``to_device`` and ``from_device`` may change
-    what goes over the wire.
+    ``boots`` counts power-ups and resets; ``is_up``: the application has started since. ``tap`` keeps what was sent to it.
+    ``to_device`` and ``from_device`` may change what goes over the wire. ``bytes_per_s``: what the line carries; Zephyr's
+    driver has room for two lines, and loses some where they come as fast as QEMU can take them.
     """
 
-    def __init__(self, folder: Path, flash: bytes | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        flash: bytes | None = None,
+        *,
+        bytes_per_s: float = QUICK_LINE_BYTES_PER_S,
+        machine: Machine = MICROBIT,
+    ) -> None:
+        self._machine = machine
         self._folder = folder
         self._flash = flash if flash is not None else factory_flash()
         self._master, self._slave = os.openpty()
@@ -134,6 +211,7 @@ class Zephyr:
         self.said = bytearray()
         self.to_device: Filter = untouched
         self.from_device: Filter = untouched
+        self._down, self._up = Paced(bytes_per_s), Paced(bytes_per_s)
         self._lock = threading.RLock()
         self.is_up, self._booted_at = False, 0
         self._serial: socket.socket | None = None
@@ -176,6 +254,13 @@ class Zephyr:
             self._ask("stop")
             self._again(change)
 
+    def await_application(self, timeout_s: float = 20) -> None:
+        """Until it listens."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_up:
+            assert time.monotonic() < deadline, bytes(self.said[-500:])
+            time.sleep(0.01)
+
     def hang(self) -> None:
         """The processor stops for good; only a reset helps."""
         with self._lock:
@@ -197,19 +282,22 @@ class Zephyr:
         assert len(self._flash) == FLASH_BYTES
 
     def _start(self) -> None:
-        image = self._folder / "flash.bin"
-        image.write_bytes(self._flash)
         listeners = [self._listener(name) for name in ("serial", "qmp")]
-        self._qemu = subprocess.Popen(
-            [
-                "qemu-system-arm", "-cpu", "cortex-m0", "-machine", "microbit", "-display", "none", "-monitor", "none",
-                "-chardev", f"socket,id=con,path={self._folder}/serial", "-serial", "chardev:con",
-                "-chardev", f"socket,id=qmp,path={self._folder}/qmp", "-mon", "chardev=qmp,mode=control",
-                "-action", "reboot=shutdown,shutdown=pause",
-                "-device", f"loader,file={image},addr=0,force-raw=on",
-            ],
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        machine = self._machine
+        command = [
+            "qemu-system-arm", "-cpu", machine.cpu, "-machine", machine.name, "-display", "none", "-monitor", "none",
+            "-chardev", f"socket,id=con,path={self._folder}/serial", "-serial", "chardev:con",
+            "-chardev", f"socket,id=qmp,path={self._folder}/qmp", "-mon", "chardev=qmp,mode=control",
+        ]  # fmt: skip
+        if machine.flash_stays:
+            image = self._folder / "flash.bin"
+            image.write_bytes(self._flash)
+            command += ["-action", "reboot=shutdown,shutdown=pause"]
+            command += ["-device", f"loader,file={image},addr=0,force-raw=on"]
+        for name, address in machine.loaded:
+            at = "" if address is None else f",addr={address:#x}"
+            command += ["-device", f"loader,file={fixture(name)}{at}"]
+        self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, cwd=self._folder)
         self._serial, self._qmp = (self._accepted(listener) for listener in listeners)
         self._lines = self._qmp.makefile("r")
         json.loads(self._lines.readline())
@@ -258,23 +346,31 @@ class Zephyr:
 
     def _look(self) -> None:
         assert self._serial is not None and self._qmp is not None
-        ready, _, _ = select.select([self._master, self._serial, self._qmp], [], [], 0.02)
+        pauses = [pause for way in (self._down, self._up) if (pause := way.pause_s) is not None]
+        sources = [self._serial, self._qmp, *([] if self._down.full else [self._master])]
+        ready, _, _ = select.select(sources, [], [], min([0.02, *pauses]))
         if self._qmp in ready:
             self._events.append(json.loads(self._lines.readline()))
         if self._master in ready:
-            data = os.read(self._master, 4096)
-            self.tap += data
-            # a receiver that is not switched on yet hears nothing; QEMU's would keep a byte and then be stuck with it
-            if self.is_up and (data := self.to_device(data)):
-                self._serial.sendall(data)
-        if self._serial in ready and (data := self._serial.recv(4096)):
-            self.said += data
-            self.is_up = self.is_up or _UP in self.said[self._booted_at :]
-            if data := self.from_device(data):
-                os.write(self._master, data)
+            self._down.put(os.read(self._master, 1024))
+        if self._serial in ready:
+            self._up.put(self._serial.recv(4096))
+        self._carry(self._serial)
         events, self._events = self._events, []
         if any(event.get("event") == "SHUTDOWN" for event in events):
             self._again()
+
+    def _carry(self, serial: socket.socket) -> None:
+        data = self._down.due()
+        self.tap += data
+        # a receiver that is not switched on yet hears nothing; QEMU's would keep a byte and then be stuck with it
+        if self.is_up and (data := self.to_device(data)):
+            serial.sendall(data)
+        data = self._up.due()
+        self.said += data
+        self.is_up = self.is_up or self._machine.up in self.said[self._booted_at :]
+        if data := self.from_device(data):
+            os.write(self._master, data)
 
 
 QEMU: Final = shutil.which("qemu-system-arm")
