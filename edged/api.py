@@ -361,6 +361,9 @@ class LinkSpec:
     parse_config: Callable[[Mapping[str, object]], object] = no_config
     """As :attr:`MapperSpec.parse_config`, for the ``[[link]]`` table of an address; ``open`` finds the result in
     ``env.config``."""
+    linger_s: float = 0.0
+    """So long a wire stays open that nobody uses: a listener that were closed between two sessions would throw its devices
+    out."""
 
 
 @dataclass(frozen=True, slots=True)

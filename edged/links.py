@@ -26,6 +26,8 @@ class _Shared:
     holder: asyncio.Task[None] | None = None
     users: list[str] = field(default_factory=list)
     done: asyncio.Event = field(default_factory=asyncio.Event)
+    linger_s: float = 0.0
+    lingers: asyncio.TimerHandle | None = None
 
 
 def _not_counted(source: str, event: str) -> None:
@@ -53,7 +55,7 @@ class LinkPool:
 
     def users(self) -> dict[str, tuple[str, ...]]:
         """Who uses which address now."""
-        return {address: tuple(shared.users) for address, shared in self._shared.items()}
+        return {address: tuple(shared.users) for address, shared in self._shared.items() if shared.users}
 
     @asynccontextmanager
     async def use(self, address: str, user: str) -> AsyncIterator[Link]:
@@ -63,6 +65,8 @@ class LinkPool:
         """
         shared = self._shared.get(address) or self._open(address)
         shared.users.append(user)
+        if shared.lingers is not None:
+            shared.lingers.cancel()
         try:
             link = await asyncio.shield(shared.opened)
             if link.exclusive and len(shared.users) > 1:
@@ -71,7 +75,7 @@ class LinkPool:
         finally:
             shared.users.remove(user)
             if not shared.users:
-                await self._close(address, shared)
+                await self._leave(address, shared)
 
     def _open(self, address: str) -> _Shared:
         scheme, _, rest = address.partition(":")
@@ -80,7 +84,7 @@ class LinkPool:
             known = ", ".join(sorted(self._specs)) or "none"
             raise Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r} in {address!r}; links: {known}")
         env = self._link_env(spec, address)
-        shared = _Shared(asyncio.get_running_loop().create_future())
+        shared = _Shared(asyncio.get_running_loop().create_future(), linger_s=spec.linger_s)
         shared.holder = asyncio.create_task(
             _hold(spec, rest, env, shared, self._closing.get(address)), name=f"link {address}"
         )
@@ -97,7 +101,19 @@ class LinkPool:
         adapter = logging.LoggerAdapter(log, {"link": address})
         return DeviceEnv(address, self, adapter, config)
 
-    async def _close(self, address: str, shared: _Shared) -> None:
+    async def _leave(self, address: str, shared: _Shared) -> None:
+        """Nobody uses the wire: close it, at once or soon."""
+        holder = shared.holder
+        sound = shared.opened.done() and not shared.opened.cancelled() and shared.opened.exception() is None
+        if shared.linger_s and sound and holder is not None and not holder.done():
+            loop = asyncio.get_running_loop()
+            shared.lingers = loop.call_later(shared.linger_s, self._begin_to_close, address, shared)
+            return
+        self._begin_to_close(address, shared)
+        if holder is not None:
+            await asyncio.wait([holder])
+
+    def _begin_to_close(self, address: str, shared: _Shared) -> None:
         if self._shared.get(address) is shared:
             del self._shared[address]
         shared.done.set()
@@ -109,7 +125,6 @@ class LinkPool:
             holder.cancel()
         self._closing[address] = holder
         holder.add_done_callback(lambda task: self._closed(address, task))
-        await asyncio.wait([holder])
 
     def _closed(self, address: str, holder: asyncio.Task[None]) -> None:
         if self._closing.get(address) is holder:

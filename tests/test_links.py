@@ -213,6 +213,36 @@ def test_a_wire_is_opened_with_its_own_table_and_counts_in_its_own_name() -> Non
     _run(body)
 
 
+def test_a_wire_may_stay_open_for_a_while_after_its_last_user() -> None:
+    wires = Wires()
+    wires.pool = LinkPool({"wire": LinkSpec("wire", wires.open, linger_s=0.1)})
+
+    async def body() -> None:
+        async with wires.use("one") as first:
+            pass
+        assert wires.open_now == 1 and not wires.pool.users()
+        await asyncio.sleep(0.05)
+        async with wires.use("two") as second:
+            assert first is second
+            await asyncio.sleep(0.15)
+            assert wires.open_now == 1, "the time since the first user was counted on"
+        await asyncio.sleep(0.2)
+        assert wires.open_now == 0
+        async with wires.use("three"):
+            assert wires.opened == 2
+        wires.fault = Transient(Reason.DEVICE_ABSENT, "gone")
+        await asyncio.sleep(0.2)
+        for _ in range(2):
+            with pytest.raises(Transient, match="gone"):
+                async with wires.use("four"):
+                    pass
+        wires.fault = None
+        async with wires.use("five"):
+            assert wires.opened == 3
+
+    _run(body)
+
+
 def test_an_unknown_kind_of_wire_is_unsupported() -> None:
     async def body() -> None:
         with pytest.raises(Permanent, match="links: wire") as caught:

@@ -13,13 +13,15 @@ Each check raises ``AssertionError`` with what was expected. The kit drives the 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edged.api import (
     Device,
     Image,
+    Label,
     LinkSpec,
     MapperSpec,
     Phase,
@@ -70,6 +72,11 @@ class Subject:
     neighbour: Device | None = None
     reports: bool = True
     resumes: bool = True
+    pool: LinkPool = field(init=False)
+
+    def __post_init__(self) -> None:
+        # one for all sessions, as in the daemon: a wire may outlive a session
+        object.__setattr__(self, "pool", LinkPool(self.links))
 
 
 Check = Callable[[Subject], Awaitable[None]]
@@ -96,15 +103,14 @@ async def _image(segments: list[tuple[int, bytes]], *, damaged_at: int | None = 
     index = ChunkIndex.build(bytes(file), CHUNK_BYTES)
     if damaged_at is not None:
         file[damaged_at] ^= 0x01
-    return await Image.open(MemorySource(bytes(file)), index)
+    label = Label("kit", hashlib.sha256(pack(segments)).hexdigest()[:12])
+    return await Image.open(MemorySource(bytes(file)), index, label=label)
 
 
 @asynccontextmanager
-async def _connected(
-    subject: Subject, device: Device | None = None, pool: LinkPool | None = None
-) -> AsyncIterator[Session]:
+async def _connected(subject: Subject, device: Device | None = None) -> AsyncIterator[Session]:
     device = device or subject.device
-    env = device_env(device.id, pool or LinkPool(subject.links))
+    env = device_env(device.id, subject.pool)
     async with subject.spec.connect(device, env) as session:
         yield session
 
@@ -273,7 +279,7 @@ async def reports_go_on_around_a_lease(subject: Subject) -> None:
     async def attached(session: Session) -> None:
         return None
 
-    env = device_env(subject.device.id, LinkPool(subject.links))
+    env = device_env(subject.device.id, subject.pool)
     unit = DeviceUnit(subject.device, subject.spec, env, report, attached, SystemClock())
     task = asyncio.create_task(unit.run())
     try:
@@ -299,22 +305,21 @@ async def _one_more(more: asyncio.Event, expected: bool) -> None:
 
 async def the_link_is_shared_or_refused(subject: Subject) -> None:
     """Two sessions through one link pool: both work on a shared wire; on an exclusive one the second is told who has it."""
-    pool = LinkPool(subject.links)
     other = subject.neighbour or subject.device
-    async with _connected(subject, pool=pool) as session:
+    async with _connected(subject) as session:
         await session.identify()
         if subject.neighbour is None:
-            await _expect_busy(subject, other, pool)
+            await _expect_busy(subject, other)
             return
-        async with _connected(subject, other, pool) as second:
+        async with _connected(subject, other) as second:
             identities = await asyncio.gather(session.identify(), second.identify())
             assert all(identity.hardware_id for identity in identities)
-    assert not pool.users(), "a link stayed open after its last user"
+    assert not subject.pool.users(), "a link stayed open after its last user"
 
 
-async def _expect_busy(subject: Subject, device: Device, pool: LinkPool) -> None:
+async def _expect_busy(subject: Subject, device: Device) -> None:
     try:
-        async with _connected(subject, device, pool):
+        async with _connected(subject, device):
             raise AssertionError("an exclusive wire was opened twice")
     except Transient as exc:
         assert exc.reason is Reason.LINK_BUSY, f"a wire in use raised {exc.reason}"
