@@ -9,7 +9,7 @@ set -eu
 cd "$(dirname "$0")/.."
 
 UV_VERSION=0.13.9
-DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus systemd gnupg shellcheck qemu-system-arm"
+DEBIAN_PACKAGES="gcc libc6-dev libsimavr-dev libelf-dev gcc-avr avr-libc binutils-avr arduino-core-avr avrdude prometheus systemd gnupg shellcheck qemu-system-arm mosquitto mosquitto-clients"
 DEB_PACKAGES="build-essential faketime debhelper dh-python lintian apt-utils man-db python3-aiohttp python3-cryptography"
 NODE_PACKAGES="mmdebstrap systemd-container qemu-system-x86 qemu-utils e2fsprogs socat qemu-user-static arch-test"
 PYTHON=${PYTHON:-python3}

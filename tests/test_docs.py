@@ -26,6 +26,7 @@ from edged.plugins import ENTRY_POINT_GROUP, PLUGIN_FOLDERS
 from edged.supervisor import UnitState
 from edged.testing.conformance import CHECKS
 from edged_can.config import Property, UdsConfig
+from edged_mqtt.config import BrokerConfig, ListenConfig, MqttConfig, parse_config, parse_link
 from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.smp_config import SmpConfig, parse_smp
 
@@ -258,6 +259,39 @@ def test_the_checks_defaults_of_the_can_mapper() -> None:
         "per": check.per,
         "ok": check.ok,
     }
+
+
+MQTT_TABLES: dict[str, tuple[Any, Any]] = {
+    "### `[link.config]` of a listener, `mqtt:listen@ADDRESS:PORT`": (
+        ListenConfig(),
+        lambda table: parse_link(table).listen(),
+    ),
+    "### `[link.config]` of a broker, `mqtt:HOST:PORT`": (
+        BrokerConfig(),
+        lambda table: parse_link(table).broker(),
+    ),
+    "### `[device.config]` of `mqtt-thingsboard`": (MqttConfig(), parse_config),
+}
+
+
+@pytest.mark.parametrize("heading", MQTT_TABLES)
+def test_the_tables_of_the_mqtt_mapper(heading: str) -> None:
+    record, parse = MQTT_TABLES[heading]
+    told = {row["key"]: row for row in rows(section(page("docs/configuration.md"), heading), "key")}
+    assert {name: row["default"].replace("empty", "") for name, row in told.items()} == {
+        field.name: "" if getattr(record, field.name) == {} else _said_of(getattr(record, field.name))
+        for field in fields(record)
+    }
+    for name, row in told.items():
+        bounds = re.fullmatch(r"([\d.]+) to ([\d.]+)", row["allowed"])
+        ends: list[Any] = (
+            [float(end) if "." in end else int(end) for end in bounds.groups()] if bounds else []
+        )
+        for good in [*ends, *re.findall(r"`(\w+)`", row["allowed"])]:
+            assert getattr(parse({name: good}), name) == good
+        for bad in [[], *(end * 2 + 1 for end in ends[1:])]:
+            with pytest.raises(ValueError, match=name):
+                parse({name: bad})
 
 
 def test_environment_variables_are_those_of_the_code() -> None:

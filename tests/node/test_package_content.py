@@ -217,8 +217,8 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 sys.path.insert(0, sys.argv[1])
-import edged, edged_can, edged_firmware, edged_uart
-packages = (edged, edged_can, edged_firmware, edged_uart)
+import edged, edged_can, edged_firmware, edged_mqtt, edged_uart
+packages = (edged, edged_can, edged_firmware, edged_mqtt, edged_uart)
 names = [m.name for p in packages for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 for name in names:
     if name not in {"edged.__main__", "edged.testing.daemon", "edged.testing.pytest_plugin"}:

@@ -1,0 +1,145 @@
+"""The mapper ``mqtt-thingsboard``, for devices that pull their firmware by ThingsBoard's device API, and the link ``mqtt:``.
+
+- ``mqtt:listen@ADDRESS:PORT/NAME``: the device connects to an endpoint of this node, each with a credential of its own.
+- ``mqtt:HOST:PORT/PREFIX``: the device is on a broker; its topics stand below PREFIX there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import cast
+
+from edged.api import Device, Env, Identity, Link, LinkSpec, MapperSpec, Session, hookimpl
+from edged.errors import Permanent, Reason
+from edged_mqtt.config import (
+    SCHEME,
+    DeviceAddress,
+    LinkConfig,
+    ListenAddress,
+    MqttConfig,
+    parse_address,
+    parse_config,
+    parse_device,
+    parse_link,
+    parse_wire,
+)
+from edged_mqtt.session import Memory, MqttSession
+from edged_mqtt.wire import Credential, Proof, Seat, Wire
+
+NAME = "mqtt-thingsboard"
+PROTOCOL = "thingsboard"
+LINGER_S = 60.0
+"""Longer than a device's session rests after an error: its connection, and what is known of it, stay meanwhile."""
+PROBE_S = 5.0
+"""So long is a device on a broker listened for."""
+
+
+@hookimpl
+def edged_mappers() -> Iterable[MapperSpec]:
+    """The one protocol."""
+    return [
+        MapperSpec(
+            NAME,
+            _connect,
+            parse_config,
+            frozenset({PROTOCOL}),
+            _probe,
+            schemes=frozenset({SCHEME}),
+            probe_disturbs=False,
+        )
+    ]
+
+
+@hookimpl
+def edged_links() -> Iterable[LinkSpec]:
+    """Listeners and brokers."""
+    return [LinkSpec(SCHEME, _open, parse_address, parse_link, linger_s=LINGER_S)]
+
+
+def _open(rest: str, env: Env) -> AbstractAsyncContextManager[Link]:
+    config = env.config if isinstance(env.config, LinkConfig) else LinkConfig()
+    try:
+        address = parse_wire(rest)
+        # TLS and the client's library: only for nodes that have such a wire
+        if isinstance(address, ListenAddress):
+            from edged_mqtt.endpoint import open_endpoint
+
+            return open_endpoint(address, config.listen(), env)
+        from edged_mqtt.broker import open_broker
+
+        return open_broker(address, config.broker(), env)
+    except ValueError as exc:
+        raise Permanent(Reason.CONFIG_INVALID, f"link {SCHEME}:{rest}: {exc}") from exc
+
+
+def _address(text: str) -> DeviceAddress:
+    try:
+        return parse_device(text.removeprefix(f"{SCHEME}:"))
+    except ValueError as exc:
+        raise Permanent(Reason.CONFIG_INVALID, f"address: found {text!r}; {exc}") from exc
+
+
+@asynccontextmanager
+async def _connect(device: Device, env: Env) -> AsyncIterator[Session]:
+    config = device.config if isinstance(device.config, MqttConfig) else MqttConfig()
+    address = _address(device.address)
+    credential = await _credential(address, config, env)
+    async with env.link(address.link) as link:
+        wire = cast(Wire, link)
+        session = MqttSession(device, address.place, config, wire, env)
+        async with wire.seat(address.place, credential, session):
+            await session.awaited()
+            yield session
+
+
+async def _credential(address: DeviceAddress, config: MqttConfig, env: Env) -> Credential:
+    proof = Proof(config.proof)
+    if not isinstance(address.wire, ListenAddress) or proof is Proof.CERTIFICATE:
+        return Credential(proof, address.place)
+    return Credential(proof, address.place, await env.credential(config.credential or address.place))
+
+
+class _Listener:
+    """A guest that only waits for a sign of life."""
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.heard_it = asyncio.Event()
+
+    def seated(self, seat: Seat) -> None:
+        pass
+
+    def arrived(self) -> None:
+        pass
+
+    def left(self, why: str) -> None:
+        pass
+
+    def heard(self, topic: str, payload: bytes) -> bool:
+        self.heard_it.set()
+        return True
+
+
+async def _probe(address: str, env: Env) -> Identity | None:
+    """Whether the device is there. One that a session has is known by that; else one on a broker is listened for. Nothing
+    is sent to it."""
+    found = _address(address)
+    async with env.link(found.link) as link:
+        wire = cast(Wire, link)
+        memory = wire.memory(found.place).get("device")
+        if isinstance(memory, Memory) and memory.told.news:
+            told = memory.told
+            detail = {"title": told.title or "", "version": told.version or "", "state": told.state or ""}
+            return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL, **detail})
+        if isinstance(found.wire, ListenAddress):
+            return None
+        guest = _Listener()
+        async with wire.seat(found.place, Credential(Proof.TOKEN, found.place), guest):
+            try:
+                async with asyncio.timeout(PROBE_S):
+                    await guest.heard_it.wait()
+            except TimeoutError:
+                return None
+        return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL})

@@ -1,0 +1,303 @@
+"""Devices on a broker: one connection of this node, each device's topics below a prefix of its own.
+
+A broker tells neither who sent a message nor who is there: that a device writes only below its own prefix is the broker's to
+enforce (``edged mapper acl``), and a device that is silent is not known to be gone. All of aiomqtt is in this file.
+
+One task reads the connection for as long as it lives: an iterator that is cancelled loses a message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Final
+
+import aiomqtt
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+from paho.mqtt.subscribeoptions import SubscribeOptions
+
+from edged.api import Env
+from edged.errors import Permanent, Reason, Transient
+from edged_mqtt.config import BrokerAddress, BrokerConfig
+from edged_mqtt.thingsboard import SUBSCRIBED
+from edged_mqtt.wire import Credential, Guest
+
+CONNECT_S: Final = 10.0
+FAREWELL_S: Final = 2.0
+SESSION_S: Final = 86_400
+"""So long the broker keeps what devices say while this node is away."""
+FIRST_RETRY_S: Final = 0.5
+LONGEST_RETRY_S: Final = 30.0
+LARGEST_BYTES: Final = 1024 * 1024
+"""A message to a device: it goes through the broker's memory and ours whole."""
+MOST_OUTGOING: Final = 256
+"""So many messages wait for the broker at most."""
+MOST_RESTING: Final = 256
+"""Messages of one device that wait for its session; what comes beyond is lost, as if the network had lost it."""
+
+
+@asynccontextmanager
+async def open_broker(address: BrokerAddress, config: BrokerConfig, env: Env) -> AsyncIterator[Broker]:
+    """Be connected to the broker until the block ends; a connection that is lost is made anew.
+
+    Raises ``Transient(DEVICE_ABSENT)`` where it does not answer, ``Permanent(CONFIG_INVALID)`` for keys that cannot be used.
+    """
+    password = await env.credential(config.credential) if config.credential else None
+    context = await asyncio.to_thread(client_context, config, env) if config.tls else None
+    broker = Broker(address, config, password, context, env.count, env.log)
+    pump = asyncio.create_task(broker.run(), name=f"mqtt {address}")
+    try:
+        await broker.first(pump)
+        yield broker
+    finally:
+        pump.cancel()
+        await asyncio.wait([pump])
+
+
+def client_context(config: BrokerConfig, env: Env) -> ssl.SSLContext:
+    """This node's side of TLS. Blocks. Raises ``Permanent(CONFIG_INVALID)``."""
+    try:
+        context = ssl.create_default_context(cafile=config.ca or None)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if config.certificate:
+            context.load_cert_chain(config.certificate, env.credential_file(config.key_credential))
+    except (OSError, ValueError) as exc:
+        raise Permanent(Reason.CONFIG_INVALID, f"keys of the broker's connection: {exc}") from exc
+    return context
+
+
+class Broker:
+    """The connection; see :class:`~edged_mqtt.wire.Wire`."""
+
+    exclusive = False
+
+    def __init__(
+        self,
+        address: BrokerAddress,
+        config: BrokerConfig,
+        password: str | None,
+        context: ssl.SSLContext | None,
+        count: Callable[[str], None],
+        log: logging.LoggerAdapter[logging.Logger],
+    ) -> None:
+        self.address = f"mqtt:{address}"
+        self.count = count
+        self._where = address
+        self._config = config
+        self._password = password
+        self._context = context
+        self._log = log
+        self.present: set[str] = set()
+        """The devices that were heard and are not known to be gone; also while no session has their seat."""
+        self._seats: dict[str, BrokerSeat] = {}
+        self._memories: dict[str, dict[str, object]] = {}
+        self._client: aiomqtt.Client | None = None
+        self._before: set[str] = set()
+        self._up = asyncio.Event()
+        self._fault: Transient | Permanent | None = None
+
+    def memory(self, name: str) -> dict[str, object]:
+        """See :meth:`edged_mqtt.wire.Wire.memory`."""
+        return self._memories.setdefault(name, {})
+
+    @asynccontextmanager
+    async def seat(self, name: str, credential: Credential, guest: Guest) -> AsyncIterator[BrokerSeat]:
+        """See :meth:`edged_mqtt.wire.Wire.seat`. The broker checks credentials."""
+        if name in self._seats:
+            raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
+        seat = BrokerSeat(self, name, guest)
+        guest.seated(seat)
+        self._seats[name] = seat
+        try:
+            await self.subscribe(seat.filters)
+            yield seat
+        finally:
+            del self._seats[name]
+            await seat.closed()
+
+    async def first(self, pump: asyncio.Task[None]) -> None:
+        """Wait for the first connection. Raises what prevented it."""
+        up = asyncio.create_task(self._up.wait())
+        try:
+            await asyncio.wait([up, pump], return_when=asyncio.FIRST_COMPLETED, timeout=CONNECT_S + 2)
+        finally:
+            up.cancel()
+        if not self._up.is_set():
+            raise self._fault or Transient(Reason.DEVICE_ABSENT, f"{self.address} does not answer")
+
+    async def run(self) -> None:
+        """Keep the connection, and give each message to the device's seat."""
+        wait_s = FIRST_RETRY_S
+        while True:
+            try:
+                async with self._connected() as client:
+                    wait_s = FIRST_RETRY_S
+                    async for message in client.messages:
+                        self._received(str(message.topic), message.payload)
+            except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
+                self._fault = self._meaning(exc)
+                if not self._up.is_set():
+                    return  # whoever opens the link is told, and tries again
+                self._log.warning("broker lost", extra={"detail": self._fault.detail})
+                self.count("broker_lost")
+            self._before |= self.present
+            for seat in list(self._seats.values()):
+                seat.lost(f"the broker at {self._where} is not there")
+            await asyncio.sleep(wait_s)
+            wait_s = min(wait_s * 2, LONGEST_RETRY_S)
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[aiomqtt.Client]:
+        client = aiomqtt.Client(
+            self._where.host,
+            self._where.port,
+            username=self._config.user or None,
+            password=self._password,
+            identifier=self._config.client_id or None,
+            tls_context=self._context,
+            protocol=aiomqtt.ProtocolVersion.V5,
+            clean_start=not self._config.client_id,
+            properties=self._properties,
+            keepalive=self._config.keep_alive_s,
+            timeout=CONNECT_S,
+            max_queued_incoming_messages=0,
+            max_queued_outgoing_messages=MOST_OUTGOING,
+            socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
+        )
+        async with client:
+            for seat in list(self._seats.values()):
+                await client.subscribe(seat.filters)
+            self._client = client
+            self._up.set()
+            # who was there before may have come back first, and said all that it says
+            self.present |= self._before
+            for name in self._before & self._seats.keys():
+                self._seats[name].guest.arrived()
+            self._before.clear()
+            try:
+                yield client
+            finally:
+                self._client = None
+
+    @property
+    def _properties(self) -> Properties:
+        """With a name of its own the broker keeps what devices say meanwhile (v5 3.1.2.11.2)."""
+        found = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        if self._config.client_id:
+            found.SessionExpiryInterval = SESSION_S
+        return found
+
+    def _meaning(self, exc: Exception) -> Transient | Permanent:
+        text = f"{self.address}: {exc}"
+        code = getattr(exc, "rc", None)
+        if getattr(code, "value", code) in (4, 5, 0x86, 0x87):
+            return Permanent(Reason.CONFIG_INVALID, f"{text}; see user and credential in the [[link]] table")
+        return Transient(Reason.DEVICE_ABSENT, text)
+
+    def _received(self, topic: str, payload: object) -> None:
+        for cut in (topic.find("/v1/devices/me/"), topic.find("/v2/")):
+            if cut > 0 and (seat := self._seats.get(topic[:cut])) is not None:
+                seat.received(topic[cut + 1 :], payload if isinstance(payload, bytes) else b"")
+                return
+
+    async def subscribe(self, filters: list[tuple[str, SubscribeOptions]]) -> None:
+        """Also on the connections that follow."""
+        if self._client is not None:
+            with contextlib.suppress(aiomqtt.MqttError):
+                await self._client.subscribe(filters)
+
+    async def publish(self, topic: str, payload: bytes, qos: int) -> None:
+        """Raises ``Transient(LINK_LOST)``."""
+        if self._client is None:
+            raise Transient(Reason.LINK_LOST, f"{self.address} is not there")
+        try:
+            await self._client.publish(topic, payload, qos)
+        except (aiomqtt.MqttError, TimeoutError) as exc:
+            raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
+
+
+class BrokerSeat:
+    """One device's topics; see :class:`~edged_mqtt.wire.Seat`."""
+
+    sees_leaving = False
+    largest_bytes = LARGEST_BYTES
+
+    def __init__(self, broker: Broker, prefix: str, guest: Guest) -> None:
+        # both sides use the same topic for attributes: what this node says must not come back to it (v5 3.8.3.1)
+        options = SubscribeOptions(qos=1, noLocal=True)
+        self.filters = [(f"{prefix}/{topic}", options) for topic in SUBSCRIBED]
+        self._broker = broker
+        self._prefix = prefix
+        self.guest = guest
+        self._resting = False
+        self._waiting: deque[tuple[str, bytes]] = deque()
+        self._telling: set[asyncio.Task[None]] = set()
+
+    @property
+    def present(self) -> bool:
+        return self._prefix in self._broker.present
+
+    def received(self, topic: str, payload: bytes) -> None:
+        """A message of the device: it is there."""
+        if not self.present:
+            self._broker.present.add(self._prefix)
+            self.guest.arrived()
+        if self._resting:
+            if len(self._waiting) < MOST_RESTING:
+                self._waiting.append((topic, payload))
+            else:
+                self._broker.count("dropped")
+            return
+        self._resting = not self.guest.heard(topic, payload)
+
+    def lost(self, why: str) -> None:
+        """Nobody hears of the device any more."""
+        if self.present:
+            self._broker.present.discard(self._prefix)
+            self._waiting.clear()
+            self._resting = False
+            self.guest.left(why)
+
+    async def send(self, topic: str, payload: bytes) -> None:
+        if not self.present:
+            raise Transient(Reason.LINK_LOST, f"{self._prefix} is not there")
+        # a chunk that is lost is asked for again, or the offer is made anew; one that comes twice confuses devices
+        await self._broker.publish(f"{self._prefix}/{topic}", payload, 0)
+
+    async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
+        await self.send(topic, b"".join([part async for part in parts]))
+
+    def tell(self, topic: str, payload: bytes) -> None:
+        if len(self._telling) < MOST_OUTGOING:
+            task = asyncio.create_task(self._tell(topic, payload))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
+        else:
+            self._broker.count("dropped")
+
+    async def _tell(self, topic: str, payload: bytes) -> None:
+        with contextlib.suppress(Transient):
+            await self._broker.publish(f"{self._prefix}/{topic}", payload, 1)
+
+    def more(self) -> None:
+        self._resting = False
+        while self._waiting and not self._resting:
+            self._resting = not self.guest.heard(*self._waiting.popleft())
+
+    def expel(self, why: str) -> None:
+        """Its connection is the broker's: it is only not listened to until it begins anew."""
+        self.lost(why)
+
+    async def closed(self) -> None:
+        """The session ended: what it had still to tell goes out first."""
+        if self._telling:
+            await asyncio.wait(self._telling, timeout=FAREWELL_S)
+        for task in self._telling:
+            task.cancel()

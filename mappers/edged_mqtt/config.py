@@ -1,0 +1,308 @@
+"""Addresses of ``mqtt:``, and the tables of links and devices, checked key by key."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+SCHEME: Final = "mqtt"
+ALLOWED_ADDRESSES: Final = (
+    "mqtt:listen@ADDRESS:PORT/NAME for a device that connects to this node, such as mqtt:listen@0.0.0.0:8883/pump-1; "
+    "mqtt:HOST:PORT/PREFIX for one on a broker, such as mqtt:localhost:1883/devices/pump-1 (in a [[link]] table without /NAME "
+    "or /PREFIX)"
+)
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_LEVEL = re.compile(r"[^\x00-\x20/+#$][^\x00-\x1f/+#]{0,127}")
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,126}")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenAddress:
+    """Where this node listens. ``host`` is an IP address."""
+
+    host: str
+    port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        return ipaddress.ip_address(self.host).is_loopback
+
+    def __str__(self) -> str:
+        return f"listen@{_bracketed(self.host)}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerAddress:
+    """A broker that this node connects to."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{_bracketed(self.host)}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceAddress:
+    """A device on a wire. ``place``: its name at a listener, or the prefix of its topics on a broker."""
+
+    wire: ListenAddress | BrokerAddress
+    place: str
+
+    @property
+    def link(self) -> str:
+        """What the wire is opened by."""
+        return f"{SCHEME}:{self.wire}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def parse_wire(rest: str) -> ListenAddress | BrokerAddress:
+    """The part of a link's address after ``mqtt:``. Raises ValueError."""
+    listens = rest.startswith("listen@")
+    host, colon, port = rest.removeprefix("listen@").rpartition(":")
+    if host[:1] + host[-1:] == "[]":
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif listens:
+        host = str(ipaddress.IPv4Address(host))
+    elif not _HOST.fullmatch(host):
+        raise ValueError(f"{host!r} is no host")
+    if not colon or not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"{port!r} is no port")
+    return ListenAddress(host, int(port)) if listens else BrokerAddress(host, int(port))
+
+
+def parse_device(rest: str) -> DeviceAddress:
+    """The part of a device's address after ``mqtt:``. Raises ValueError with what is allowed."""
+    wire, slash, place = rest.partition("/")
+    try:
+        parsed = parse_wire(wire)
+    except ValueError as exc:
+        raise ValueError(f"allowed: {ALLOWED_ADDRESSES} ({exc})") from exc
+    if isinstance(parsed, ListenAddress):
+        fits = _NAME.fullmatch(place) is not None
+    else:
+        fits = 0 < len(place) <= 256 and all(_LEVEL.fullmatch(level) for level in place.split("/"))
+    if not slash or not fits:
+        raise ValueError(f"allowed: {ALLOWED_ADDRESSES} ({place!r} is no {_place_word(parsed)})")
+    return DeviceAddress(parsed, place)
+
+
+def _place_word(wire: ListenAddress | BrokerAddress) -> str:
+    return "name" if isinstance(wire, ListenAddress) else "prefix of topics"
+
+
+def parse_address(rest: str) -> ListenAddress | BrokerAddress | DeviceAddress:
+    """Of a device or of a link; for :class:`edged.api.LinkSpec`. Raises ValueError with what is allowed."""
+    if "/" in rest:
+        return parse_device(rest)
+    try:
+        return parse_wire(rest)
+    except ValueError as exc:
+        raise ValueError(f"allowed: {ALLOWED_ADDRESSES} ({exc})") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class ListenConfig:
+    """The table of a listener.
+
+    - ``certificate``: file of the server's certificate, with those between it and the root; empty: no TLS.
+    - ``key_credential``: name of the secret that is its key.
+    - ``client_ca``: file of the authorities whose certificates devices may show; empty: none is asked for.
+    - ``client_certificates``: ``"optional"``, or ``"required"``: nobody connects without one.
+    - ``plain``: also without TLS on an address that is not loopback.
+    - ``connections``: so many at a time.
+    """
+
+    certificate: str = ""
+    key_credential: str = "mqtt-key"
+    client_ca: str = ""
+    client_certificates: str = "optional"
+    plain: bool = False
+    connections: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerConfig:
+    """The table of a broker.
+
+    - ``tls``: connect with TLS. ``ca``: file of the authorities that may vouch for the broker; empty: the system's.
+    - ``user``, ``credential``: user name, and name of the secret that is its password; empty: none.
+    - ``certificate``, ``key_credential``: this node's own certificate and the secret that is its key; empty: none.
+    - ``client_id``: with one the broker keeps what devices say while this node is away; empty: one that the broker makes up.
+    - ``keep_alive_s``: the broker is asked whether it is there so often.
+    """
+
+    tls: bool = False
+    ca: str = ""
+    user: str = ""
+    credential: str = ""
+    certificate: str = ""
+    key_credential: str = "mqtt-client-key"
+    client_id: str = ""
+    keep_alive_s: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    """The sound keys of a link's table: which of the two kinds it is, only its address tells."""
+
+    table: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def listen(self) -> ListenConfig:
+        """Raises ValueError for a key of the other kind."""
+        return ListenConfig(**self._only(_LISTEN, "a listener"))
+
+    def broker(self) -> BrokerConfig:
+        """Raises ValueError for a key of the other kind."""
+        return BrokerConfig(**self._only(_BROKER, "a broker"))
+
+    def _only(self, checks: Mapping[str, _Check], what: str) -> dict[str, Any]:
+        extra = sorted(self.table.keys() - checks.keys())
+        if extra:
+            raise ValueError(
+                f"{extra[0]}: found a key that {what} has not; allowed: {', '.join(sorted(checks))}"
+            )
+        return dict(self.table)
+
+
+@dataclass(frozen=True, slots=True)
+class MqttConfig:
+    """The table of a device.
+
+    - ``proof``: how it shows who it is at a listener: ``"token"``: its access token as user name; ``"password"``: user name
+      NAME and password; ``"certificate"``: a client certificate with common name NAME.
+    - ``credential``: name of the secret with token or password; empty: NAME of its address.
+    - ``component``: ``"fw"`` or ``"sw"``: which of the protocol's two packages its releases are.
+    - ``title``: what it calls its firmware; empty: the release's name.
+    - ``checksum``: the algorithm that it is given one of.
+    - ``hardware_key``: the attribute in which it tells its hardware; empty: its credential says who it is.
+    - ``report_s``: so long may it take to say what it runs. ``silence_s``: it is silent in a download for so long at most.
+      ``install_s``: from the last chunk to the new version.
+    - ``rounds``: so often may it fetch one image. ``largest_chunk_bytes``: of what it may ask for at once; 0: the image.
+    - ``confirm_s``: so long a property that it was given is awaited from it.
+    - ``units``: UCUM codes of what it reports, by name.
+    """
+
+    proof: str = "token"
+    credential: str = ""
+    component: str = "fw"
+    title: str = ""
+    checksum: str = "SHA256"
+    hardware_key: str = ""
+    report_s: float = 10.0
+    silence_s: float = 30.0
+    install_s: float = 600.0
+    rounds: int = 3
+    largest_chunk_bytes: int = 0
+    confirm_s: float = 5.0
+    units: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+_Check = tuple[str, Callable[[Any], bool]]
+
+
+def _one_of(*choices: str) -> _Check:
+    return " or ".join(map(repr, choices)), lambda value: value in choices
+
+
+def _number(low: float, high: float) -> _Check:
+    return (
+        f"a number of seconds from {low:g} to {high:g}",
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def _whole(low: int, high: int) -> _Check:
+    return (
+        f"a whole number from {low} to {high}",
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+    )
+
+
+def _is_text(value: Any, most: int = 255) -> bool:
+    return isinstance(value, str) and len(value) <= most and (value.isprintable() or not value)
+
+
+_FLAG: Final[_Check] = ("true or false", lambda value: isinstance(value, bool))
+_FILE: Final[_Check] = ("an absolute path, or empty", lambda v: _is_text(v) and (not v or v.startswith("/")))
+_TEXT: Final[_Check] = ("a text", _is_text)
+_SECRET: Final[_Check] = (
+    "the name of a secret",
+    lambda value: isinstance(value, str) and (not value or _NAME.fullmatch(value) is not None),
+)
+_UNITS: Final[_Check] = (
+    "a table of names and UCUM codes",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(_KEY.fullmatch(name) and _is_text(unit, 32) and unit for name, unit in value.items())
+    ),
+)
+
+_LISTEN: Final[dict[str, _Check]] = {
+    "certificate": _FILE,
+    "key_credential": _SECRET,
+    "client_ca": _FILE,
+    "client_certificates": _one_of("optional", "required"),
+    "plain": _FLAG,
+    "connections": _whole(1, 65_536),
+}
+_BROKER: Final[dict[str, _Check]] = {
+    "tls": _FLAG,
+    "ca": _FILE,
+    "user": _TEXT,
+    "credential": _SECRET,
+    "certificate": _FILE,
+    "key_credential": _SECRET,
+    "client_id": _TEXT,
+    "keep_alive_s": _whole(5, 3600),
+}
+_DEVICE: Final[dict[str, _Check]] = {
+    "proof": _one_of("token", "password", "certificate"),
+    "credential": _SECRET,
+    "component": _one_of("fw", "sw"),
+    "title": _TEXT,
+    "checksum": _one_of("SHA256", "SHA384", "SHA512", "MD5", "CRC32"),
+    "hardware_key": ("the name of an attribute, or empty", lambda v: v == "" or _is_key(v)),
+    "report_s": _number(0.1, 3600),
+    "silence_s": _number(0.1, 3600),
+    "install_s": _number(0.1, 604_800),
+    "rounds": _whole(1, 100),
+    "largest_chunk_bytes": _whole(0, 2**28),
+    "confirm_s": _number(0, 3600),
+    "units": _UNITS,
+}
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str) and _KEY.fullmatch(value) is not None
+
+
+def _check(table: Mapping[str, object], checks: Mapping[str, _Check]) -> dict[str, Any]:
+    faults = [fault for key, value in table.items() if (fault := _fault(key, value, checks))]
+    if faults:
+        raise ValueError("\n".join(faults))
+    return dict(table)
+
+
+def _fault(key: str, value: object, checks: Mapping[str, _Check]) -> str:
+    if key not in checks:
+        return f"{key}: found an unknown key; allowed: {', '.join(sorted(checks))}"
+    allowed, holds = checks[key]
+    return "" if holds(value) else f"{key}: found {value!r:.200}; allowed: {allowed}"
+
+
+def parse_link(table: Mapping[str, object]) -> LinkConfig:
+    """A ``[[link]]`` table. Raises ValueError: a line for each fault."""
+    return LinkConfig(_check(table, {**_BROKER, **_LISTEN}))
+
+
+def parse_config(table: Mapping[str, object]) -> MqttConfig:
+    """A ``[device.config]`` table. Raises ValueError: a line for each fault."""
+    return MqttConfig(**_check(table, _DEVICE))

@@ -1,0 +1,518 @@
+"""An MQTT endpoint for devices: each has its own connection, and what it is told is written to that connection.
+
+No broker: there is no routing between clients, nothing is retained or kept for a session, and filters that a client subscribes
+are granted and not looked at. The topics of ThingsBoard's device API name no device ("me"), so that who sends is known by the
+credential of the connection alone; and its own client subscribes filters that no topic matches.
+
+What a client can do is bounded: the size of a packet, the time until its CONNECT, silence beyond its keep-alive, connections
+in all and without a credential, and how fast one credential may throw itself out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+from edged.api import Env
+from edged.errors import Permanent, Reason, Transient
+from edged_mqtt import packets
+from edged_mqtt.config import ListenAddress, ListenConfig
+from edged_mqtt.packets import Code, Connect, Kind, Malformed
+from edged_mqtt.wire import Credential, Guest, Proof, digest
+
+CONNECT_S: Final = 10.0
+"""So long may TLS take, and then the CONNECT."""
+REFUSE_S: Final = 0.5
+"""A wrong credential is told so late: guessing takes long."""
+FAREWELL_S: Final = 2.0
+"""After a last packet the connection is cut off so late, also where the client does not read."""
+STRANGERS: Final = 128
+"""Connections without a credential at a time."""
+FIRST_PACKET_BYTES: Final = 4096
+LARGEST_PACKET_BYTES: Final = 128 * 1024
+"""From a device: attributes and telemetry. What a device is told of as its limit is half of it."""
+TAKEOVERS: Final = 4
+TAKEOVER_S: Final = 30.0
+"""So often, within so long, may one credential take its own place."""
+
+_BUSY: Final = frozenset({errno.EADDRINUSE})
+
+
+@asynccontextmanager
+async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) -> AsyncIterator[Endpoint]:
+    """Listen at ``address`` until the block ends.
+
+    Raises ``Transient(LINK_BUSY)`` where somebody listens there, ``Transient(DEVICE_ABSENT)`` where the address is not this
+    machine's, and ``Permanent(CONFIG_INVALID)`` for keys that cannot be used.
+    """
+    if not config.certificate and not (address.is_loopback or config.plain):
+        raise Permanent(
+            Reason.CONFIG_INVALID,
+            f"{address}: without a certificate anybody on the way reads the devices' tokens; set certificate and "
+            "key_credential in the [[link]] table, or plain = true",
+        )
+    context = await asyncio.to_thread(server_context, config, env) if config.certificate else None
+    endpoint = Endpoint(f"mqtt:{address}", config.connections, env.count, env.log)
+    loop = asyncio.get_running_loop()
+    limit_s = CONNECT_S if context else None
+    try:
+        server = await loop.create_server(
+            endpoint.connection,
+            address.host,
+            address.port,
+            ssl=context,
+            ssl_handshake_timeout=limit_s,
+            backlog=256,
+        )
+    except OSError as exc:
+        reason = Reason.LINK_BUSY if exc.errno in _BUSY else Reason.DEVICE_ABSENT
+        raise Transient(reason, f"cannot listen at {address}: {exc.strerror or exc}") from exc
+    try:
+        yield endpoint
+    finally:
+        server.close()
+        await endpoint.close()
+
+
+def server_context(config: ListenConfig, env: Env) -> ssl.SSLContext:
+    """The server's side of TLS. Blocks. Raises ``Permanent(CONFIG_INVALID)``."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    key = env.credential_file(config.key_credential)
+    try:
+        context.load_cert_chain(config.certificate, key)
+        if config.client_ca:
+            context.load_verify_locations(config.client_ca)
+            required = config.client_certificates == "required"
+            context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    except (OSError, ValueError) as exc:
+        text = f"certificate {config.certificate} with the key in credential {config.key_credential!r}: {exc}"
+        raise Permanent(Reason.CONFIG_INVALID, text) from exc
+    return context
+
+
+class Endpoint:
+    """The listener and its connections; see :class:`~edged_mqtt.wire.Wire`."""
+
+    exclusive = False
+
+    def __init__(
+        self,
+        address: str,
+        most: int,
+        count: Callable[[str], None],
+        log: logging.LoggerAdapter[logging.Logger],
+    ) -> None:
+        self.address = address
+        self.count = count
+        self.log = log
+        self.closing = False
+        self._most = most
+        self._seats: dict[bytes, EndpointSeat] = {}
+        self._names: set[str] = set()
+        self._memories: dict[str, dict[str, object]] = {}
+        self._connections: set[Connection] = set()
+        self._strangers: set[Connection] = set()
+
+    # -- for sessions
+
+    def memory(self, name: str) -> dict[str, object]:
+        """See :meth:`edged_mqtt.wire.Wire.memory`."""
+        return self._memories.setdefault(name, {})
+
+    @asynccontextmanager
+    async def seat(self, name: str, credential: Credential, guest: Guest) -> AsyncIterator[EndpointSeat]:
+        """See :meth:`edged_mqtt.wire.Wire.seat`."""
+        key = credential.key()
+        if name in self._names:
+            raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
+        if key in self._seats:
+            raise Permanent(
+                Reason.CONFIG_INVALID, f"{name} and {self._seats[key].name} have the same credential"
+            )
+        seat = EndpointSeat(name, credential, guest)
+        guest.seated(seat)
+        self._seats[key] = seat
+        self._names.add(name)
+        try:
+            yield seat
+        finally:
+            del self._seats[key]
+            self._names.discard(name)
+            seat.expel("its session ended")
+
+    # -- for connections
+
+    def connection(self) -> Connection:
+        """A protocol for the next connection."""
+        return Connection(self)
+
+    def admit(self, connection: Connection) -> bool:
+        """Whether there is room for one more."""
+        if self.closing or len(self._connections) >= self._most or len(self._strangers) >= STRANGERS:
+            self.count("connection_refused")
+            return False
+        self._connections.add(connection)
+        self._strangers.add(connection)
+        return True
+
+    def known(self, connection: Connection) -> None:
+        self._strangers.discard(connection)
+
+    def forget(self, connection: Connection) -> None:
+        self._strangers.discard(connection)
+        self._connections.discard(connection)
+
+    def find(self, hello: Connect, common_name: str | None) -> EndpointSeat | None:
+        """Whose credential it is. A certificate that was verified says it alone, where a device is known by it."""
+        if common_name is not None:
+            seat = self._seats.get(digest(Proof.CERTIFICATE, common_name))
+            if seat is not None:
+                return seat
+        if hello.user is None:
+            return None
+        for proof in (Proof.TOKEN, Proof.PASSWORD):
+            seat = self._seats.get(digest(proof, hello.user))
+            if seat is not None:
+                return seat if seat.credential.admits(hello.password) else None
+        return None
+
+    async def close(self) -> None:
+        """End all connections."""
+        self.closing = True
+        ending = [connection.ended for connection in self._connections]
+        for connection in list(self._connections):
+            connection.end(Code.SHUTTING_DOWN)
+        if ending:
+            await asyncio.wait(ending, timeout=FAREWELL_S + 1)
+
+
+class EndpointSeat:
+    """One device's place; see :class:`~edged_mqtt.wire.Seat`."""
+
+    sees_leaving = True
+    largest_bytes = packets.MOST_REMAINING_BYTES - 1024
+
+    def __init__(self, name: str, credential: Credential, guest: Guest) -> None:
+        self.name = name
+        self.credential = credential
+        self.guest = guest
+        self._connection: Connection | None = None
+        self._taken: deque[float] = deque(maxlen=TAKEOVERS)
+
+    @property
+    def present(self) -> bool:
+        return self._connection is not None
+
+    def may_sit(self, now: float) -> bool:
+        """Whether to let a connection in. The newest wins, since an old one may be dead without anybody knowing; but two that
+        throw each other out in turn are two devices with one credential: False then."""
+        if self._connection is None:
+            return True
+        if len(self._taken) == TAKEOVERS and now - self._taken[0] < TAKEOVER_S:
+            return False
+        self._taken.append(now)
+        return True
+
+    def sit(self, connection: Connection) -> None:
+        """The device is on ``connection`` from now on."""
+        old = self._connection
+        if old is not None:
+            self.stand(old, "its credential was used on another connection")
+            old.end(Code.TAKEN_OVER)
+        self._connection = connection
+        self.guest.arrived()
+
+    def stand(self, connection: Connection, why: str) -> None:
+        """``connection`` is over."""
+        if self._connection is connection:
+            self._connection = None
+            self.guest.left(why)
+
+    async def send(self, topic: str, payload: bytes) -> None:
+        connection = self._required()
+        connection.publish(topic, payload)
+        await connection.drained()
+
+    async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
+        connection = self._required()
+        whole = False
+        connection.streaming = True
+        try:
+            connection.write(packets.publish_head(topic.encode(), length, connection.version))
+            async for part in parts:
+                connection.write(part)
+                await connection.drained()
+            whole = True
+        finally:
+            connection.streaming = False
+            if not whole:
+                connection.abort("a message broke off")
+
+    def tell(self, topic: str, payload: bytes) -> None:
+        connection = self._connection
+        if connection is not None and not connection.streaming and not connection.is_full:
+            connection.publish(topic, payload)
+
+    def more(self) -> None:
+        if self._connection is not None:
+            self._connection.resume()
+
+    def expel(self, why: str) -> None:
+        connection = self._connection
+        if connection is not None:
+            self.stand(connection, why)
+            connection.end(Code.ADMINISTRATIVE)
+
+    def _required(self) -> Connection:
+        if self._connection is None:
+            raise Transient(Reason.LINK_LOST, f"{self.name} is not connected")
+        return self._connection
+
+
+class Connection(asyncio.Protocol):
+    """One connection of a client. Everything happens in the loop's callbacks; a client that does not read, or that sends more
+    than its session takes, stops only itself."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.version = packets.V3
+        self.streaming = False
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._endpoint = endpoint
+        self._loop = asyncio.get_running_loop()
+        self._seat: EndpointSeat | None = None
+        self._buffer = bytearray()
+        self._most_bytes = FIRST_PACKET_BYTES
+        self._over = False
+        self._resting = False
+        self._greeted = False
+        self._silence_s = CONNECT_S
+        self._heard_at = self._loop.time()
+        self._watch: asyncio.TimerHandle | None = None
+        self._room: asyncio.Future[None] | None = None
+        self._why = "its connection was closed"
+
+    # -- asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if not self._endpoint.admit(self):
+            self.abort("no room")
+            return
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._heard_at = self._loop.time()
+        self._watch = self._loop.call_later(self._silence_s, self._look)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._over = True
+        self._endpoint.forget(self)
+        if self._watch is not None:
+            self._watch.cancel()
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        if self._seat is not None:
+            self._seat.stand(self, f"{self._why}: {exc}" if exc else self._why)
+        if not self.ended.done():
+            self.ended.set_result(None)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def pause_writing(self) -> None:
+        self._room = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+        self._room = None
+
+    def data_received(self, data: bytes) -> None:
+        self._heard_at = self._loop.time()
+        self._buffer += data
+        self._work()
+
+    # -- for the seat
+
+    def write(self, data: bytes) -> None:
+        """Raises ``Transient(LINK_LOST)`` where the connection is over."""
+        if self._over:
+            raise Transient(Reason.LINK_LOST, self._why)
+        self._transport.write(data)
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        """A message with QoS 0: on one connection nothing is lost, and what a lost connection held is asked for again."""
+        self.write(packets.publish_head(topic.encode(), len(payload), self.version) + payload)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the client does not read what it was sent, or is gone."""
+        return self._over or self._room is not None
+
+    async def drained(self) -> None:
+        """Wait until the client has read most of what it was sent."""
+        while self._room is not None and not self._over:
+            await asyncio.shield(self._room)
+
+    def resume(self) -> None:
+        """The session takes more."""
+        if self._resting:
+            self._resting = False
+            self._loop.call_soon(self._go_on)
+
+    def end(self, code: Code) -> None:
+        """Say why, and close; a client that does not read is cut off soon after."""
+        if self._over:
+            return
+        if self._greeted and self.version == packets.V5 and not self.streaming:
+            self._transport.write(packets.disconnect(code))
+        self._close()
+
+    def abort(self, why: str) -> None:
+        """Cut off at once."""
+        self._why = why
+        self._over = True
+        self._transport.abort()
+
+    # -- inside
+
+    def _close(self) -> None:
+        self._over = True
+        self._transport.close()
+        self._loop.call_later(FAREWELL_S, self._transport.abort)
+
+    def _look(self) -> None:
+        """Silence beyond one and a half times the keep-alive (v5 3.1.2.10), or no CONNECT in time."""
+        silent_s = self._loop.time() - self._heard_at
+        # a client whose bytes are not read because it sent too many is not silent
+        if self._resting or silent_s < self._silence_s:
+            left_s = self._silence_s if self._resting else self._silence_s - silent_s
+            self._watch = self._loop.call_later(max(left_s, 0.05), self._look)
+            return
+        self._endpoint.count("keep_alive_missed" if self._greeted else "connect_missed")
+        self._why = f"nothing was heard of it for {silent_s:.0f} s"
+        self.end(Code.KEEP_ALIVE)
+
+    def _go_on(self) -> None:
+        if not self._over:
+            self._heard_at = self._loop.time()
+            self._transport.resume_reading()
+            self._work()
+
+    def _work(self) -> None:
+        try:
+            while not self._over and not self._resting and self._buffer:
+                if not self._greeted and self._buffer[0] != Kind.CONNECT << 4:
+                    raise Malformed("the first packet is no CONNECT", Code.PROTOCOL_ERROR)
+                found = packets.frame(self._buffer, self._most_bytes)
+                if found is None:
+                    return
+                first, begin, end = found
+                body = bytes(self._buffer[begin:end])
+                del self._buffer[:end]
+                self._packet(first, body)
+        except Malformed as exc:
+            self._endpoint.count("malformed")
+            self._why = f"it does not keep to MQTT: {exc}"
+            if not self._greeted and exc.code is Code.UNSUPPORTED_VERSION:
+                self._transport.write(packets.connack(packets.V3, exc.code, 0))
+            self.end(exc.code)
+
+    def _packet(self, first: int, body: bytes) -> None:
+        kind = first >> 4
+        if not self._greeted:
+            self._hello(packets.parse_connect(body))
+            return
+        if kind == Kind.PUBLISH:
+            self._published(first, body)
+            return
+        handler = _HANDLERS.get(first)
+        if handler is None:
+            raise Malformed(f"a packet that begins with {first:#04x}", Code.PROTOCOL_ERROR)
+        handler(self, body)
+
+    def _hello(self, hello: Connect) -> None:
+        self.version = hello.version
+        seat = self._endpoint.find(hello, common_name(self._transport.get_extra_info("peercert")))
+        if seat is None:
+            self._refuse_later("login_refused", Code.BAD_CREDENTIAL)
+            return
+        if not seat.may_sit(self._loop.time()):
+            self._refuse_later("two_sessions", Code.BUSY)
+            return
+        self._seat, self._greeted = seat, True
+        self._endpoint.known(self)
+        self._most_bytes = LARGEST_PACKET_BYTES
+        self._mind_keep_alive(hello.keep_alive_s)
+        self.write(packets.connack(self.version, Code.SUCCESS, LARGEST_PACKET_BYTES))
+        seat.sit(self)
+
+    def _mind_keep_alive(self, keep_alive_s: int) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
+        if keep_alive_s:
+            self._silence_s = 1.5 * keep_alive_s
+            self._watch = self._loop.call_later(self._silence_s, self._look)
+
+    def _refuse_later(self, event: str, code: Code) -> None:
+        self._endpoint.count(event)
+        self._resting = True
+        self._transport.pause_reading()
+        self._loop.call_later(REFUSE_S, self._refuse, code)
+
+    def _refuse(self, code: Code) -> None:
+        if not self._over:
+            self._transport.write(packets.connack(self.version, code, 0))
+            self._close()
+
+    def _published(self, first: int, body: bytes) -> None:
+        message = packets.parse_publish(first, body, self.version)
+        if message.qos:
+            self.write(packets.puback(message.number))
+        if self._seat is not None and not self._seat.guest.heard(message.topic, message.payload):
+            self._resting = True
+            self._transport.pause_reading()
+
+    def _subscribe(self, body: bytes) -> None:
+        asked = packets.parse_subscribe(body, self.version, with_options=True)
+        self.write(packets.suback(asked, self.version))
+
+    def _unsubscribe(self, body: bytes) -> None:
+        asked = packets.parse_subscribe(body, self.version, with_options=False)
+        self.write(packets.unsuback(asked, self.version))
+
+    def _ping(self, body: bytes) -> None:
+        self.write(packets.PINGRESP)
+
+    def _acknowledged(self, body: bytes) -> None:
+        """Nothing is sent that wants an acknowledgement; a stray one does no harm."""
+
+    def _goodbye(self, body: bytes) -> None:
+        self._why = "it said goodbye"
+        self._close()
+
+
+_HANDLERS: Final[dict[int, Callable[[Connection, bytes], None]]] = {
+    Kind.SUBSCRIBE << 4 | 2: Connection._subscribe,
+    Kind.UNSUBSCRIBE << 4 | 2: Connection._unsubscribe,
+    Kind.PINGREQ << 4: Connection._ping,
+    Kind.PUBACK << 4: Connection._acknowledged,
+    Kind.DISCONNECT << 4: Connection._goodbye,
+}
+
+
+def common_name(certificate: Any) -> str | None:
+    """The common name of a certificate as ``SSLSocket.getpeercert`` shows it; None where it was not verified, or has none."""
+    if not certificate:
+        return None
+    names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return names[0] if len(names) == 1 else None

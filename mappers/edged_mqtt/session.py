@@ -1,0 +1,563 @@
+"""One device that pulls its firmware: the server's side of ThingsBoard's device API, for whoever has the device's seat.
+
+The device decides: it asks for chunks in its own order and size, checks the whole, installs and boots by itself, and then says
+what it runs. So ``stage`` offers an image and is done when the device *runs* it; ``activate`` has nothing left to do. One slot,
+not readable: the way back is to offer the former image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from edged.api import (
+    Desired,
+    Device,
+    Env,
+    Health,
+    HealthCheck,
+    Identity,
+    Image,
+    JsonValue,
+    Phase,
+    Progress,
+    Reported,
+    SessionTraits,
+    Slot,
+    Slots,
+)
+from edged.errors import Permanent, Reason, Transient
+from edged_mqtt import thingsboard as tb
+from edged_mqtt.config import MqttConfig
+from edged_mqtt.thingsboard import ChunkRequest, Download, Misbehaved, Offer, Told
+from edged_mqtt.wire import Seat, Wire
+
+CEILING_BYTES_PER_S: Final = 12_500_000.0
+"""Ethernet of 100 Mbit/s: what is behind a socket nobody knows."""
+STREAM_BYTES: Final = 256 * 1024
+"""A chunk that is larger goes out in parts, so that it is never in memory whole."""
+MOST_REQUESTS: Final = 32
+"""Requests for chunks that wait; a device that sends more is not read until some are answered."""
+MOST_NUMBERS: Final = 64
+MOST_PENDING: Final = 256
+MESSAGES_PER_S: Final = 50.0
+MESSAGES_AT_ONCE: Final = 500.0
+"""Messages of a device that are no requests for chunks."""
+AFTER_FAILURE_S: Final = 10.0
+"""So long may a device that reports FAILED take to begin anew."""
+BOOT_S: Final = 60.0
+"""So long its return is awaited in place; after that the job waits for it, and others have its turn."""
+_EVIDENCE_CHARS: Final = 200
+
+
+@dataclass(slots=True)
+class Memory:
+    """What is known of a device from one session to the next. ``values``: what it reported, and when; ``client``: which of that
+    were attributes; ``shared``: what it was given."""
+
+    told: Told = field(default_factory=Told)
+    values: dict[str, tuple[float, JsonValue]] = field(default_factory=dict)
+    client: dict[str, JsonValue] = field(default_factory=dict)
+    shared: dict[str, JsonValue] = field(default_factory=dict)
+
+
+class MqttSession:
+    """See :class:`edged.api.Session` and the ``Supports...`` Protocols for the contract, and
+    :class:`~edged_mqtt.wire.Guest` for what the wire calls."""
+
+    seat: Seat
+
+    def __init__(self, device: Device, name: str, config: MqttConfig, wire: Wire, env: Env) -> None:
+        self._device = device
+        self._name = name
+        self._config = config
+        self._env = env
+        self._loop = asyncio.get_running_loop()
+        memory = wire.memory(name).setdefault("device", Memory())
+        assert isinstance(memory, Memory)
+        self._memory = memory
+        self._told, self._values = memory.told, memory.values
+        self._offer: Offer | None = None
+        self._requests: deque[ChunkRequest] = deque()
+        self._full = False
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._pins: OrderedDict[str, Offer] = OrderedDict()
+        self._healthy_from = 0.0
+        self._pending: dict[str, Reported] = {}
+        self._report_news = asyncio.Event()
+        self._news = asyncio.Event()
+        self._arrivals = 0
+        self._asked_version = False
+        self._why_away = "it has not connected yet"
+        self._tokens, self._filled_at = MESSAGES_AT_ONCE, self._loop.time()
+        self.traits = SessionTraits(
+            ceiling_bytes_per_s=CEILING_BYTES_PER_S,
+            concurrent=True,
+            quiet_s=config.silence_s + config.install_s + config.report_s,
+        )
+
+    # -- edged_mqtt.wire.Guest
+
+    def seated(self, seat: Seat) -> None:
+        """See :class:`~edged_mqtt.wire.Guest`."""
+        self.seat = seat
+
+    def arrived(self) -> None:
+        """See :class:`~edged_mqtt.wire.Guest`."""
+        self._arrivals += 1
+        self._asked_version = False
+        self._sizes.clear()
+        self._pins.clear()
+        self._requests.clear()
+        self._told.reconnected()
+        self._wake()
+
+    def left(self, why: str) -> None:
+        """See :class:`~edged_mqtt.wire.Guest`."""
+        self._why_away = why
+        self._requests.clear()
+        self._full = False
+        self._wake()
+
+    def heard(self, topic: str, payload: bytes) -> bool:
+        """See :class:`~edged_mqtt.wire.Guest`."""
+        try:
+            request = tb.chunk_request(topic, payload)
+            if request is not None:
+                return self._wanted(request)
+            self._said(topic, payload)
+        except Misbehaved as exc:
+            self._stop(exc)
+        except ValueError:
+            self._env.count("unreadable")
+        return self._has_room()
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._report_news.set()
+
+    def _wanted(self, request: ChunkRequest) -> bool:
+        if self._offer is None:
+            raise Misbehaved("not_offered", "it asked for a chunk and is offered nothing", "NOT_FOUND")
+        self._requests.append(request)
+        self._news.set()
+        self._full = len(self._requests) >= MOST_REQUESTS
+        return not self._full
+
+    def _said(self, topic: str, payload: bytes) -> None:
+        """A message that is no request for a chunk. Raises ValueError where it cannot be read."""
+        if topic in (tb.TELEMETRY, tb.ATTRIBUTES):
+            self._reported(dict(tb.reported(payload)), is_attribute=topic == tb.ATTRIBUTES)
+        elif (number := tb.request_number(topic, tb.ATTRIBUTES_REQUEST)) is not None:
+            offered = self._offer.attributes if self._offer else {}
+            answer = tb.attributes_answer(payload, self._memory.client, {**self._memory.shared, **offered})
+            self.seat.tell(tb.ATTRIBUTES_RESPONSE + number, answer)
+        elif (number := tb.request_number(topic, tb.RPC_REQUEST)) is not None:
+            self.seat.tell(tb.RPC_RESPONSE + number, tb.rpc_answer(payload))
+
+    def _reported(self, values: Mapping[str, JsonValue], *, is_attribute: bool) -> None:
+        now = self._loop.time()
+        self._told.take(self._config.component, values)
+        for name, value in values.items():
+            if name not in self._values and len(self._values) >= MOST_PENDING:
+                self._env.count("too_many_names")
+                continue
+            self._values[name] = (now, value)
+            self._pending[name] = Reported(name, value, self._config.units.get(name))
+            if is_attribute:
+                self._memory.client[name] = value
+        self._wake()
+
+    def _has_room(self) -> bool:
+        """Whether the device may send more at once; where not, it is read again when it may."""
+        now = self._loop.time()
+        self._tokens = min(MESSAGES_AT_ONCE, self._tokens + (now - self._filled_at) * MESSAGES_PER_S) - 1
+        self._filled_at = now
+        if self._tokens >= 0:
+            return True
+        self._env.count("slowed_down")
+        self._loop.call_later(-self._tokens / MESSAGES_PER_S, self.seat.more)
+        return False
+
+    def _stop(self, misbehaved: Misbehaved) -> None:
+        """Tell the client why, and end its connection, as ThingsBoard does."""
+        self._env.count(misbehaved.event)
+        self.seat.tell(f"v2/{self._config.component}/error", misbehaved.answer.encode())
+        self.seat.expel(str(misbehaved))
+
+    # -- edged.api.Session
+
+    async def awaited(self) -> None:
+        """Wait for the device, as long as it takes."""
+        if not self.seat.present:
+            with self._env.away(f"{self._device.id}: {self._why_away}"):
+                while not self.seat.present:
+                    await self._until_news(self._report_news, None)
+
+    async def identify(self) -> Identity:
+        """Whose credential it is; with ``hardware_key``, what the device says in that attribute.
+
+        Raises Transient: DEVICE_ABSENT, or NO_RESPONSE where the attribute does not come.
+        """
+        self._require()
+        hardware_id = f"credential:{self._name}"
+        if key := self._config.hardware_key:
+            deadline = self._loop.time() + self._config.report_s
+            while key not in self._values:
+                if not await self._until_news(self._news, deadline):
+                    text = f"{self._device.id} did not say its {key} within {self._config.report_s:g} s"
+                    raise Transient(Reason.NO_RESPONSE, text)
+                self._require()
+            hardware_id = _text(self._values[key][1])
+        return Identity(hardware_id, self._name, {"protocol": "thingsboard"})
+
+    async def reports(self) -> AsyncIterator[Reported]:
+        """Telemetry and attributes, the newest value of each."""
+        while True:
+            await self.awaited()
+            while self._pending:
+                yield self._pending.pop(next(iter(self._pending)))
+            await self._until_news(self._report_news, None)
+
+    # -- edged.api.SupportsDesired
+
+    async def apply(self, desired: Desired) -> Reported:
+        """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
+        does not answer has what it was given."""
+        self._require()
+        begun = self._loop.time()
+        self._memory.shared[desired.name] = desired.value
+        await self.seat.send(tb.ATTRIBUTES, tb.encoded({desired.name: desired.value}))
+        deadline = begun + self._config.confirm_s
+        value = desired.value
+        while self._loop.time() < deadline:
+            told_at, told = self._values.get(desired.name, (0.0, None))
+            if told_at > begun:
+                value = told
+                if told == desired.value:
+                    break
+            if not await self._until_news(self._news, deadline):
+                break
+        return Reported(desired.name, value, self._config.units.get(desired.name))
+
+    # -- edged.api.SupportsHealth
+
+    async def check_health(self, check: HealthCheck) -> Health:
+        """``property``: what the device reports as ``query``, since it said that it runs the image.
+
+        Raises Permanent(UNSUPPORTED) for another kind of check.
+        """
+        if check.kind != "property":
+            raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: property")
+        pattern, deadline, seen = re.compile(check.pattern), self._loop.time() + check.timeout_s, ""
+        while True:
+            told_at, told = self._values.get(check.query, (-1.0, None))
+            if told_at >= self._healthy_from:
+                seen = f"{check.query}={_text(told)}"[:_EVIDENCE_CHARS]
+                if pattern.search(seen):
+                    return Health(True, seen)
+            if not await self._until_news(self._news, deadline):
+                return Health(False, seen)
+
+    # -- edged.api.SupportsFirmware
+
+    async def slots(self) -> Slots:
+        """What the device says that it runs; None where it does not say it within ``report_s``.
+
+        Raises Transient(DEVICE_ABSENT).
+        """
+        self._require()
+        if self._told.version is None and not self._asked_version:
+            await self._until_told()
+            self._asked_version = True
+            self._require()
+        told, title = self._told, self._config.title
+        name = None if title and told.title in (None, title) else told.title
+        return Slots((Slot(name="firmware", active=True, runs=told.version, runs_name=name),))
+
+    async def stage(self, image: Image, progress: Progress) -> None:
+        """Offer ``image`` and serve it, until the device says that it runs it.
+
+        Raises Permanent: UNSUPPORTED for an image that is no single piece or has no name; VERIFY_FAILED where the device
+        found it broken; DEVICE_ERROR where it misbehaves; DEVICE_REVERTED where it runs another one afterwards. Transient:
+        DEVICE_ABSENT where it left, NO_RESPONSE where it is silent. An image that is not given in the end is withdrawn.
+        """
+        offer = await self._offer_of(image)
+        self._require()
+        if await self._runs_already(offer):
+            self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
+            return
+        transfer = _Transfer(self, offer, image, progress)
+        self._offer = offer
+        self._requests.clear()
+        try:
+            await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
+            await transfer.run()
+        except BaseException:
+            self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
+            raise
+        finally:
+            self._offer = None
+            self._requests.clear()
+            self._make_room()
+
+    async def activate(self) -> None:
+        """Nothing: the device booted it by itself, or ``stage`` would not have ended."""
+
+    async def _offer_of(self, image: Image) -> Offer:
+        if image.label is None:
+            raise Permanent(Reason.UNSUPPORTED, "an image without a name and a version cannot be offered")
+        if len(image.segments) != 1:
+            text = f"the image has {len(image.segments)} segments; a device that pulls can be offered one"
+            raise Permanent(Reason.UNSUPPORTED, text)
+        found = tb.checksum(self._config.checksum)
+        size = image.size_bytes
+        for offset in range(0, size, STREAM_BYTES):
+            found.update(await image.read(0, offset, min(STREAM_BYTES, size - offset)))
+        title = self._config.title or image.label.name
+        return Offer(
+            self._config.component,
+            title,
+            image.label.identifies_as,
+            size,
+            found.hexdigest(),
+            self._config.checksum,
+        )
+
+    async def _runs_already(self, offer: Offer) -> bool:
+        """Whether there is nothing to send: asked of a device that said what it runs, and is not about to boot another."""
+        if self._told.version is None:
+            await self._until_told()
+        deadline = self._loop.time() + self._config.install_s
+        while self._told.is_booting:
+            if not await self._until_news(self._news, deadline):
+                break
+            self._require()
+        return self._told.runs(offer)
+
+    async def _until_told(self) -> None:
+        """Until the device has said what it runs, ``report_s`` at most."""
+        deadline = self._loop.time() + self._config.report_s
+        while self._told.version is None and self.seat.present:
+            if not await self._until_news(self._news, deadline):
+                return
+
+    def _require(self) -> None:
+        if not self.seat.present:
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._device.id}: {self._why_away}")
+
+    def _make_room(self) -> None:
+        if self._full:
+            self._full = False
+            self.seat.more()
+
+    async def _until_news(self, news: asyncio.Event, deadline: float | None) -> bool:
+        """Wait for the next news; False where the deadline came first. News that came before the call count."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await news.wait()
+        except TimeoutError:
+            return False
+        news.clear()
+        return True
+
+
+class _Transfer:
+    """One image on its way to one device, from the offer to the device's word that it runs it."""
+
+    def __init__(self, session: MqttSession, offer: Offer, image: Image, progress: Progress) -> None:
+        self._session = session
+        self._offer = offer
+        self._image = image
+        self._progress = progress
+        self._config = session._config
+        self._device = session._device.id
+        self._told = session._told
+        self._loop = asyncio.get_running_loop()
+        self._download = Download(offer.size_bytes, self._config.rounds)
+        self._news = self._told.news
+        self._moved_at = self._loop.time()
+        self._whole_at: float | None = None
+        self._failed_at: float | None = None
+        self._left_at: float | None = None
+
+    async def run(self) -> None:
+        """Until the device runs the image. Raises as :meth:`MqttSession.stage`."""
+        session = self._session
+        self._progress(Phase.WRITE, 0, self._offer.size_bytes)
+        while not self._is_done():
+            if session._requests:
+                request = session._requests.popleft()
+                if not session._requests:
+                    session._make_room()
+                await self._answer(request)
+            else:
+                await self._wait()
+
+    # -- what the device says
+
+    def _is_done(self) -> bool:
+        """Judge what the device said since the last look."""
+        told = self._told
+        if told.news == self._news:
+            return False
+        self._news = told.news
+        self._moved_at = self._loop.time()
+        if told.runs(self._offer):
+            self._session._healthy_from = max(
+                (at for at, _ in self._session._values.values()), default=self._loop.time()
+            )
+            self._progress(Phase.VERIFY, self._offer.size_bytes, self._offer.size_bytes)
+            return True
+        if told.state == tb.FAILED:
+            self._failed()
+        elif told.state in tb.BOOTING:
+            self._has_all()
+        elif told.state == tb.UPDATED and self._whole_at is not None:
+            self._session._env.count("wrong_version")
+            text = f"it says {tb.UPDATED} and runs {told.title} {told.version}"
+            raise Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}, not {self._wanted}")
+        return False
+
+    @property
+    def _wanted(self) -> str:
+        return f"{self._offer.title} {self._offer.version}"
+
+    def _has_all(self) -> None:
+        if self._whole_at is None:
+            self._whole_at = self._loop.time()
+        self._download.finished()
+        self._progress(Phase.WRITE, self._offer.size_bytes, self._offer.size_bytes)
+        self._progress(Phase.VERIFY, 0, self._offer.size_bytes)
+
+    def _failed(self) -> None:
+        self._session._env.count("device_failed")
+        self._whole_at = None
+        self._failed_at = self._loop.time()
+        self._download.failures += 1
+        if self._download.failures >= self._config.rounds:
+            raise self._broken()
+
+    def _broken(self) -> Permanent:
+        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._download.failures} times"
+        return Permanent(Reason.VERIFY_FAILED, f"{self._device}: {text}")
+
+    # -- what it asks for
+
+    async def _answer(self, request: ChunkRequest) -> None:
+        self._moved_at = self._loop.time()
+        self._failed_at = None
+        try:
+            size = self._size_of(request)
+            if size is None:
+                return
+            offset = request.index * size
+            length = max(0, min(size, self._offer.size_bytes - offset))
+            self._check_size(length)
+            if self._download.ask(offset, length):
+                self._whole_at = None
+        except Misbehaved as exc:
+            self._session._stop(exc)
+            raise Permanent(Reason.DEVICE_ERROR, f"{self._device}: {exc}") from exc
+        self._progress(Phase.WRITE, self._download.acknowledged_bytes, self._offer.size_bytes)
+        await self._send(request, offset, length)
+
+    def _size_of(self, request: ChunkRequest) -> int | None:
+        """The size of the chunks that are asked for under the request's number: as it says, else as it said, else the whole
+        image. None where the number is another image's. Raises :class:`Misbehaved`."""
+        session = self._session
+        pinned = session._pins.setdefault(request.number, self._offer)
+        if request.component != self._offer.component or pinned != self._offer:
+            self._download.stray(f"v2/{request.component} under number {request.number}")
+            session._env.count("stray_request")
+            session.seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
+            return None
+        size = request.size_bytes or session._sizes.get(request.number) or self._offer.size_bytes
+        if request.size_bytes:
+            session._sizes[request.number] = size
+        for kept in (session._sizes, session._pins):
+            while len(kept) > MOST_NUMBERS:
+                kept.popitem(last=False)
+        return size
+
+    def _check_size(self, length: int) -> None:
+        allowed = self._session.seat.largest_bytes
+        if self._config.largest_chunk_bytes:
+            allowed = min(allowed, self._config.largest_chunk_bytes)
+        if length > allowed:
+            text = f"it asked for {length} bytes at once; allowed: {allowed}"
+            raise Misbehaved("payload_too_large", text, "PAYLOAD_TOO_LARGE")
+
+    async def _send(self, request: ChunkRequest, offset: int, length: int) -> None:
+        seat, topic = self._session.seat, request.answer_topic
+        try:
+            if length > STREAM_BYTES:
+                await seat.stream(topic, length, self._parts(offset, length))
+            else:
+                await seat.send(topic, await self._image.read(0, offset, length) if length else b"")
+        except Transient as exc:
+            if exc.reason is Reason.LINK_LOST:
+                return  # it left; the next look says so
+            raise
+        self._moved_at = self._loop.time()
+        self._download.sent(offset, length)
+        if self._whole_at is None and self._download.is_whole:
+            self._whole_at = self._loop.time()
+            self._told.awaits = self._offer.version
+
+    async def _parts(self, offset: int, length: int) -> AsyncIterator[bytes]:
+        for at in range(offset, offset + length, STREAM_BYTES):
+            yield await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
+            self._moved_at = self._loop.time()
+
+    # -- silence
+
+    async def _wait(self) -> None:
+        """For the next news; raises where it has been silent for too long."""
+        session = self._session
+        if session.seat.present:
+            self._left_at = None
+        elif self._whole_at is None:
+            at = self._download.acknowledged_bytes
+            text = f"{session._why_away}, with {at} of {self._offer.size_bytes} bytes"
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
+        elif self._left_at is None:
+            self._left_at = self._loop.time()
+        if not await session._until_news(session._news, self._deadline()):
+            self._give_up()
+
+    def _deadline(self) -> float:
+        if self._left_at is not None:
+            return self._left_at + BOOT_S
+        if self._failed_at is not None:
+            return self._failed_at + min(AFTER_FAILURE_S, self._config.silence_s)
+        if self._whole_at is not None:
+            return self._whole_at + self._config.install_s
+        return self._moved_at + self._config.silence_s
+
+    def _give_up(self) -> None:
+        if self._left_at is not None:
+            text = "it has the image whole, left, and is not back yet"
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
+        if self._failed_at is not None:
+            raise self._broken()
+        if self._whole_at is not None:
+            runs = f"{self._told.title} {self._told.version}"
+            text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted} whole"
+            raise Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}")
+        self._session._env.count("silent")
+        if not self._download.sent_bytes and not self._session.seat.sees_leaving:
+            # on a broker one that sleeps and one that is not interested look alike
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: it does not ask for what it is offered")
+        at = self._download.acknowledged_bytes
+        text = f"silent for {self._config.silence_s:g} s, with {at} of {self._offer.size_bytes} bytes"
+        raise Transient(Reason.NO_RESPONSE, f"{self._device}: {text}")
+
+
+def _text(value: JsonValue) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,335 @@
+"""ThingsBoard's device API over MQTT, the server's side: topics, payloads, and what a download may cost. Pure.
+
+After the reference "MQTT Device API" and "OTA updates" of ThingsBoard 3.x and its MqttTransportHandler. Topics name no device:
+``me`` is whoever's connection it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import md5, sha256, sha384, sha512
+from typing import Any, Final, Protocol
+
+from edged.api import JsonValue
+
+TELEMETRY: Final = "v1/devices/me/telemetry"
+ATTRIBUTES: Final = "v1/devices/me/attributes"
+ATTRIBUTES_REQUEST: Final = "v1/devices/me/attributes/request/"
+ATTRIBUTES_RESPONSE: Final = "v1/devices/me/attributes/response/"
+RPC_REQUEST: Final = "v1/devices/me/rpc/request/"
+RPC_RESPONSE: Final = "v1/devices/me/rpc/response/"
+SUBSCRIBED: Final = ("v1/devices/me/#", "v2/fw/request/#", "v2/sw/request/#")
+"""What a server wants of a device's topics."""
+
+DOWNLOADING: Final = "DOWNLOADING"
+DOWNLOADED: Final = "DOWNLOADED"
+UPDATED: Final = "UPDATED"
+FAILED: Final = "FAILED"
+BOOTING: Final = frozenset({DOWNLOADED, "VERIFIED", "UPDATING"})
+"""It has an image whole, and may boot it any time."""
+
+SESSION_LIMITS: Final[dict[str, JsonValue]] = {
+    "maxPayloadSize": 65536,
+    "maxInflightMessages": 100,
+    "rateLimits": {"messages": "", "telemetryMessages": "", "telemetryDataPoints": ""},
+}
+"""The answer to ``getSessionLimits``: an empty text is no limit."""
+
+PAST_THE_END: Final = 8
+"""So often may a client ask for what is behind the image's end."""
+STRAY: Final = 8
+"""So often may it ask under a number that belongs to another image, or for the other component."""
+_MOST_DIGITS: Final = 9
+_CHUNK = re.compile(r"v2/(fw|sw)/request/([0-9A-Za-z_-]{1,32})/chunk/([0-9]{1,9})")
+_NUMBER = re.compile(r"[0-9]{1,32}")
+
+
+class Misbehaved(Exception):
+    """A client does what must be stopped. ``event`` is what it is counted as, ``answer`` what it is told."""
+
+    def __init__(self, event: str, detail: str, answer: str) -> None:
+        super().__init__(detail)
+        self.event = event
+        self.answer = answer
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRequest:
+    """``v2/{component}/request/{number}/chunk/{index}``. ``size_bytes`` None: an empty payload."""
+
+    component: str
+    number: str
+    index: int
+    size_bytes: int | None
+
+    @property
+    def answer_topic(self) -> str:
+        return f"v2/{self.component}/response/{self.number}/chunk/{self.index}"
+
+
+def chunk_request(topic: str, payload: bytes) -> ChunkRequest | None:
+    """A request for a chunk, None where the topic is none. Raises :class:`Misbehaved` for a size that is no number."""
+    match = _CHUNK.fullmatch(topic)
+    if match is None:
+        return None
+    size: int | None = None
+    if payload:
+        if len(payload) > _MOST_DIGITS or not payload.isdigit() or not int(payload):
+            raise Misbehaved("bad_request", f"chunk size {payload[:20]!r} is no number", "BAD_REQUEST")
+        size = int(payload)
+    return ChunkRequest(match[1], match[2], int(match[3]), size)
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An image as a device is told of it."""
+
+    component: str
+    title: str
+    version: str
+    size_bytes: int
+    checksum: str
+    algorithm: str
+
+    @property
+    def attributes(self) -> dict[str, JsonValue]:
+        """The shared attributes."""
+        return dict(zip(names(self.component), self._values, strict=True))
+
+    @property
+    def _values(self) -> tuple[JsonValue, ...]:
+        return self.title, self.version, self.size_bytes, self.checksum, self.algorithm
+
+
+def names(component: str) -> tuple[str, ...]:
+    """The shared attributes that tell of an image."""
+    return tuple(
+        f"{component}_{name}" for name in ("title", "version", "size", "checksum", "checksum_algorithm")
+    )
+
+
+def withdrawal(component: str) -> bytes:
+    """The message that an image is not offered any more."""
+    return encoded({"deleted": list(names(component))})
+
+
+class Hash(Protocol):
+    """A checksum in the making."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
+
+
+class _Crc32:
+    """CRC-32 as ThingsBoard writes it: the four bytes little-endian (Guava's HashCode)."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return self._value.to_bytes(4, "little").hex()
+
+
+def checksum(algorithm: str) -> Hash:
+    """For ``fw_checksum_algorithm``. It guards against the wire, not against an attacker: every byte was verified before."""
+    if algorithm == "CRC32":
+        return _Crc32()
+    return {"SHA256": sha256, "SHA384": sha384, "SHA512": sha512, "MD5": md5}[algorithm]()
+
+
+@dataclass(slots=True)
+class Told:
+    """What a device said of its firmware, as far as it is still true. ``news`` rises with each report; ``awaits`` is the
+    version of an image that it was given whole: it may boot that without another word."""
+
+    title: str | None = None
+    version: str | None = None
+    state: str | None = None
+    error: str = ""
+    news: int = 0
+    awaits: str | None = None
+
+    def take(self, component: str, values: Mapping[str, JsonValue]) -> bool:
+        """Read a report; False where it says nothing of the firmware."""
+        found = {
+            key: values[name]
+            for key, name in (
+                ("title", f"current_{component}_title"),
+                ("version", f"current_{component}_version"),
+                ("state", f"{component}_state"),
+                ("error", f"{component}_error"),
+            )
+            if isinstance(values.get(name), str)
+        }
+        if not found:
+            return False
+        if "version" in found:
+            # a report with the version is one of all: what is not in it is not so any more
+            self.state, self.error = None, ""
+        for key, value in found.items():
+            setattr(self, key, value)
+        if self.state in (UPDATED, FAILED) or self.version == self.awaits:
+            self.awaits = None
+        self.news += 1
+        return True
+
+    @property
+    def is_booting(self) -> bool:
+        """Whether it may run something else any time."""
+        return self.state in BOOTING or self.awaits is not None
+
+    def reconnected(self) -> None:
+        """It is on another connection: one that was about to boot may run anything now."""
+        if self.is_booting:
+            self.title = self.version = self.state = self.awaits = None
+            self.news += 1
+
+    def runs(self, offer: Offer) -> bool:
+        """Whether it says that it runs ``offer``, and is not about to boot something else."""
+        named = self.title is None or self.title == offer.title
+        return self.version == offer.version and named and not self.is_booting
+
+
+@dataclass(slots=True)
+class Download:
+    """How far one device is with one image, and what it cost. ``rounds``: so often may it be fetched."""
+
+    size_bytes: int
+    rounds: int
+    sent_bytes: int = 0
+    failures: int = 0
+    _past: int = 0
+    _stray: int = 0
+    _sent: dict[int, int] = field(default_factory=dict)
+    _last: int | None = None
+    acknowledged_bytes: int = 0
+
+    def ask(self, offset: int, length: int) -> bool:
+        """The device wants ``length`` bytes at ``offset``; with that it has what it was sent before. Whether it begins anew.
+
+        Raises :class:`Misbehaved` where it asked too often.
+        """
+        if not length:
+            self._past += 1
+            if self._past > PAST_THE_END:
+                text = f"it asked {self._past} times for what is behind the end of the image"
+                raise Misbehaved("endless_requests", text, "NOT_FOUND")
+        self._acknowledge()
+        anew = offset == 0 and bool(self._sent)
+        if anew:
+            self._sent.clear()
+            self.acknowledged_bytes = 0
+        if self.sent_bytes + length > self.rounds * self.size_bytes + self.slack_bytes:
+            text = f"it fetched {self.sent_bytes} bytes of an image of {self.size_bytes}"
+            raise Misbehaved("same_download", text, "TOO_MANY_REQUESTS")
+        return anew
+
+    @property
+    def slack_bytes(self) -> int:
+        """What may be asked for twice without being a round of its own."""
+        return max(65536, self.size_bytes // 4)
+
+    def stray(self, why: str) -> None:
+        """It asked for something that it was not offered. Raises :class:`Misbehaved` where it does so for ever."""
+        self._stray += 1
+        if self._stray > STRAY:
+            raise Misbehaved("stray_requests", f"it asked {self._stray} times for {why}", "NOT_FOUND")
+
+    def sent(self, offset: int, length: int) -> None:
+        """It was sent what it wanted."""
+        self.sent_bytes += length
+        if length:
+            self._sent[offset] = length
+            self._last = offset
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every byte was sent in this round."""
+        return sum(self._sent.values()) >= self.size_bytes
+
+    def finished(self) -> None:
+        """The device says that it has it all."""
+        self.acknowledged_bytes = self.size_bytes
+
+    def _acknowledge(self) -> None:
+        if self._last is not None:
+            self.acknowledged_bytes = min(
+                self.size_bytes, self.acknowledged_bytes + self._sent.get(self._last, 0)
+            )
+            self._last = None
+
+
+def encoded(value: JsonValue) -> bytes:
+    """JSON."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _decoded(payload: bytes) -> Any:
+    """Raises ValueError for what is no JSON."""
+    try:
+        return json.loads(payload)
+    except RecursionError:
+        raise ValueError("JSON within JSON within JSON") from None
+
+
+def reported(payload: bytes) -> Iterator[tuple[str, JsonValue]]:
+    """The values of telemetry or attributes: ``{k: v}``, ``{"ts": t, "values": {k: v}}``, or a list of such.
+
+    Raises ValueError for anything else.
+    """
+    found = _decoded(payload)
+    for item in found if isinstance(found, list) else [found]:
+        if not isinstance(item, dict):
+            raise ValueError("no object of values")
+        values = item.get("values")
+        yield from (values if isinstance(values, dict) and "ts" in item else item).items()
+
+
+def request_number(topic: str, prefix: str) -> str | None:
+    """The number at the end of a request's topic; None where there is none."""
+    number = topic.removeprefix(prefix)
+    return number if topic.startswith(prefix) and _NUMBER.fullmatch(number) else None
+
+
+def wanted_keys(payload: bytes) -> tuple[list[str], list[str]]:
+    """The client's and the shared attributes that a request names; both empty: it wants all. Raises ValueError."""
+    found = _decoded(payload) if payload else {}
+    if not isinstance(found, dict):
+        raise ValueError("no object of keys")
+    client, shared = found.get("clientKeys", ""), found.get("sharedKeys", "")
+    return [_keys(text) for text in (client, shared)]  # type: ignore[return-value]
+
+
+def _keys(text: object) -> list[str]:
+    return [key for key in text.split(",") if key] if isinstance(text, str) else []
+
+
+def attributes_answer(
+    payload: bytes, client: Mapping[str, JsonValue], shared: Mapping[str, JsonValue]
+) -> bytes:
+    """The answer to a request for attributes. Raises ValueError where it cannot be read."""
+    client_keys, shared_keys = wanted_keys(payload)
+    every = not client_keys and not shared_keys
+    answer: dict[str, JsonValue] = {}
+    for name, keys, values in (("client", client_keys, client), ("shared", shared_keys, shared)):
+        found = {key: value for key, value in values.items() if every or key in keys}
+        if found or keys:
+            answer[name] = found
+    return encoded(answer)
+
+
+def rpc_answer(payload: bytes) -> bytes:
+    """The answer to a device's call. Raises ValueError where it cannot be read."""
+    call = _decoded(payload)
+    if not isinstance(call, dict):
+        raise ValueError("no object with a method")
+    if call.get("method") == "getSessionLimits":
+        return encoded(SESSION_LIMITS)
+    return encoded({"error": "UNSUPPORTED"})

@@ -1,0 +1,296 @@
+"""A device that pulls, written from the description of ThingsBoard's device API and the MQTT standards, and the wire to it.
+
+A second implementation: it shares no code with the mapper, and has its own codec. The vendor's client is in
+``test_mqtt_vendor.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import socket
+import ssl
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import edged_mqtt
+from edged.api import Device
+from edged_mqtt.config import MqttConfig
+
+(SPEC,) = edged_mqtt.edged_mappers()
+LINKS = {link.scheme: link for link in edged_mqtt.edged_links()}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def mqtt_device(port: int, name: str = "pump-1", **config: Any) -> Device:
+    options: dict[str, Any] = {"report_s": 2.0, "silence_s": 3.0, "install_s": 5.0, "confirm_s": 0.5}
+    return Device(
+        name,
+        "pump",
+        edged_mqtt.NAME,
+        f"mqtt:listen@127.0.0.1:{port}/{name}",
+        config=MqttConfig(**(options | config)),
+    )
+
+
+def _length(count: int) -> bytes:
+    out = b""
+    while True:
+        count, low = divmod(count, 128)
+        out += bytes([low | (128 if count else 0)])
+        if not count:
+            return out
+
+
+def _text(value: str) -> bytes:
+    data = value.encode()
+    return struct.pack(">H", len(data)) + data
+
+
+@dataclass
+class PullingDevice:
+    """Connects, reports what it runs, and installs what it is offered.
+
+    ``chunk_bytes`` 0: the whole image at once. ``version`` is what it runs. ``flash`` is the image that it downloaded last,
+    byte by byte as it came. ``boots``: it comes up with what it was offered; False: with what it ran before. ``reboots``: it
+    loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
+    ``repeats``: and what it runs.
+    """
+
+    port: int
+    token: str = "pump-1"
+    password: str | None = None
+    chunk_bytes: int = 4096
+    version: str = "1.0.0"
+    title: str = "pump"
+    protocol: int = 4
+    boots: bool = True
+    reboots: bool = False
+    prefix: str = ""
+    component: str = "fw"
+    tls: ssl.SSLContext | None = None
+    values: dict[str, Any] = field(default_factory=lambda: {"temperature": 20.5})
+    flash: bytearray = field(default_factory=bytearray)
+    received: bytearray = field(default_factory=bytearray)
+    written: int = 0
+    requests: int = 0
+    log: list[str] = field(default_factory=list)
+    shared: dict[str, Any] = field(default_factory=dict)
+    deleted: list[str] = field(default_factory=list)
+    on_chunk: Callable[[int], None] | None = None
+    delay_s: float = 0.0
+    every_s: float = 0.0
+    asks_again: bool = True
+    repeats: bool = False
+
+    def __post_init__(self) -> None:
+        self._writer: asyncio.StreamWriter | None = None
+        self._number = 0
+        self._round = 0
+        self._task: asyncio.Task[None] | None = None
+        self._plug = asyncio.Event()
+        self._plug.set()
+        self.connected = asyncio.Event()
+        self._offer: dict[str, Any] = {}
+        self._chunk = 0
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._live())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def unplug(self) -> None:
+        self._plug.clear()
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    async def plug(self) -> None:
+        self._plug.set()
+
+    async def _live(self) -> None:
+        while True:
+            await self._plug.wait()
+            try:
+                await self._once()
+            except (OSError, asyncio.IncompleteReadError, ssl.SSLError) as exc:
+                self.log.append(f"lost: {exc!r:.60}")
+            finally:
+                self.connected.clear()
+                if self._writer is not None:
+                    self._writer.transport.abort()
+            await asyncio.sleep(0.02)
+
+    async def _once(self) -> None:
+        reader, self._writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.tls)
+        user = _text(self.token) + (_text(self.password) if self.password is not None else b"")
+        flags = 0x02 | 0x80 | (0x40 if self.password is not None else 0)
+        properties = b"\0" if self.protocol == 5 else b""
+        body = _text("MQTT") + bytes([self.protocol, flags, 0, 60]) + properties + _text("") + user
+        self._send(0x10, body)
+        first, answer = await self._packet(reader)
+        assert first == 0x20
+        if answer[1]:
+            self.log.append(f"refused: {answer[1]}")
+            raise ConnectionRefusedError(f"code {answer[1]}")
+        self.connected.set()
+        self.log.append("connected")
+        for topic in (
+            "v1/devices/me/attributes",
+            "v1/devices/me/attributes/response/+",
+            "v2/+/response/+/chunk/+",
+        ):
+            self._subscribe(self.prefix + topic)
+        self.report(**self.values)
+        self._say()
+        if self._round and not self.asks_again:
+            await self._listen(reader)
+        keys = ("title", "version", "size", "checksum", "checksum_algorithm")
+        wanted = ",".join(f"{self.component}_{key}" for key in keys)
+        self.publish("v1/devices/me/attributes/request/1", json.dumps({"sharedKeys": wanted}))
+        await self._listen(reader)
+
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        ticker = asyncio.create_task(self._tick())
+        try:
+            while True:
+                first, body = await self._packet(reader)
+                if first >> 4 == 3:
+                    await self._message(first, body)
+        finally:
+            ticker.cancel()
+
+    async def _tick(self) -> None:
+        while self.every_s:
+            await asyncio.sleep(self.every_s)
+            self.report(**self.values)
+            if self.repeats:
+                self._say()
+
+    async def _packet(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
+        first = (await reader.readexactly(1))[0]
+        length = shift = 0
+        while True:
+            byte = (await reader.readexactly(1))[0]
+            length |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        body = await reader.readexactly(length)
+        self.received += body
+        return first, body
+
+    def _send(self, first: int, body: bytes) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(bytes([first]) + _length(len(body)) + body)
+
+    def _subscribe(self, topic: str) -> None:
+        self._number += 1
+        properties = b"\0" if self.protocol == 5 else b""
+        self._send(0x82, struct.pack(">H", self._number) + properties + _text(topic) + b"\1")
+
+    def publish(self, topic: str, payload: str | bytes) -> None:
+        self._number = self._number % 65535 + 1
+        data = payload.encode() if isinstance(payload, str) else payload
+        properties = b"\0" if self.protocol == 5 else b""
+        self._send(0x32, _text(self.prefix + topic) + struct.pack(">H", self._number) + properties + data)
+
+    def report(self, **values: Any) -> None:
+        self.publish("v1/devices/me/telemetry", json.dumps(values))
+
+    def _say(self, state: str | None = None, **more: Any) -> None:
+        kind = self.component
+        told: dict[str, Any] = {f"current_{kind}_title": self.title, f"current_{kind}_version": self.version}
+        if state is not None:
+            told[f"{kind}_state"] = state
+            self.log.append(state)
+        self.report(**told, **more)
+
+    async def _message(self, first: int, body: bytes) -> None:
+        size = struct.unpack(">H", body[:2])[0]
+        topic, payload = body[2 : 2 + size].decode(), body[2 + size :]
+        if first & 0x06:
+            self._send(0x40, payload[:2])
+            payload = payload[2:]
+        if self.protocol == 5:
+            payload = payload[1 + payload[0] :]
+        topic = topic.removeprefix(self.prefix)
+        if topic == "v1/devices/me/attributes":
+            self._given(json.loads(payload))
+        elif topic.startswith("v1/devices/me/attributes/response/"):
+            self._given(json.loads(payload).get("shared", {}))
+        elif topic.startswith(f"v2/{self.component}/response/"):
+            await self._got(topic, payload)
+        elif topic.endswith("/error"):
+            self.log.append(f"error: {payload.decode()}")
+
+    def _given(self, shared: dict[str, Any]) -> None:
+        self.deleted += shared.pop("deleted", [])
+        self.shared.update(shared)
+        kind = self.component
+        if f"{kind}_version" not in shared:
+            if shared:
+                self.publish("v1/devices/me/attributes", json.dumps(shared))
+            return
+        if (shared[f"{kind}_title"], shared[f"{kind}_version"]) == (self.title, self.version):
+            return
+        self._offer = {key.removeprefix(f"{kind}_"): value for key, value in shared.items()}
+        self._round += 1
+        self._begin()
+
+    def _begin(self) -> None:
+        self.flash.clear()
+        self._chunk = 0
+        self._say("DOWNLOADING")
+        self.ask()
+
+    def ask(self) -> None:
+        self.requests += 1
+        payload = str(self.chunk_bytes) if self.chunk_bytes else ""
+        self.publish(f"v2/{self.component}/request/{self._round}/chunk/{self._chunk}", payload)
+
+    async def _got(self, topic: str, payload: bytes) -> None:
+        _, _, _, number, _, index = topic.split("/")
+        if int(number) != self._round or int(index) != self._chunk:
+            return  # an answer that comes twice or late
+        self.flash += payload
+        self.written += len(payload)
+        self._chunk += 1
+        if self.on_chunk is not None:
+            self.on_chunk(self._chunk)
+        if self.delay_s:
+            await asyncio.sleep(self.delay_s)
+        if len(self.flash) < self._offer["size"] and payload:
+            self.ask()
+        else:
+            self._install()
+
+    def _install(self) -> None:
+        self._say("DOWNLOADED")
+        if hashlib.sha256(self.flash).hexdigest() != self._offer["checksum"]:
+            self._say("FAILED", **{f"{self.component}_error": "checksum"})
+            return
+        self._say("VERIFIED")
+        self._say("UPDATING")
+        if self.boots:
+            self.version, self.title = self._offer["version"], self._offer["title"]
+        if self.reboots and self._writer is not None:
+            with suppress(OSError):
+                self._writer.transport.abort()
+            return
+        self._say("UPDATED")
+
+    def holds(self, address: int, length: int) -> bytes:
+        return bytes(self.flash[address : address + length])

@@ -1,0 +1,237 @@
+"""Packets, addresses, tables and topics: by example and by whatever hypothesis thinks of."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edged_mqtt import packets
+from edged_mqtt import thingsboard as tb
+from edged_mqtt.config import MqttConfig, parse_address, parse_config, parse_device, parse_link
+from edged_mqtt.packets import Malformed
+
+
+@pytest.mark.parametrize("length", [0, 127, 128, 16_383, 16_384, 2_097_151, 2_097_152, 268_435_455])
+def test_lengths_are_those_of_the_standards_table(length: int) -> None:
+    data = packets.length_bytes(length)
+    assert len(data) == 1 + (length > 127) + (length > 16_383) + (length > 2_097_151)
+    assert packets.frame(b"\x30" + data[:-1], 2**28) is None
+    found = packets.frame(b"\x30" + data, 2**28)
+    assert found == (0x30, 1 + len(data), 1 + len(data)) if length == 0 else found is None
+
+
+def test_what_does_not_fit_is_not_made() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        packets.length_bytes(268_435_456)
+
+
+@given(st.binary(max_size=300), st.sampled_from([packets.V3, packets.V5]))
+def test_no_bytes_break_the_parser(data: bytes, version: int) -> None:
+    """Whatever comes is parsed, or refused as malformed; nothing else, and nothing beyond its end is read."""
+    for parse in (
+        lambda: packets.frame(data, 1000),
+        lambda: packets.parse_connect(data),
+        lambda: packets.parse_publish(0x32, data, version),
+        lambda: packets.parse_publish(0x30, data, version),
+        lambda: packets.parse_subscribe(data, version, with_options=True),
+        lambda: packets.parse_subscribe(data, version, with_options=False),
+    ):
+        try:
+            parse()
+        except Malformed as exc:
+            assert str(exc)
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0+#", exclude_categories=["Cs"]), min_size=1, max_size=40),
+    st.binary(max_size=200),
+    st.sampled_from([packets.V3, packets.V5]),
+)
+def test_a_message_comes_back_as_it_was_sent(topic: str, payload: bytes, version: int) -> None:
+    packet = packets.publish_head(topic.encode(), len(payload), version) + payload
+    found = packets.frame(packet, 10_000)
+    assert found is not None
+    first, begin, end = found
+    assert end == len(packet)
+    assert packets.parse_publish(first, packet[begin:end], version) == packets.Publish(topic, payload)
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"\0\4MQTX\4\2\0\0\0\0", packets.Code.UNSUPPORTED_VERSION),
+        (b"\0\6MQIsdp\3\2\0\0\0\0", packets.Code.UNSUPPORTED_VERSION),
+        (b"\0\4MQTT\4\3\0\0\0\0", packets.Code.MALFORMED),
+        (b"\0\4MQTT\4\x42\0\0\0\0\0\1x", packets.Code.MALFORMED),
+        (b"\0\4MQTT\4\2\0\0\0\0more", packets.Code.MALFORMED),
+        (b"\0\4MQTT\4\x82\0\0\0\0\0\2\xff\xff", packets.Code.MALFORMED),
+    ],
+)
+def test_a_connect_that_is_not_one(body: bytes, code: packets.Code) -> None:
+    with pytest.raises(Malformed) as caught:
+        packets.parse_connect(body)
+    assert caught.value.code is code
+
+
+def test_a_connect_with_a_will_and_properties() -> None:
+    body = b"\0\4MQTT\5\xc6\0\x3c\5\x11\0\0\0\x0a\0\2id\0\0\1w\0\2by\0\5token\0\6secret"
+    found = packets.parse_connect(body)
+    assert found == packets.Connect(5, "id", 60, "token", b"secret")
+
+
+def test_a_packet_that_is_too_large_is_refused_before_it_is_there() -> None:
+    with pytest.raises(Malformed, match="allowed: 100") as caught:
+        packets.frame(b"\x30\xff\x7f", 100)
+    assert caught.value.code is packets.Code.TOO_LARGE
+
+
+# -- addresses and tables
+
+
+@pytest.mark.parametrize(
+    ("rest", "link", "place"),
+    [
+        ("listen@0.0.0.0:8883/pump-1", "mqtt:listen@0.0.0.0:8883", "pump-1"),
+        ("listen@[::1]:1883/a", "mqtt:listen@[::1]:1883", "a"),
+        ("broker.example:1883/devices/pump 1", "mqtt:broker.example:1883", "devices/pump 1"),
+        ("[2001:db8::1]:8883/p", "mqtt:[2001:db8::1]:8883", "p"),
+    ],
+)
+def test_an_address_names_wire_and_place(rest: str, link: str, place: str) -> None:
+    found = parse_device(rest)
+    assert (found.link, found.place) == (link, place)
+    assert str(parse_address(link.removeprefix("mqtt:"))) == link.removeprefix("mqtt:")
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "", "listen@0.0.0.0:8883", "listen@localhost:8883/a", "listen@0.0.0.0/a", "listen@0.0.0.0:0/a", "host:70000/a",
+        "listen@0.0.0.0:8883/a/b", "listen@0.0.0.0:8883/", "host:1883/", "host:1883/a//b", "host:1883/a/+", "host:1883/#",
+        "host:1883/$SYS", "ho st:1883/a", ":1883/a", "listen@[::1:1883/a", "[::g]:1883/a", "host:１883/a",
+    ],
+)  # fmt: skip
+def test_an_address_that_is_none_says_what_is_allowed(rest: str) -> None:
+    with pytest.raises(ValueError, match="allowed: mqtt:listen@ADDRESS:PORT/NAME"):
+        parse_device(rest)
+
+
+@given(st.text(max_size=60))
+def test_no_text_breaks_an_address(rest: str) -> None:
+    for text in (rest, "listen@" + rest, f"host:{rest}"):
+        try:
+            parse_address(text)
+        except ValueError as exc:
+            assert "allowed: " in str(exc)
+
+
+def test_tables_name_each_fault() -> None:
+    with pytest.raises(ValueError) as caught:
+        parse_config({"proof": "smell", "rounds": True, "units": {"a": 1}, "odd": 1, "silence_s": "x"})
+    lines = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["proof", "rounds", "units", "odd", "silence_s"]
+    assert all("allowed: " in line for line in lines)
+    assert parse_config({}) == MqttConfig()
+    with pytest.raises(ValueError, match="certificate: found 'x'; allowed: an absolute path"):
+        parse_link({"certificate": "x"})
+    link = parse_link({"tls": True})
+    with pytest.raises(ValueError, match="tls: found a key that a listener has not"):
+        link.listen()
+    assert link.broker().tls
+
+
+# -- ThingsBoard's payloads
+
+
+@pytest.mark.parametrize(
+    ("topic", "payload", "expected"),
+    [
+        ("v2/fw/request/1/chunk/0", b"4096", tb.ChunkRequest("fw", "1", 0, 4096)),
+        ("v2/sw/request/abc/chunk/7", b"", tb.ChunkRequest("sw", "abc", 7, None)),
+        ("v2/fw/request/1/chunk/-1", b"1", None),
+        ("v2/fw/request//chunk/0", b"1", None),
+        ("v2/fw/request/1/chunk/0/x", b"1", None),
+        ("v2/fw/request/1/chunk/9999999999", b"1", None),
+    ],
+)
+def test_chunk_requests(topic: str, payload: bytes, expected: tb.ChunkRequest | None) -> None:
+    assert tb.chunk_request(topic, payload) == expected
+
+
+@pytest.mark.parametrize("payload", [b"0", b"-1", b"4k", b"1e3", b"9" * 10, "４".encode(), b" 1"])
+def test_a_size_that_is_none_is_misbehaviour(payload: bytes) -> None:
+    with pytest.raises(tb.Misbehaved, match="is no number"):
+        tb.chunk_request("v2/fw/request/1/chunk/0", payload)
+
+
+@given(st.text(max_size=60), st.binary(max_size=100))
+def test_no_message_breaks_the_rules(topic: str, payload: bytes) -> None:
+    for read in (
+        lambda: tb.chunk_request(topic, payload),
+        lambda: list(tb.reported(payload)),
+        lambda: tb.attributes_answer(payload, {"a": 1}, {"b": 2}),
+        lambda: tb.rpc_answer(payload),
+    ):
+        try:
+            read()
+        except (ValueError, tb.Misbehaved) as exc:
+            assert str(exc)
+
+
+def test_answers_to_attribute_requests() -> None:
+    def answer(**asked: str) -> object:
+        return json.loads(tb.attributes_answer(json.dumps(asked).encode(), {"a": 1}, {"b": 2, "c": 3}))
+
+    assert answer() == {"client": {"a": 1}, "shared": {"b": 2, "c": 3}}
+    assert answer(sharedKeys="b,x") == {"shared": {"b": 2}}
+    assert answer(sharedKeys="x") == {"shared": {}}
+    assert answer(clientKeys="a", sharedKeys="c") == {"client": {"a": 1}, "shared": {"c": 3}}
+
+
+def test_a_crc_is_written_as_thingsboard_writes_it() -> None:
+    found = tb.checksum("CRC32")
+    found.update(b"1234")
+    found.update(b"56789")
+    assert found.hexdigest() == "2639f4cb"
+    assert zlib.crc32(b"123456789") == 0xCBF43926
+
+
+# -- what a download may cost
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 3000)), max_size=200), st.integers(1, 5))
+def test_no_client_gets_more_than_its_rounds(asked: list[tuple[int, int]], rounds: int) -> None:
+    size = 10_000
+    download = tb.Download(size, rounds)
+    served = 0
+    for index, chunk in asked:
+        offset = index * chunk
+        length = max(0, min(chunk, size - offset))
+        try:
+            download.ask(offset, length)
+        except tb.Misbehaved:
+            break
+        download.sent(offset, length)
+        served += length
+        assert 0 <= download.acknowledged_bytes <= size
+    assert served <= rounds * size + download.slack_bytes
+
+
+def test_a_device_that_may_boot_something_else_runs_nothing_for_sure() -> None:
+    offer = tb.Offer("fw", "pump", "2", 1, "", "SHA256")
+    told = tb.Told()
+    assert not told.take("fw", {"temperature": 1})
+    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2", "fw_state": "UPDATING"})
+    assert not told.runs(offer)
+    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2"})
+    assert told.runs(offer)
+    told.take("fw", {"current_fw_title": "valve", "current_fw_version": "2"})
+    assert not told.runs(offer)
+    told = tb.Told("pump", "1", awaits="2")
+    assert not told.runs(tb.Offer("fw", "pump", "1", 1, "", "SHA256")), "it has another image whole"
+    told.reconnected()
+    assert told.version is None

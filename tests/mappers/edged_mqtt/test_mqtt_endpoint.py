@@ -1,0 +1,458 @@
+"""The endpoint against clients that are wrong, slow, rude or many: they are refused with a reason, and nobody else notices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mqtt_kit import PullingDevice, free_port
+from mqtt_node import Authority
+
+from edged.errors import Permanent, Reason, Transient
+from edged_mqtt import endpoint as subject
+from edged_mqtt.config import ListenAddress, ListenConfig
+from edged_mqtt.endpoint import Endpoint, open_endpoint
+from edged_mqtt.wire import Credential, Proof, Seat
+
+
+class Env:
+    """What an endpoint is given: secrets in a folder, and counts that a test can read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counted: Counter[str] = Counter()
+        self.log = logging.LoggerAdapter(logging.getLogger("test"), {})
+
+    def credential_file(self, name: str) -> Path:
+        return self.folder / name
+
+    def count(self, event: str) -> None:
+        self.counted[event] += 1
+
+
+class Guest:
+    """Remembers what it is told; ``takes``: how many messages more."""
+
+    def __init__(self, takes: int = 10**9) -> None:
+        self.seen: list[str] = []
+        self.messages: list[tuple[str, bytes]] = []
+        self.takes = takes
+        self.news = asyncio.Event()
+
+    def seated(self, seat: Seat) -> None:
+        assert not self.seen
+
+    def arrived(self) -> None:
+        self.seen.append("arrived")
+        self.news.set()
+
+    def left(self, why: str) -> None:
+        self.seen.append(f"left: {why}")
+        self.news.set()
+
+    def heard(self, topic: str, payload: bytes) -> bool:
+        self.messages.append((topic, payload))
+        self.news.set()
+        self.takes -= 1
+        return self.takes > 0
+
+    async def until(self, text: str) -> None:
+        async with asyncio.timeout(10):
+            while not any(text in line for line in self.seen):
+                self.news.clear()
+                await self.news.wait()
+
+
+class Client:
+    """Bytes in, bytes out."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def read(self, count: int) -> bytes:
+        async with asyncio.timeout(10):
+            return await self.reader.readexactly(count)
+
+    async def closed(self, timeout_s: float = 10) -> bytes:
+        async with asyncio.timeout(timeout_s):
+            try:
+                return await self.reader.read(-1)
+            except ConnectionError:
+                return b""
+
+
+def connect_packet(
+    user: str | None = "token", password: str | None = None, *, keep_alive: int = 60, version: int = 4
+) -> bytes:
+    flags = 2 | (0x80 if user is not None else 0) | (0x40 if password is not None else 0)
+    body = b"\0\4MQTT" + bytes([version, flags]) + keep_alive.to_bytes(2, "big")
+    body += b"\0" if version == 5 else b""
+    for text in ("", user, password):
+        if text is not None:
+            body += len(text).to_bytes(2, "big") + text.encode()
+    return bytes([0x10, len(body)]) + body
+
+
+_DIALLED: list[Client] = []
+TOKEN = Credential(Proof.TOKEN, "pump-1", "token")
+
+
+@asynccontextmanager
+async def listening(
+    tmp_path: Path, config: ListenConfig | None = None
+) -> AsyncIterator[tuple[Endpoint, Env, int]]:
+    env, port = Env(tmp_path), free_port()
+    address = ListenAddress("127.0.0.1", port)
+    try:
+        async with open_endpoint(address, config or ListenConfig(), env) as endpoint:  # type: ignore[arg-type]
+            yield endpoint, env, port
+    finally:
+        for client in _DIALLED:
+            client.writer.transport.abort()
+        _DIALLED.clear()
+        await asyncio.sleep(0)
+
+
+async def dial(port: int, context: ssl.SSLContext | None = None) -> Client:
+    """A connection, which the end of :func:`listening` closes."""
+    _DIALLED.append(Client(*await asyncio.open_connection("127.0.0.1", port, ssl=context)))
+    return _DIALLED[-1]
+
+
+@pytest.mark.parametrize(
+    ("user", "password", "admitted"),
+    [
+        ("token", None, True),
+        ("token", "whatever", True),
+        ("nekot", None, False),
+        ("valve-1", "secret", True),
+        ("valve-1", "terces", False),
+        ("valve-1", None, False),
+        ("pump-1", None, False),
+        (None, None, False),
+    ],
+)
+def test_a_credential_is_one_device(
+    tmp_path: Path, user: str | None, password: str | None, admitted: bool
+) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            pump, valve = Guest(), Guest()
+            async with (
+                endpoint.seat("pump-1", TOKEN, pump),
+                endpoint.seat("valve-1", Credential(Proof.PASSWORD, "valve-1", "secret"), valve),
+            ):
+                client = await dial(port)
+                client.writer.write(connect_packet(user, password))
+                assert await client.read(4) == (b"\x20\2\0\0" if admitted else b"\x20\2\0\4")
+                if not admitted:
+                    assert await client.closed() == b""
+                    assert env.counted["login_refused"] == 1
+                assert bool(pump.seen) == (admitted and user == "token")
+                assert bool(valve.seen) == (admitted and user == "valve-1")
+
+    asyncio.run(run())
+
+
+def test_a_certificate_s_name_is_one_device(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    authority, stranger = Authority(tmp_path), Authority(tmp_path / "other")
+    server, key = authority.issue("node")
+    config = ListenConfig(str(server), key.name, str(authority.ca), "required")
+
+    def context(whose: Authority, name: str) -> ssl.SSLContext:
+        found = ssl.create_default_context(cafile=str(authority.ca))
+        found.load_cert_chain(*whose.issue(name))
+        return found
+
+    async def run() -> None:
+        async with listening(tmp_path, config) as (endpoint, _, port):
+            guest = Guest()
+            async with endpoint.seat("pump-9", Credential(Proof.CERTIFICATE, "pump-9"), guest):
+                client = await dial(port, context(authority, "pump-9"))
+                client.writer.write(connect_packet(None))
+                assert await client.read(4) == b"\x20\2\0\0"
+                other = await dial(port, context(authority, "pump-8"))
+                other.writer.write(connect_packet("pump-9"))
+                assert await other.read(4) == b"\x20\2\0\4"
+                for wrong in (
+                    context(stranger, "pump-9"),
+                    ssl.create_default_context(cafile=str(authority.ca)),
+                ):
+                    with pytest.raises((OSError, asyncio.IncompleteReadError)):
+                        bad = await dial(port, wrong)
+                        bad.writer.write(connect_packet(None))
+                        await bad.read(4)
+                assert guest.seen == ["arrived"]
+
+    asyncio.run(run())
+
+
+def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    server, _ = authority.issue("node")
+    _, key = authority.issue("other")
+
+    async def run(config: ListenConfig, text: str) -> None:
+        with pytest.raises(Permanent, match=text) as caught:
+            async with listening(tmp_path, config):
+                pass
+        assert caught.value.reason is Reason.CONFIG_INVALID
+
+    asyncio.run(run(ListenConfig(str(server), key.name), "certificate .*node.crt"))
+    asyncio.run(run(ListenConfig(str(server), "absent"), "No such file"))
+    asyncio.run(run(ListenConfig("/nowhere.crt", key.name), "No such file"))
+
+
+def test_tokens_do_not_go_in_the_clear_over_a_network(tmp_path: Path) -> None:
+    async def run() -> None:
+        address = ListenAddress("0.0.0.0", free_port())
+        with pytest.raises(Permanent, match="without a certificate anybody on the way reads"):
+            async with open_endpoint(address, ListenConfig(), Env(tmp_path)):  # type: ignore[arg-type]
+                pass
+
+    asyncio.run(run())
+
+
+def test_a_port_that_is_taken_is_busy_and_an_address_that_is_not_ours_absent(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (_, env, port):
+            for host, reason in (("127.0.0.1", Reason.LINK_BUSY), ("192.0.2.1", Reason.DEVICE_ABSENT)):
+                with pytest.raises(Transient) as caught:
+                    config = ListenConfig(plain=True)
+                    async with open_endpoint(ListenAddress(host, port), config, env):  # type: ignore[arg-type]
+                        pass
+                assert caught.value.reason is reason
+
+    asyncio.run(run())
+
+
+def test_a_place_is_taken_once(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, _):
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                with pytest.raises(Transient, match="a session with pump-1 already"):
+                    async with endpoint.seat("pump-1", TOKEN, Guest()):
+                        pass
+                with pytest.raises(Permanent, match="pump-2 and pump-1 have the same credential"):
+                    async with endpoint.seat("pump-2", TOKEN, Guest()):
+                        pass
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                pass
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_the_newest_connection_has_the_place_and_two_that_fight_for_it_are_told_apart(
+    tmp_path: Path, version: int
+) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                last = None
+                for _ in range(1 + subject.TAKEOVERS):
+                    client = await dial(port)
+                    client.writer.write(connect_packet(version=version))
+                    assert (await client.read(2))[0] == 0x20
+                    if last is not None:
+                        end = await last.closed()
+                        assert end.endswith(b"\xe0\2\x8e\0" if version == 5 else b"")
+                    last = client
+                assert guest.seen.count("arrived") == 1 + subject.TAKEOVERS
+                client = await dial(port)
+                client.writer.write(connect_packet(version=version))
+                answer = await client.closed()
+                assert answer[3:4] == (b"\x89" if version == 5 else b"\3")
+                assert env.counted["two_sessions"] == 1
+                assert guest.seen[-1] == "arrived", "the one that was there was thrown out"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("packets", "event"),
+    [
+        (b"\x10\xff\xff\xff\x7f", "malformed"),
+        (b"\xc0\0", "malformed"),
+        (connect_packet() + b"\x30\xff\xff\xff\x7f", "malformed"),
+        (connect_packet() + b"\x34\5\0\1ax\1", "malformed"),
+        (connect_packet() + connect_packet(), "malformed"),
+        (connect_packet() + b"\x82\2\0\1", "malformed"),
+        (connect_packet() + b"\xf0\0", "malformed"),
+        (b"GET / HTTP/1.1\r\n\r\n", "malformed"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", "malformed"),
+    ],
+)
+def test_who_does_not_keep_to_the_protocol_is_cut_off(tmp_path: Path, packets: bytes, event: str) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                client = await dial(port)
+                client.writer.write(packets)
+                await client.closed()
+                assert env.counted[event] == 1
+
+    asyncio.run(run())
+
+
+def test_an_older_protocol_is_told_so(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port), endpoint.seat("pump-1", TOKEN, Guest()):
+            client = await dial(port)
+            client.writer.write(b"\x10\x10\0\6MQIsdp\3\2\0\x3c\0\2id")
+            assert await client.closed() == b"\x20\2\0\1"
+
+    asyncio.run(run())
+
+
+def test_silence_beyond_the_keep_alive_ends_a_connection_and_a_ping_keeps_it(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                client = await dial(port)
+                client.writer.write(connect_packet(keep_alive=1))
+                await client.read(4)
+                for _ in range(4):
+                    await asyncio.sleep(0.6)
+                    client.writer.write(b"\xc0\0")
+                    assert await client.read(2) == b"\xd0\0"
+                await client.closed()
+                await guest.until("nothing was heard of it")
+                assert env.counted["keep_alive_missed"] == 1
+
+    asyncio.run(run())
+
+
+def test_who_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "CONNECT_S", 0.2)
+
+    async def run() -> None:
+        async with listening(tmp_path) as (_, env, port):
+            client = await dial(port)
+            client.writer.write(b"\x10")
+            assert await client.closed() == b""
+            assert env.counted["connect_missed"] == 1
+
+    asyncio.run(run())
+
+
+def test_strangers_do_not_use_up_all_connections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "STRANGERS", 5)
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port), AsyncExitStack() as stack:
+            await stack.enter_async_context(endpoint.seat("pump-1", TOKEN, Guest()))
+            strangers = [await dial(port) for _ in range(8)]
+            for one in strangers[5:]:
+                assert await one.closed() == b""
+            assert env.counted["connection_refused"] == 3
+            strangers[0].writer.close()
+            await strangers[0].writer.wait_closed()
+            await asyncio.sleep(0.05)
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            assert await client.read(4) == b"\x20\2\0\0"
+
+    asyncio.run(run())
+
+
+def test_a_client_that_sends_more_than_its_session_takes_waits_and_loses_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest(takes=3)
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                client.writer.write(b"".join(b"\x30\4\0\1a" + bytes([number]) for number in range(100)))
+                async with asyncio.timeout(10):
+                    while len(guest.messages) < 3:
+                        await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
+                assert len(guest.messages) == 3, "it did not wait"
+                guest.takes = 10**9
+                seat.more()
+                async with asyncio.timeout(10):
+                    while len(guest.messages) < 100:
+                        await asyncio.sleep(0.01)
+                assert [payload[0] for _, payload in guest.messages] == list(range(100))
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_fills_no_memory(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, _, port),
+            endpoint.seat("pump-1", TOKEN, Guest()) as seat,
+        ):
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            await client.read(4)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            sent = 0
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(1):
+                    while True:
+                        await seat.send("x", bytes(65536))
+                        sent += 65536
+            assert sent < 32 * 1024 * 1024, "nothing stopped it"
+            for _ in range(1000):
+                seat.tell("x", bytes(65536))
+            (connection,) = endpoint._connections
+            assert connection._transport.get_write_buffer_size() < 1024 * 1024
+
+    asyncio.run(run())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.binary(max_size=64), max_size=12), st.booleans(), st.sampled_from([4, 5]))
+def test_no_bytes_break_the_endpoint(tmp_path: Path, parts: list[bytes], greets: bool, version: int) -> None:
+    """After whatever bytes the endpoint serves the next client."""
+    broken: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                rude = await dial(port)
+                if greets:
+                    rude.writer.write(connect_packet(version=version))
+                for part in parts:
+                    rude.writer.write(part)
+                rude.writer.write_eof()
+                await rude.closed(5)
+                client = await dial(port)
+                client.writer.write(connect_packet() + b"\xc0\0")
+                assert await client.read(6) == b"\x20\2\0\0\xd0\0"
+
+    asyncio.run(run())
+    assert not broken
+
+
+def test_the_end_of_the_listener_ends_its_connections(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port), endpoint.seat("pump-1", TOKEN, Guest()):
+            devices = [PullingDevice(port, "token")]
+            for device in devices:
+                device.start()
+                await device.connected.wait()
+        await asyncio.sleep(0.1)
+        assert not endpoint._connections
+        for device in devices:
+            await device.stop()
+
+    asyncio.run(run())
