@@ -25,6 +25,7 @@ RESPONSE_PENDING: Final = 0x78
 _P2_STAR_S: Final = 5.0
 """ISO 14229-2, table 4: what a server has after each requestCorrectlyReceived-ResponsePending, unless it says otherwise."""
 _BUSY_WAIT_S: Final = 0.1
+_STARTING_S: Final = 0.05
 _KEEP_ALIVE_S: Final = 2.0
 """ISO 14229-2, 7.2: a server leaves the session after 5 s (S3 server) without a request."""
 _PASSES: Final = frozenset(
@@ -85,11 +86,11 @@ class UdsClient:
         self._lock = asyncio.Lock()
         self._asked_at = self._loop.time()
 
-    async def ask(self, request: Request, echo: bytes = b"") -> bytes:
+    async def ask(self, request: Request, echo: bytes = b"", *, about: str = "") -> bytes:
         """The data of the positive response to ``request``, after ``echo``: what the standard has the server repeat there.
 
-        Anything else that comes meanwhile belongs to an earlier request, and is passed over. Raises :class:`NegativeResponse`,
-        and Transient: NO_RESPONSE, and what the transport raises.
+        Anything else that comes meanwhile belongs to an earlier request, and is passed over. ``about`` is for messages. Raises
+        :class:`NegativeResponse`, and Transient: NO_RESPONSE, and what the transport raises.
         """
         assert request.service is not None
         async with self._lock:
@@ -100,7 +101,7 @@ class UdsClient:
                     break
                 await asyncio.sleep(_BUSY_WAIT_S)
         if not response.positive:
-            raise negative(request.service.get_name(), response.code or 0)
+            raise negative(request.service.get_name() + about, response.code or 0)
         return bytes(response.data or b"")[len(echo) :]
 
     async def tell(self, request: Request) -> None:
@@ -119,16 +120,33 @@ class UdsClient:
     async def read(self, did: int) -> bytes:
         """ReadDataByIdentifier (11.2), one identifier: its record."""
         echo = did.to_bytes(2, "big")
-        return await self.ask(Request(services.ReadDataByIdentifier, data=echo), echo)
+        request = Request(services.ReadDataByIdentifier, data=echo)
+        return await self.ask(request, echo, about=f" {did:#06x}")
 
     async def write(self, did: int, record: bytes) -> None:
         """WriteDataByIdentifier (11.7)."""
         echo = did.to_bytes(2, "big")
-        await self.ask(Request(services.WriteDataByIdentifier, data=echo + record), echo)
+        request = Request(services.WriteDataByIdentifier, data=echo + record)
+        await self.ask(request, echo, about=f" {did:#06x}")
 
     async def tester_present(self) -> None:
         """TesterPresent (10.6), answered."""
         await self.ask(services.TesterPresent.make_request(), b"\x00")
+
+    async def await_start(self, timeout_s: float) -> None:
+        """Return when the server answers, which may be starting. Raises Transient(NO_RESPONSE), Transient(LINK_LOST)."""
+        deadline = self._loop.time() + timeout_s
+        while True:
+            try:
+                await self.tester_present()
+                return
+            except NegativeResponse:
+                # it is there, and has another opinion of testers
+                return
+            except Transient as error:
+                if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:
+                    raise
+            await asyncio.sleep(_STARTING_S)
 
     @asynccontextmanager
     async def kept_alive(self, told: Callable[[], bool]) -> AsyncIterator[None]:

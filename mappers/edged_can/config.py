@@ -166,6 +166,7 @@ class UdsConfig:
     - ``bus_share``: of the bus that may be in use while edged sends; 1: no limit.
     - ``answer_s``: the longest that one answer takes. ``pending_s``: so long may a device ask for more time
       (requestCorrectlyReceived-ResponsePending). ``boot_s``: from a reset until it answers again.
+      ``settle_s``: from its answer to the programming session to the next request.
     - ``hardware_did``, ``version_did``, ``serial_did``: what identifies it; 0: it has none.
     - ``sequence``: what comes before the first erase. ``precondition_routine``: what ``check_preconditions`` starts.
     - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload.
@@ -197,6 +198,7 @@ class UdsConfig:
     answer_s: float = _key(1.0, _number(0.05, 60))
     pending_s: float = _key(120.0, _number(1, 3600))
     boot_s: float = _key(10.0, _number(0.1, 600))
+    settle_s: float = _key(0.0, _number(0, 60))
     hardware_did: int = _key(0xF191, _whole(1, 0xFFFF))
     version_did: int = _key(0xF189, _DID)
     serial_did: int = _key(0xF18C, _DID)

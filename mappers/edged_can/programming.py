@@ -57,7 +57,7 @@ class Programming:
             "check_preconditions": self._check_preconditions,
             "dtc_off": self._dtc_off,
             "communication_off": self._communication_off,
-            "programming_session": lambda: client.session(PROGRAMMING_SESSION),
+            "programming_session": self._programming_session,
             "security_access": self.unlock,
         }
 
@@ -119,6 +119,12 @@ class Programming:
             raise Permanent(Reason.CONFIG_INVALID, text) from None
         key = await asyncio.to_thread(key_for, settings.algorithm, seed, raw, level)
         await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+
+    async def _programming_session(self) -> None:
+        """The boot loader's session: many a controller gets there by a reset, before or after its answer."""
+        await self._client.session(PROGRAMMING_SESSION)
+        await asyncio.sleep(self._config.settle_s)
+        await self._client.await_start(self._config.boot_s)
 
     async def _check_preconditions(self) -> None:
         await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")

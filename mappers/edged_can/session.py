@@ -115,11 +115,14 @@ class UdsSession:
         await self.programming.write(image, progress)
 
     async def activate(self) -> None:
-        """ECUReset, and wait until the application tells its version, or for ``boot_s``.
+        """ECUReset, and wait until the application tells its version, for ``boot_s`` at most.
 
         Raises Transient(NO_RESPONSE) where nobody answers any more, NegativeResponse for the reset.
         """
         await self.programming.reset()
+        if not self._config.version_did:
+            await self._client.await_start(self._config.boot_s)
+            return
         deadline = self._loop.time() + self._config.boot_s
         # only the controller knows when it has booted
         while not await self._has_booted(deadline) and self._loop.time() < deadline:  # noqa: ASYNC110
@@ -189,17 +192,13 @@ class UdsSession:
     async def _has_booted(self, deadline: float) -> bool:
         """Raises Transient for a silence beyond the deadline, or a lost bus."""
         try:
-            if self._config.version_did:
-                return await self._version() is not None
-            await self._client.tester_present()
+            return await self._version() is not None
         except NegativeResponse:
-            # it is there; what it thinks of testers does not matter, but an identifier may be had later
-            return not self._config.version_did
+            return False
         except Transient as error:
             if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:
                 raise
             return False
-        return True
 
     async def _version(self) -> str | None:
         """What runs; None where no application does. Raises NegativeResponse where it may tell later, and Transient."""

@@ -87,6 +87,13 @@ def test_a_boot_loader_that_lingers_is_waited_for(site: Site) -> None:
     assert controller.counts.resets == 1
 
 
+def test_a_controller_that_starts_anew_for_its_programming_session(site: Site) -> None:
+    controller = site.controller(starts_anew_s=0.6)
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.seeds == 1, "the first try was not the one that succeeded"
+
+
 def test_a_device_in_its_boot_loader_for_a_moment_has_not_drifted(site: Site) -> None:
     controller = site.controller(lingers_s=0.3, boot_s=0)
     site.watch = True

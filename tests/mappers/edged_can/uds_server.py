@@ -91,7 +91,8 @@ class Controller:
     ``refuses_repeats``: a block that was repeated ends the transfer with requestSequenceError, as some do, in place of being
     acknowledged. ``slow_erase_s``: erasing takes so long, and the client is asked for time. ``endless``: it is asked for ever.
     ``never_boots``: it stays in its boot loader; ``lingers_s``: it
-    is there for so long after a start, and answers. ``locked_for_s``: after three wrong keys.
+    is there for so long after a start, and answers. ``starts_anew_s``: it gets into its programming session by a start,
+    after it has answered, and hears nothing for so long. ``locked_for_s``: after three wrong keys.
     """
 
     hardware: bytes = b"ECU-7"
@@ -104,6 +105,7 @@ class Controller:
     never_boots: bool = False
     boot_s: float = 0.02
     lingers_s: float = 0.0
+    starts_anew_s: float = 0.0
     locked_for_s: float = 10.0
     s3_s: float = 5.0
     p2_star_s: float = 5.0
@@ -218,6 +220,8 @@ class Controller:
             raise Negative(0x22)
         self._leave()
         self.session = kind
+        if kind == PROGRAMMING and self.starts_anew_s:
+            self.deaf_until = time.monotonic() + self.starts_anew_s
         yield from _unless_suppressed(
             data[0], bytes((0x50, kind)) + struct.pack(">HH", 50, int(self.p2_star_s * 100))
         )
