@@ -47,8 +47,11 @@ class PacedAdapter:
 
     def recv(self, timeout_s: float) -> Any:
         while not self._lines:
-            if not select.select([self._master], [], [], timeout_s)[0]:
-                return None
+            if not select.select([self._master], [], [], 0)[0]:
+                # nothing is waiting: the bus has been idle until the next frame comes
+                if not select.select([self._master], [], [], timeout_s)[0]:
+                    return None
+                self._free_at = max(self._free_at, time.monotonic())
             # no more than a few frames at once: what is not read yet is what the sender waits for
             *lines, self._rest = (self._rest + os.read(self._master, 256)).split(b"\r")
             self._lines = [line for line in lines if line[:1] == b"t"]
@@ -76,10 +79,11 @@ class PacedAdapter:
     def _take_time(self) -> None:
         if not self._frame_s:
             return
-        now = time.monotonic()
-        self._free_at = max(self._free_at, now) + self._frame_s
-        if self._free_at - now > _AHEAD_S:
-            time.sleep(self._free_at - now)
+        # what waits in the adapter follows at once, however late this process is
+        self._free_at += self._frame_s
+        ahead_s = self._free_at - time.monotonic()
+        if ahead_s > _AHEAD_S:
+            time.sleep(ahead_s)
 
 
 def main() -> None:

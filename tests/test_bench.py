@@ -25,6 +25,7 @@ FIGURES = {
         *("start", "memory_idle", "memory_flashing", "memory_after"),
         *("written_idle", "written_update"),
     ],
+    "can": ["paced", "udsoncan_share", "edged_share", "free", "cpu"],
     "store": ["twin_updates_1", "twin_updates_64"],
 }
 needs_tools = pytest.mark.skipif(

@@ -603,8 +603,16 @@ class OnBus:
                     self._serve(message)
         except BaseException as fault:  # noqa: BLE001 - told to whoever made it, or the power, of which the flash is left
             self.dead = True
-            if isinstance(fault, Exception) and not self._stop.is_set():
+            if not isinstance(fault, Exception):
+                self._say_dead()
+            elif not self._stop.is_set():
                 self.fault = fault
+
+    def _say_dead(self) -> None:
+        """The node's power went too: nothing is gained by waiting for the answer until its time is over."""
+        import can
+
+        self._bus.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
 
     def _serve(self, request: bytes) -> None:
         for answer in self.controller.answer(request):
