@@ -381,6 +381,7 @@ class _Transfer:
         self._loop = asyncio.get_running_loop()
         self._download = Download(offer.size_bytes, self._config.rounds)
         self._news = self._told.news
+        self._failures = self._failed_before = self._told.failures
         self._moved_at = self._loop.time()
         self._whole_at: float | None = None
         self._failed_at: float | None = None
@@ -414,9 +415,9 @@ class _Transfer:
             )
             self._progress(Phase.VERIFY, self._offer.size_bytes, self._offer.size_bytes)
             return True
-        if told.state == tb.FAILED:
+        if told.failures > self._failures:
             self._failed()
-        elif told.state in tb.BOOTING:
+        if told.state in tb.BOOTING:
             self._has_all()
         elif told.state == tb.UPDATED and self._whole_at is not None:
             self._session._env.count("wrong_version")
@@ -437,14 +438,14 @@ class _Transfer:
 
     def _failed(self) -> None:
         self._session._env.count("device_failed")
+        self._failures = self._told.failures
         self._whole_at = None
-        self._failed_at = self._loop.time()
-        self._download.failures += 1
-        if self._download.failures >= self._config.rounds:
+        self._failed_at = self._loop.time() if self._told.state == tb.FAILED else None
+        if self._failures - self._failed_before >= self._config.rounds:
             raise self._broken()
 
     def _broken(self) -> Permanent:
-        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._download.failures} times"
+        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._failures - self._failed_before} times"
         return Permanent(Reason.VERIFY_FAILED, f"{self._device}: {text}")
 
     # -- what it asks for

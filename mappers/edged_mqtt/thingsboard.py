@@ -147,14 +147,16 @@ def checksum(algorithm: str) -> Hash:
 @dataclass(slots=True)
 class Told:
     """What a device said of its firmware, as far as it is still true. ``news`` rises with each report; ``awaits`` is the
-    version of an image that it was given whole: it may boot that without another word."""
+    version of an image that it was given whole: it may boot that without another word. ``failures`` counts how often it said
+    FAILED, ``error`` is why it did so last."""
 
     title: str | None = None
     version: str | None = None
     state: str | None = None
-    error: str = ""
     news: int = 0
     awaits: str | None = None
+    failures: int = 0
+    error: str = ""
 
     def take(self, component: str, values: Mapping[str, JsonValue]) -> bool:
         """Read a report; False where it says nothing of the firmware."""
@@ -172,9 +174,13 @@ class Told:
             return False
         if "version" in found:
             # a report with the version is one of all: what is not in it is not so any more
-            self.state, self.error = None, ""
-        for key, value in found.items():
-            setattr(self, key, value)
+            self.state = None
+        if found.get("state") == FAILED:
+            # counted here: the next word may come before anybody has looked
+            self.failures += 1
+            self.error = str(found.get("error", ""))
+        for key in found.keys() - {"error"}:
+            setattr(self, key, found[key])
         if self.state in (UPDATED, FAILED) or self.version == self.awaits:
             self.awaits = None
         self.news += 1
@@ -204,7 +210,6 @@ class Download:
     size_bytes: int
     rounds: int
     sent_bytes: int = 0
-    failures: int = 0
     _past: int = 0
     _stray: int = 0
     _sent: dict[int, int] = field(default_factory=dict)

@@ -64,7 +64,8 @@ class PullingDevice:
     ``chunk_bytes`` 0: the whole image at once. ``version`` is what it runs. ``flash`` is the image that it downloaded last,
     byte by byte as it came. ``boots``: it comes up with what it was offered; False: with what it ran before. ``reboots``: it
     loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
-    ``repeats``: and what it runs.
+    ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
+    ``tries_again``: it asks anew after a failure. ``next_chunk``: which one it asks for in place of the next.
     """
 
     port: int
@@ -92,6 +93,9 @@ class PullingDevice:
     every_s: float = 0.0
     asks_again: bool = True
     repeats: bool = False
+    naive: bool = False
+    tries_again: bool = False
+    next_chunk: Callable[[int], int] = lambda chunk: chunk
 
     def __post_init__(self) -> None:
         self._writer: asyncio.StreamWriter | None = None
@@ -259,11 +263,13 @@ class PullingDevice:
     def ask(self) -> None:
         self.requests += 1
         payload = str(self.chunk_bytes) if self.chunk_bytes else ""
-        self.publish(f"v2/{self.component}/request/{self._round}/chunk/{self._chunk}", payload)
+        self.publish(
+            f"v2/{self.component}/request/{self._round}/chunk/{self.next_chunk(self._chunk)}", payload
+        )
 
     async def _got(self, topic: str, payload: bytes) -> None:
         _, _, _, number, _, index = topic.split("/")
-        if int(number) != self._round or int(index) != self._chunk:
+        if int(number) != self._round or (int(index) != self._chunk and not self.naive):
             return  # an answer that comes twice or late
         self.flash += payload
         self.written += len(payload)
@@ -272,7 +278,9 @@ class PullingDevice:
             self.on_chunk(self._chunk)
         if self.delay_s:
             await asyncio.sleep(self.delay_s)
-        if len(self.flash) < self._offer["size"] and payload:
+        if (self.naive and len(self.flash) != self._offer["size"]) or (
+            len(self.flash) < self._offer["size"] and payload
+        ):
             self.ask()
         else:
             self._install()
@@ -281,6 +289,9 @@ class PullingDevice:
         self._say("DOWNLOADED")
         if hashlib.sha256(self.flash).hexdigest() != self._offer["checksum"]:
             self._say("FAILED", **{f"{self.component}_error": "checksum"})
+            if self.tries_again:
+                self._round += 1
+                self._begin()
             return
         self._say("VERIFIED")
         self._say("UPDATING")
