@@ -70,11 +70,14 @@ async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) 
             ssl=context,
             ssl_handshake_timeout=limit_s,
             backlog=256,
+            start_serving=False,
         )
     except OSError as exc:
         reason = Reason.LINK_BUSY if exc.errno in _BUSY else Reason.DEVICE_ABSENT
         raise Transient(reason, f"cannot listen at {address}: {exc.strerror or exc}") from exc
     try:
+        # only here: a listener that was cancelled while it started would stay open
+        await server.start_serving()
         yield endpoint
     finally:
         server.close()
