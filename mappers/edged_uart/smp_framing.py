@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from collections import deque
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -28,6 +29,7 @@ LINE_BYTES: Final = 127
 _LENGTH_BYTES: Final = 2
 _LINE_FRAME_BYTES: Final = len(FIRST) + 1
 _LONGEST_LINE: Final = 4096
+_KEPT_LINES: Final = 1000
 _LONGEST_MESSAGE: Final = 65535 + HEADER_BYTES
 _RAW_MOST_BYTES: Final = 16384
 _FULL_BLOCK_BYTES: Final = 254
@@ -67,7 +69,7 @@ class Console:
         self._text_bytes = (line_bytes - _LINE_FRAME_BYTES) // 4 * 4
         self._line = bytearray()
         self._packet: bytearray | None = None
-        self._texts: list[str] = []
+        self._texts: deque[str] = deque(maxlen=_KEPT_LINES)
 
     def encode(self, message: bytes) -> bytes:
         """Lines of base64 over length, message and CRC."""
@@ -84,8 +86,8 @@ class Console:
         return [message for line in lines if (message := self._take(bytes(line))) is not None]
 
     def text_lines(self) -> Iterator[str]:
-        texts, self._texts = self._texts, []
-        yield from texts
+        while self._texts:
+            yield self._texts.popleft()
 
     def forget(self) -> None:
         self._packet = None
@@ -95,7 +97,7 @@ class Console:
         at, first = _frame_start(line)
         if at < 0:
             # the application's lines may come between those of one message
-            self._texts = [*self._texts[-999:], line.decode("utf-8", "replace").strip("\r")]
+            self._texts.append(line.decode("utf-8", "replace").strip("\r"))
             return None
         try:
             part = base64.b64decode(line[at + len(FIRST) :].rstrip(b"\r"), validate=True)

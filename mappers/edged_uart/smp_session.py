@@ -157,8 +157,9 @@ class SmpSession:
             else "unknown",
         }
         board = await self._offered(smp.APPLICATION_INFO, {"format": "i"}, "output")
-        if (kernel := await self._offered(smp.APPLICATION_INFO, {"format": "sv"}, "output")) is not None:
-            detail["kernel"] = str(kernel)
+        kernel = await self._offered(smp.APPLICATION_INFO, {"format": "sv"}, "output")
+        if isinstance(kernel, str):
+            detail["kernel"] = kernel
         if (mode := await self._boot_mode()) is not None:
             detail["boot_mode"] = str(mode)
         try:
@@ -167,7 +168,8 @@ class SmpSession:
             detail["slots"] = error.name
         else:
             detail |= {f"slot {entry.slot}": _described(entry) for entry in state.entries}
-        return Identity(f"smp:{board or 'unknown'}", detail=detail)
+        known = board if isinstance(board, str) and board.isprintable() else ""
+        return Identity(f"smp:{known or 'unknown'}", detail=detail)
 
     async def slots(self) -> Slots:
         """The two slots, by the hash of what they hold. Raises Permanent(UNSUPPORTED) where it is not the application
@@ -335,10 +337,10 @@ class SmpSession:
 
     async def _state(self) -> State:
         body = await self._client.ask(smp.IMAGE_STATE)
-        images = body.get("images")
-        if not isinstance(images, list) or not all(isinstance(entry, dict) for entry in images):
+        if not isinstance(body.get("images"), list):
             raise Transient(Reason.PROTOCOL_ERROR, f"{self._link.path}: the image state has no images")
-        entries = [_entry(entry) for entry in images if _number(entry, "image") == self._config.image]
+        found = (entry for entry in _maps(body["images"]) if _number(entry, "image") == self._config.image)
+        entries = [_entry(entry) for entry in found]
         return State(tuple(sorted(entries, key=lambda entry: entry.slot)))
 
     async def _known_state(self) -> State:
@@ -373,10 +375,10 @@ class SmpSession:
                 "it has to be built for swapping, or for direct XIP with revert",
             )
         images = await self._offered(smp.SLOT_INFO, {}, "images")
-        for entry in images if isinstance(images, list) else ():
-            if not isinstance(entry, dict) or _number(entry, "image") != self._config.image:
+        for entry in _maps(images):
+            if _number(entry, "image") != self._config.image:
                 continue
-            slots = [slot for slot in entry.get("slots", ()) if isinstance(slot, dict)]
+            slots = _maps(entry.get("slots"))
             if len(slots) < 2:
                 raise Permanent(Reason.UNSUPPORTED, f"{self._device.id} has {len(slots)} slots, not two")
             sizes = [_number(slot, "size") for slot in slots if _number(slot, "size")]
@@ -531,6 +533,8 @@ class SmpSession:
             names = await self._offered(smp.STATISTICS_GROUPS, {}, "stat_list")
         found = []
         for name in names if isinstance(names, list) else ():
+            if not isinstance(name, str):
+                continue
             fields = await self._offered(smp.STATISTICS, {"name": name}, "fields")
             for key, value in fields.items() if isinstance(fields, dict) else ():
                 if isinstance(value, int):
@@ -614,6 +618,11 @@ def _entry(entry: Mapping[str, Any]) -> ImageState:
         permanent=entry.get("permanent") is True,
         bootable=entry.get("bootable") is True,
     )
+
+
+def _maps(value: object) -> list[Mapping[str, Any]]:
+    """The maps in a list; what else a device may put there is nothing."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _number(entry: Mapping[str, Any], key: str) -> int:

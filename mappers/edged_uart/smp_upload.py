@@ -72,6 +72,7 @@ class _Upload:
         self._content = content
         self._pace = pace
         self._window = max(1, pace.window)
+        self._first = content.first
         self._progress = progress
         self._offset = 0
         self._furthest = 0
@@ -99,6 +100,10 @@ class _Upload:
         """
         body = await self._piece(0)
         least = min(_IMAGE_HEADER_BYTES, self._content.size_bytes)
+        if len(body["data"]) < least:
+            # the header must be whole in it; without the hash an upload that is cut begins anew
+            del self._first["sha"]
+            body = await self._piece(0)
         if len(body["data"]) < least:
             text = (
                 f"its buffer of {self._client.parameters.buffer_bytes} bytes has no room for an image header"
@@ -189,7 +194,7 @@ class _Upload:
 
     async def _piece(self, offset: int) -> dict[str, Any]:
         """The body of the request from ``offset`` on: as much as the server has room for."""
-        body: dict[str, Any] = {"off": offset, "data": b"", **(self._content.first if offset == 0 else {})}
+        body: dict[str, Any] = {"off": offset, "data": b"", **(self._first if offset == 0 else {})}
         room = self._client.message_bytes - len(smp.encode(smp.UPLOAD, 0, body))
         left = self._content.size_bytes - offset
         # CBOR needs 0 to 2 bytes more for the length of what is no longer empty (RFC 8949, 3)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import random
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,20 +98,33 @@ def subject(server: SmpServer, **config: object) -> Subject:
     )
 
 
-def losing(every: int, *, start: int = 0) -> Callable[[bytes], bytes]:
-    """A wire that drops one byte of so many."""
-    seen = start
+class BadWire:
+    """A wire on which one byte of so many is lost, doubled, flipped, or followed by another; ``hits`` counts them."""
 
-    def lose(data: bytes) -> bytes:
-        nonlocal seen
-        kept = bytearray()
+    def __init__(self, seed: int, one_in: int, *faults: str) -> None:
+        self._thrown = random.Random(seed)
+        self._one_in = one_in
+        self._faults = faults or ("lost", "doubled", "flipped", "noise")
+        self.hits = 0
+
+    def __call__(self, data: bytes) -> bytes:
+        out = bytearray()
         for byte in data:
-            seen += 1
-            if seen % every:
-                kept.append(byte)
-        return bytes(kept)
+            hit = self._thrown.random() * self._one_in < 1
+            self.hits += hit
+            out += self._disturbed(byte) if hit else bytes([byte])
+        return bytes(out)
 
-    return lose
+    def _disturbed(self, byte: int) -> bytes:
+        match self._thrown.choice(self._faults):
+            case "lost":
+                return b""
+            case "doubled":
+                return bytes([byte, byte])
+            case "flipped":
+                return bytes([byte ^ 1 << self._thrown.randrange(8)])
+            case _:
+                return bytes([byte, self._thrown.randrange(256)])
 
 
 @dataclass

@@ -9,10 +9,12 @@ not confirmed. It lives in a thread of its own behind a pseudo terminal.
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import os
 import select
 import struct
+import termios
 import threading
 import time
 import tty
@@ -36,6 +38,8 @@ SICK: Final = b"SICK"
 _HEAD: Final = 0x20
 _KNOWN_GROUPS: Final = (0, 1, 2, 3)
 _WORD: Final = 8
+_FLUSHED: Final = 1
+"""TIOCPKT_FLUSHREAD, see tty_ioctl(4)."""
 
 
 def make_image(
@@ -123,7 +127,8 @@ class SmpServer:
     ``keys``: public keys that its boot loader knows; empty: it wants no signature. ``versions``: headers that it answers.
     ``line_bytes_per_s``: what the line carries in each direction, 0: no limit. ``erase_s``: erasing a slot. ``hello``: lines
     that the application prints when it starts. ``mode``: of MCUboot, None where the command is not offered. ``checks``: it
-    tells after an upload whether the SHA-256 matched.
+    tells after an upload whether the SHA-256 matched. ``resets_on_open``: its reset is wired to the line's DTR, which a
+    pseudo terminal does not have: whoever opens it resets the device.
     """
 
     def __init__(
@@ -145,6 +150,7 @@ class SmpServer:
         mode: int | None = 1,
         checks: bool = False,
         tells_parameters: bool = True,
+        resets_on_open: bool = False,
         settings: dict[str, bytes] | None = None,
         statistics: dict[str, dict[str, int]] | None = None,
     ) -> None:
@@ -174,6 +180,7 @@ class SmpServer:
         self._byte_s = 1 / line_bytes_per_s if line_bytes_per_s else 0.0
         self._hello = hello
         self._tells_parameters = tells_parameters
+        self._resets_on_open = resets_on_open
         self._ram = Ram()
         self._up_at = 0.0
         self._reset_at: float | None = None
@@ -219,6 +226,9 @@ class SmpServer:
         with self._lock:
             self._master, self._slave = os.openpty()
             tty.setraw(self._slave)
+            if self._resets_on_open:
+                # packet mode: the kernel tells of the flush with which a port is opened
+                fcntl.ioctl(self._master, termios.TIOCPKT, struct.pack("i", 1))
             self.port.symlink_to(os.ttyname(self._slave))
 
     def power(self, effects: Effects | None = None) -> None:
@@ -289,7 +299,7 @@ class SmpServer:
         if not ready:
             return
         try:
-            data = self.to_device(os.read(self._master, 4096))
+            data = self.to_device(self._read())
         except OSError:
             return
         self._spend(len(data))
@@ -297,6 +307,14 @@ class SmpServer:
         if self._powered and not self._hangs and not self._up_at:
             for message in self._messages(data):
                 self._answer(message)
+
+    def _read(self) -> bytes:
+        data = os.read(self._master, 4096)
+        if not self._resets_on_open:
+            return data
+        if data[0] & _FLUSHED:
+            self._boot()
+        return data[1:] if data[0] == 0 else b""
 
     def _spend(self, count: int) -> None:
         if self._byte_s:

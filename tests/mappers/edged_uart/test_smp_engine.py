@@ -109,6 +109,17 @@ def test_a_device_that_hangs_in_its_trial_is_left_by_its_watchdog(
     assert server.runs == "1.0.0" and server.counts.trial_boots == 1
 
 
+def test_a_device_that_hangs_in_its_trial_is_reset_where_its_reset_is_wired(tmp_path: Path) -> None:
+    """Nobody switches it off and on: edged pulses DTR, and its boot loader goes back."""
+    hanging = make_image((6, 6, 6), HANGS + body_of(4000, 6))
+    with SmpServer(tmp_path, FACTORY, resets_on_open=True) as server:
+        config = {"boot_s": 1, "answer_s": 0.1, "reset": "dtr"}
+        node = Node(tmp_path / "node", server.port, {"6.6.6": hanging}, config=config)
+        job = asyncio.run(node.deploy("6.6.6"))
+        assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
+        assert server.runs == "1.0.0" and server.counts.trial_boots == 1 and server.confirmed
+
+
 def test_properties_reach_the_twin_and_wishes_the_device(tmp_path: Path) -> None:
     config = {"settings": {"app/interval": {"type": "uint32", "unit": "s"}}, "poll_s": 0.2}
     with SmpServer(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import subprocess
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from peer_kit import peer_python
-from smp_kit import FACTORY, SECOND, connected, device, identifies_as, opaque
+from smp_kit import FACTORY, SECOND, BadWire, connected, device, identifies_as, opaque
 from smp_server import HANGS, SmpServer, body_of, make_image
 from uart_kit import Watched
 
@@ -61,6 +60,33 @@ def test_the_first_piece_has_the_header_and_the_sha_and_each_fills_the_buffer(tm
         # 384 without length and CRC, header, CBOR's names and numbers, down to a word
         assert {len(piece["data"]) for piece in following[:-1]} <= {352, 356}
         assert server.counts.dropped == 0
+
+
+@pytest.mark.parametrize("buffer_bytes", [100, 128, 2048])
+def test_small_and_large_buffers(tmp_path: Path, buffer_bytes: int) -> None:
+    """Where header and hash do not both fit into the first piece, the hash is left out."""
+
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, buffer_bytes=buffer_bytes) as server:
+        on(server, work)
+        first = uploads(server)[0]
+        assert len(first["data"]) >= 32 and ("sha" in first) == (buffer_bytes > 100)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND and server.counts.dropped == 0
+
+
+def test_a_buffer_without_room_for_a_header_is_refused(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Permanent) as caught:
+            await staged(session, SECOND)
+        assert (
+            caught.value.reason is Reason.UNSUPPORTED and "no room for an image header" in caught.value.detail
+        )
+        assert not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY, buffer_bytes=56, mode=None) as server:
+        on(server, work)
 
 
 @pytest.mark.parametrize(("count", "window", "most"), [(4, 0, 3), (1, 0, 1), (4, 1, 1), (2, 8, 8)])
@@ -126,46 +152,20 @@ def test_nobody_there_says_what_to_look_at(tmp_path: Path) -> None:
 # -- faults on the wire
 
 
-def dice(
-    seed: int, rate: float, change: Callable[[random.Random, bytes, int], bytes]
-) -> Callable[[bytes], bytes]:
-    """A wire on which ``rate`` of the bytes meet with ``change``."""
-    thrown = random.Random(seed)
-    hits = 0
-
-    def disturb(data: bytes) -> bytes:
-        nonlocal hits
-        out = bytearray()
-        for at in range(len(data)):
-            hit = thrown.random() < rate
-            hits += hit
-            out += change(thrown, data, at) if hit else data[at : at + 1]
-        disturb.hits = hits  # type: ignore[attr-defined]
-        return bytes(out)
-
-    return disturb
-
-
-FAULTS: dict[str, Callable[[random.Random, bytes, int], bytes]] = {
-    "lost": lambda thrown, data, at: b"",
-    "doubled": lambda thrown, data, at: data[at : at + 1] * 2,
-    "flipped": lambda thrown, data, at: bytes([data[at] ^ 1 << thrown.randrange(8)]),
-    "noise": lambda thrown, data, at: data[at : at + 1] + bytes([thrown.randrange(256)]),
-}
+FAULTS = ["lost", "doubled", "flipped", "noise"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("framing", ["console", "cobs"])
 def test_bytes_that_go_wrong_cost_time_and_nothing_else(tmp_path: Path, fault: str, framing: str) -> None:
+    wire = BadWire(1, 3000, fault)
+
     async def work(session: SmpSession) -> None:
         # the wire turns bad when the device was found
-        server.to_device, server.from_device = (
-            dice(1, 1 / 3000, FAULTS[fault]),
-            dice(2, 1 / 3000, FAULTS[fault]),
-        )
+        server.to_device, server.from_device = wire, BadWire(2, 3000, fault)
         await staged(session, SECOND)
         assert bytes(server.slots[1][: len(SECOND)]) == SECOND
-        assert server.to_device.hits > 0  # type: ignore[attr-defined]
+        assert wire.hits > 0
 
     with SmpServer(tmp_path, FACTORY, framing=framing) as server:
         on(server, work, answer_s=0.1, framing=framing)
@@ -177,7 +177,7 @@ def test_without_a_checksum_no_wrong_image_is_called_good(tmp_path: Path, fault:
     """Raw: what was damaged on the way is stored; the boot loader does not boot it, and that is seen."""
 
     async def work(session: SmpSession) -> None:
-        server.to_device = dice(3, 1 / 1500, FAULTS[fault])
+        server.to_device = BadWire(3, 1500, fault)
         try:
             await staged(session, SECOND)
             server.to_device = lambda data: data

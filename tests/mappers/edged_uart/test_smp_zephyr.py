@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import zephyr_kit
-from smp_kit import Node, connected, device, identifies_as, opaque
+from smp_kit import BadWire, Node, connected, device, identifies_as, opaque
 from uart_kit import LINKS, MAPPERS, Watched
 from zephyr_kit import (
     BOARD,
@@ -256,6 +256,17 @@ def test_a_release_goes_all_the_way(
 
     zephyr.cut_power()
     on(zephyr, work)
+
+
+@pytest.mark.slow
+def test_a_bad_line_costs_time_and_nothing_else(zephyr: Zephyr, tmp_path: Path) -> None:
+    """One byte in 4,000 is lost, doubled, flipped or added, both ways, from the first to the last."""
+    zephyr.to_device, zephyr.from_device = BadWire(1, 4000), BadWire(2, 4000)
+    node = Node(tmp_path / "node", zephyr.port, {"2.0.0": signed("2.0.0")}, None, {**REAL, "answer_s": 0.3})
+    job = asyncio.run(node.deploy("2.0.0", 120))
+    assert job.state is State.SUCCEEDED, job.detail
+    assert zephyr.to_device.hits > 3 and job.trial_boots == 1
+    assert zephyr.slot(0, len(signed("2.0.0"))) == signed("2.0.0")
 
 
 @pytest.mark.slow
