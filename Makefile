@@ -9,7 +9,7 @@ AT_A_TIME := -n 2 --dist loadfile
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
 	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some ten minutes"
-	@echo "make test-node  the package on real Debian systems: containers, machines, power cuts; as root, some fifteen minutes"
+	@echo "make test-node  the package on real Debian systems: containers, machines, power cuts; as root, some thirty minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
 	@echo "make deb     build dist/edged_VERSION_all.deb, the same bytes each time"
@@ -30,7 +30,7 @@ test:
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
-	$(BIN)/python -m pytest $(AT_A_TIME) tests/node
+	$(BIN)/python -m pytest $(AT_A_TIME) --no-loadscope-reorder tests/node
 
 lint: setup
 	$(BIN)/ruff check .

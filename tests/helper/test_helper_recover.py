@@ -114,9 +114,10 @@ def test_other_packages_of_the_same_run_come_after_ours(
     on_1_0.keep_deb(debs["2.0"])
     other = make_deb(tmp_path, "5", name="another", scripts={"postinst": script})
     on_1_0.dpkg("--unpack", other, debs["2.0"])
-    on_1_0.recover()
+    said = on_1_0.recover()
     assert_whole(on_1_0, "2.0", "dpkg --configure edged")
     assert on_1_0.status("another") == f"{left} 5"
+    assert ("other packages were cut too" in said) == (left != "ii")
 
 
 def test_what_ours_needs_was_not_set_up_either(on_1_0: Node, tmp_path: Path) -> None:

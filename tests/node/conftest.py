@@ -11,6 +11,14 @@ import pytest
 from guest import SUITES, Image
 from guest.images import images as all_images
 from node_kit import build_package
+from repository_kit import ill_versions, publish
+
+LONGEST = ("test_node_power_cuts.py", "test_upgrade_power_cuts.py", "test_machine.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that at the end no worker is left alone with one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +58,10 @@ def deb() -> Path:
 def newer_deb() -> Path:
     """The same under a higher version, to be upgraded to."""
     return build_package("0.2.0~rc1")
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory, deb: Path, newer_deb: Path) -> Path:
+    """A signed repository with what runs, a good version and bad ones."""
+    ill = ill_versions(newer_deb, tmp_path_factory.mktemp("ill"))
+    return publish(tmp_path_factory.mktemp("repository"), deb, newer_deb, *ill)

@@ -182,12 +182,17 @@ print(json.dumps(job))
 
 
 def send_releases(guest: Guest, releases: Releases) -> None:
-    """Bring the repository into the guest, as on a stick."""
+    """Bring the repository of releases into the guest."""
+    send(guest, releases.folder, RELEASES)
+
+
+def send(guest: Guest, folder: Path, inside: str) -> None:
+    """Bring what is in ``folder`` into the guest, as on a stick."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
-        tar.add(releases.folder, arcname=".")
-    guest.run("mkdir", "-p", RELEASES)
-    guest.run("tar", "-xC", RELEASES, stdin=packed.getvalue())
+        tar.add(folder, arcname=".")
+    guest.run("mkdir", "-p", inside)
+    guest.run("tar", "-xC", inside, stdin=packed.getvalue())
 
 
 def make_certificate(name: str) -> dict[str, bytes]:

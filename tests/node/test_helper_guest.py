@@ -5,10 +5,6 @@ The daemon is restarted in the middle of each of these upgrades: the package's o
 
 from __future__ import annotations
 
-import hashlib
-import re
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,76 +12,29 @@ from pathlib import Path
 import pytest
 from guest import Container, Image
 from guest.command import eventually
-from node_kit import ROOT, install
+from repository_kit import (
+    BROKEN,
+    CRASHES,
+    LATE,
+    NEW,
+    QUICK,
+    QUICK_FILE,
+    REPOSITORY,
+    STATE,
+    install_from,
+    version_of,
+)
 
-REPOSITORY = "/srv/apt"
 SOCKET = "/run/edged-helper.sock"
-STATE = "/var/lib/edged-helper"
-SOURCE = f"deb [signed-by={REPOSITORY}/edged.asc] file:{REPOSITORY} ./\n"
-QUICK = "[Service]\nExecStart=\nExecStart=/usr/libexec/edged-helper --start-s 60 --health-s 5 --idle-s 3\n"
-NEW, CRASHES, LATE, BROKEN = "0.2.0~rc1", "0.3.0~crashes", "0.3.0~late", "0.3.0~broken"
-
-READY_AND_GONE = """#!/usr/bin/python3 -I
-import os, socket, time
-with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-    sock.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
-time.sleep(3)
-raise SystemExit(1)
-"""
-
-
-def changed(deb: Path, folder: Path, version: str, files: dict[str, str]) -> Path:
-    """``deb`` as ``version``, with these files in it replaced; each is as whole as dpkg can tell."""
-    tree = folder / version
-    run("dpkg-deb", "--raw-extract", str(deb), str(tree))
-    control = tree / "DEBIAN" / "control"
-    control.write_text(
-        re.sub(r"^Version: .*$", f"Version: {version}", control.read_text(), flags=re.MULTILINE)
-    )
-    sums = tree / "DEBIAN" / "md5sums"
-    for name, text in files.items():
-        (tree / name).write_text(text)
-        (tree / name).chmod(0o755)
-        digest = hashlib.md5(text.encode()).hexdigest()
-        sums.write_text(
-            re.sub(rf"^\w+  {re.escape(name)}$", f"{digest}  {name}", sums.read_text(), flags=re.MULTILINE)
-        )
-    made = folder / f"edged_{version}_all.deb"
-    run("dpkg-deb", "--root-owner-group", "-Zgzip", "--build", str(tree), str(made))
-    shutil.rmtree(tree)
-    return made
-
-
-def run(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-@pytest.fixture(scope="session")
-def repository(tmp_path_factory: pytest.TempPathFactory, deb: Path, newer_deb: Path) -> Path:
-    """A signed repository, as ``make apt-repo`` makes it, with what runs, a good version and bad ones."""
-    made, folder = tmp_path_factory.mktemp("debs"), tmp_path_factory.mktemp("repository")
-    # apt reads it as a user of its own
-    folder.chmod(0o755)
-    debs = [
-        deb,
-        newer_deb,
-        changed(newer_deb, made, CRASHES, {"usr/bin/edged": "#!/bin/sh\nexit 1\n"}),
-        changed(newer_deb, made, LATE, {"usr/bin/edged": READY_AND_GONE}),
-        changed(newer_deb, made, BROKEN, {"DEBIAN/postinst": "#!/bin/sh\nexit 1\n"}),
-    ]
-    run("packaging/apt-repo.sh", str(folder), *map(str, debs))
-    return folder
 
 
 @contextmanager
 def node(image: Image, folder: Path, repository: Path, deb: Path) -> Iterator[Container]:
     """A Debian on which the package runs and that trusts the repository."""
     with Container(image, folder, binds={REPOSITORY: repository}) as guest:
-        install(guest, deb)
-        guest.write("/etc/apt/sources.list.d/edged.list", SOURCE)
-        guest.write("/etc/systemd/system/edged-helper.service.d/quick.conf", QUICK)
+        key = (repository / "edged.asc").read_bytes()
+        install_from(guest, key, f"file:{REPOSITORY}", f"edged={version_of(deb)}")
+        guest.write(QUICK_FILE, QUICK)
         guest.run("systemctl", "daemon-reload")
         yield guest
 
@@ -190,7 +139,7 @@ def test_a_boot_goes_on_with_an_upgrade_that_a_shutdown_left(
     with node(bookworm, tmp_path, repository, deb) as guest:
         runs(guest)
         guest.write(
-            "/etc/systemd/system/edged-helper.service.d/quick.conf",
+            QUICK_FILE,
             QUICK.replace("health-s 5", "health-s 20"),
         )
         guest.run("systemctl", "daemon-reload")

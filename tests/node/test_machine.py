@@ -25,13 +25,14 @@ from node_kit import (
     await_job,
     board,
     configure,
-    install,
     make_certificate,
     make_releases,
+    send,
     send_releases,
     start_job,
     written,
 )
+from repository_kit import REPOSITORY, install_from, publish
 
 from edged.testing.avr import SimulatedAvr
 
@@ -85,13 +86,25 @@ def ready(
     with boards(folder) as (fixed, plugged), machine(image, disk, folder, fixed, plugged) as guest:
         guest.start()
         boot_s, began = guest.boot_s, time.monotonic()
-        install(guest, deb)
+        install_over_http(guest, publish(folder / "repository", deb))
         install_s = time.monotonic() - began
         send_releases(guest, releases)
         configure(guest, {FIXED: "serial:/dev/ttyS1", PLUGGED: f"serial:{PLUGGED_PORT}"})
         guest.run("systemctl", "stop", "edged.service", timeout_s=120)
         guest.save("ready")
     return Ready(image, disk, boot_s, install_s)
+
+
+def install_over_http(guest: Machine, repository: Path) -> None:
+    """``apt-get install edged`` from a signed repository behind a web server, as the page says it."""
+    send(guest, repository, REPOSITORY)
+    server = ("python3", "-m", "http.server", "--bind", "127.0.0.1", "--directory", REPOSITORY, "8080")
+    guest.run("systemd-run", "--quiet", "--unit=web", *server)
+    eventually(lambda: guest.sh("ss -Hltn sport = :8080"), 120, "the web server")
+    key = (repository / "edged.asc").read_bytes()
+    install_from(guest, key, "http://127.0.0.1:8080", "edged", timeout_s=600)
+    guest.run("systemctl", "stop", "web.service")
+    assert "http://127.0.0.1:8080" in guest.run("apt-cache", "policy", "edged").out
 
 
 @contextmanager

@@ -8,8 +8,10 @@ Then the same with a disk whose cache is volatile too, at many points of one run
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
+import re
 import shutil
 import sqlite3
 import threading
@@ -183,7 +185,9 @@ def _look_at(database: Path, told: Acknowledged) -> Found:
 
 
 @contextlib.contextmanager
-def node(disks: Disks, folder: Path, state: str) -> Iterator[tuple[Machine, dict[str, SimulatedAvr]]]:
+def node(
+    disks: Disks, folder: Path, state: str, *, kernel_line: str = ""
+) -> Iterator[tuple[Machine, dict[str, SimulatedAvr]]]:
     """A node with its boards, not yet booted. ``state`` is the option of its second disk."""
     with contextlib.ExitStack() as stack:
         boards = {device: stack.enter_context(board(folder / device)) for device in DEVICES}
@@ -194,6 +198,7 @@ def node(disks: Disks, folder: Path, state: str) -> Iterator[tuple[Machine, dict
             folder / "machine",
             serials=serials,
             state=state,
+            kernel_line=kernel_line,
             power_on=False,
         )
         yield stack.enter_context(machine), boards
@@ -332,41 +337,13 @@ def report(campaigns: list[Campaign]) -> str:
     return "\n".join([*lines, "", *ends]) + "\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What had been told when the log was at least ``entries`` long."""
-
-    told_bytes: int
-    entries: int
-
-
-@contextlib.contextmanager
-def sampled(witness: Path, log: Path) -> Iterator[list[Sample]]:
-    """Pairs of the witness's and the log's length, in that order: a cut at or after it must hold what was told."""
-    samples: list[Sample] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.02):
-            told = witness.stat().st_size if witness.exists() else 0
-            samples.append(Sample(told, blklog.entries(log)))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        thread.join()
-
-
 @pytest.mark.timeout(900)
 def test_a_volatile_disk_cache_loses_nothing_that_was_acknowledged(disks: Disks, tmp_path: Path) -> None:
     copy_disk(disks.system, tmp_path / "system.raw")
     state, log = copy_disk(disks.state, tmp_path / "state.raw"), tmp_path / "log.raw"
     base = copy_disk(state, tmp_path / "base.raw")
     with node(disks, tmp_path, blklog.options(state, log)) as (machine, _):
-        with sampled(machine.witness, log) as samples:
+        with blklog.sampled(machine.witness, log) as samples:
             live(machine)
             first = blklog.entries(log)
             time.sleep(40)
@@ -390,3 +367,60 @@ def test_a_volatile_disk_cache_loses_nothing_that_was_acknowledged(disks: Disks,
     liar = look(target, mnt, acknowledged(witness))
     assert liar.lost > 0
     print(f"{POINTS} points of {len(writes)} writes, up to {most} acknowledged rows and jobs: none lost")
+
+
+PAGE: Final = (
+    (ROOT / "docs/boards/README.md").read_text().partition("\n## Read-only root\n")[2].partition("\n## ")[0]
+)
+"""What the page says of a root that is read-only."""
+
+
+def block(kind: str) -> str:
+    """The page's block of that kind."""
+    (found,) = re.findall(rf"^```{kind}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def make_read_only(system: Path, state: Path, folder: Path) -> None:
+    """As the page says; the rest is what every such system has: tmpfs where others write."""
+    run("e2label", str(state), "edged")
+    with mounted(system, folder) as root:
+        temporary = ("/tmp", "/var/tmp", "/var/log", "/var/lib/systemd")
+        lines = ["/dev/vda / ext4 ro 0 1", *(f"tmpfs {path} tmpfs mode=1777 0 0" for path in temporary)]
+        (root / "etc/fstab").write_text("\n".join([*lines, block("")]))
+        drop_in = root / "etc/systemd/system/edged.service.d/override.conf"
+        drop_in.parent.mkdir()
+        drop_in.write_text(block("ini"))
+
+
+@pytest.mark.timeout(1800)
+def test_a_root_that_is_read_only_and_a_power_cut(disks: Disks, tmp_path: Path) -> None:
+    system, state = (
+        copy_disk(disks.system, tmp_path / "system.raw"),
+        copy_disk(disks.state, tmp_path / "state.raw"),
+    )
+    make_read_only(system, state, tmp_path / "mnt")
+    before = hashlib.sha256(system.read_bytes()).digest()
+    with node(disks, tmp_path, raw(state), kernel_line="ro") as (machine, _):
+        live(machine)
+        told_more(machine, lambda told: len(told.states), "a job that goes on")
+        machine.kill()
+        said = acknowledged(machine.witness)
+        found = look(copy_disk(state, tmp_path / "look.raw"), tmp_path / "mnt", said)
+        assert (found.sound, found.lost) == ("ok", 0), found
+        live(machine)
+        machine.await_agent()
+        machine.await_boot(READY_S)
+        assert machine.run("touch", "/usr/lib/edged/written", check=False).code == 1, (
+            "the root can be written"
+        )
+        mounted_by = machine.sh("findmnt -no FSTYPE,OPTIONS /var/lib/edged").split()
+        assert mounted_by == ["ext4", "rw,noatime"], "not by the page's line"
+        assert machine.unit("edged.service", "NRestarts") == "0"
+        eventually(
+            lambda: any(state == "succeeded" for _, state in acknowledged(machine.witness).states),
+            300,
+            "a job",
+        )
+        machine.power_off()
+    assert hashlib.sha256(system.read_bytes()).digest() == before, "the root was written to"

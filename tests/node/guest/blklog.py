@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import random
 import struct
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from guest.command import GuestError, eventually
+from guest.images import run
 
 MAGIC: Final = 0x6A736677736872
 _SUPER: Final = struct.Struct("<QQQI")
@@ -31,13 +38,48 @@ class Write:
     discard: bool
 
 
-def options(disk: Path, log: Path) -> str:
-    """The ``-blockdev`` option of a disk "state" whose writes are logged. Makes an empty log."""
+def options(disk: Path, log: Path, name: str = "state") -> str:
+    """The ``-blockdev`` option of a disk ``name`` whose writes are logged. Makes an empty log."""
     log.write_bytes(b"")
     return (
-        f"driver=blklogwrites,node-name=state,file.driver=file,file.filename={disk},"
+        f"driver=blklogwrites,node-name={name},file.driver=file,file.filename={disk},"
         f"log.driver=file,log.filename={log},log-super-update-interval=1"
     )
+
+
+@contextmanager
+def exported(disk: Path, log: Path, folder: Path) -> Iterator[Path]:
+    """A file whose writes and flushes go to ``disk`` and are logged, for a loop device. Raises GuestError."""
+    log.write_bytes(b"")
+    seen = folder / "exported.raw"
+    seen.touch()
+    with (folder / "export.log").open("ab") as said:
+        server = subprocess.Popen(
+            [
+                *("qemu-storage-daemon", "--blockdev", f"driver=file,node-name=disk,filename={disk}"),
+                *("--blockdev", f"driver=file,node-name=log,filename={log}"),
+                *(
+                    "--blockdev",
+                    "driver=blklogwrites,node-name=logged,file=disk,log=log,log-super-update-interval=1",
+                ),
+                *("--export", f"type=fuse,id=export,node-name=logged,mountpoint={seen},writable=on"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+        )
+    try:
+        eventually(lambda: _is_served(seen, server, folder), 60, "the exported disk")
+        yield seen
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _is_served(seen: Path, server: subprocess.Popen[bytes], folder: Path) -> bool:
+    if server.poll() is not None:
+        raise GuestError(f"qemu-storage-daemon ended: {(folder / 'export.log').read_text()[-2000:]}")
+    return seen.stat().st_size > 0
 
 
 def entries(log: Path) -> int:
@@ -74,12 +116,40 @@ def durable(writes: list[Write], point: int) -> int:
     return next(flushes, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What had been told when the log was at least ``entries`` long."""
+
+    told_bytes: int
+    entries: int
+
+
+@contextmanager
+def sampled(witness: Path, log: Path) -> Iterator[list[Sample]]:
+    """Pairs of the witness's and the log's length, in that order: a cut at or after it must hold what was told."""
+    samples: list[Sample] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            told = witness.stat().st_size if witness.exists() else 0
+            samples.append(Sample(told, entries(log)))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        thread.join()
+
+
 def crash(
     writes: list[Write], log: Path, base: Path, target: Path, point: int, dice: random.Random, *, kept: int
 ) -> None:
     """Make ``target`` what the disk holds after a cut at ``point``: ``base``, ``kept`` entries, some of the rest."""
     survivors = writes[:kept] + [write for write in writes[kept:point] if write.fua or dice.random() < 0.5]
-    target.write_bytes(base.read_bytes())
+    run("cp", "--sparse=always", str(base), str(target))
     with log.open("rb") as source, target.open("r+b") as disk:
         for write in survivors:
             source.seek(write.at)

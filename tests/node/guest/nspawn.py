@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from typing import Final, Self
 from guest.command import ENVIRONMENT, Done, Guest, GuestError, eventually
 from guest.images import Image, run
 
-_BOOT_S: Final = 60.0
+_BOOT_S: Final = 240.0
 _END_S: Final = 10.0
 _MNT_DETACH: Final = "--lazy"
 
@@ -25,10 +25,19 @@ _MNT_DETACH: Final = "--lazy"
 class Container(Guest):
     """A container on an overlay over ``image``'s tree; what it changes is in ``folder`` and nowhere else.
 
-    ``binds`` are files and folders of the host by the path that they have inside. Use it as a context manager.
+    ``binds`` are files and folders of the host by the path that they have inside. ``disk``: the container is on this raw
+    ext4 disk instead, which it changes. ``options`` are systemd-nspawn's. Use it as a context manager.
     """
 
-    def __init__(self, image: Image, folder: Path, *, binds: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        image: Image,
+        folder: Path,
+        *,
+        binds: Mapping[str, Path] | None = None,
+        disk: Path | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         self.image = image
         self.root = folder / "root"
         self.boot_s = 0.0
@@ -36,14 +45,19 @@ class Container(Guest):
         self._work = folder / "work"
         self._log = folder / "console.log"
         self._binds = binds or {}
+        self._disk = disk
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._leader = 0
 
     def __enter__(self) -> Self:
         for folder in (self.root, self._upper, self._work):
             folder.mkdir(parents=True)
-        layers = f"lowerdir={self.image.tree},upperdir={self._upper},workdir={self._work}"
-        run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
+        if self._disk is None:
+            layers = f"lowerdir={self.image.tree},upperdir={self._upper},workdir={self._work}"
+            run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
+        else:
+            run("mount", "-o", "loop", str(self._disk), str(self.root))
         try:
             self.start()
         except BaseException:
@@ -66,6 +80,7 @@ class Container(Guest):
                     *("--console=read-only", "--private-network", "--resolv-conf=off", "--timezone=off"),
                     *("--link-journal=no", f"--directory={self.root}"),
                     *(f"--bind={source}:{inside}" for inside, source in self._binds.items()),
+                    *self._options,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -90,7 +90,8 @@ class Channel:
 
 
 class Machine(Guest):
-    """A machine that boots ``disk`` (raw, or qcow2 by its name) with ``image``'s kernel.
+    """A machine that boots ``disk`` with ``image``'s kernel: a raw file, a qcow2 by its name, or a ``-blockdev`` option with
+    the node name "system".
 
     ``folder`` gets its sockets, ``console.log`` and ``witness.log``: what the guest writes to
     ``/dev/virtio-ports/witness`` is there, whatever happens to the guest afterwards. ``serials`` are ttyS1, ttyS2
@@ -102,7 +103,7 @@ class Machine(Guest):
     def __init__(
         self,
         image: Image,
-        disk: Path,
+        disk: Path | str,
         folder: Path,
         *,
         serials: Sequence[Serial] = (),
@@ -299,7 +300,6 @@ class Machine(Guest):
         return {"LD_PRELOAD": str(modem_library(self.image.folder.parent)), "GUEST_DTR": told}
 
     def _command(self) -> list[str]:
-        kind = "qcow2" if self.disk.suffix == ".qcow2" else "raw"
         command = [
             *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-machine", "q35", "-accel", "tcg", "-cpu", "qemu64", "-smp", str(self._cpus)),
@@ -314,7 +314,7 @@ class Machine(Guest):
             *("-append", self._kernel_line, "-rtc", "base=utc"),
             *("-qmp", f"unix:{self.folder}/qmp.sock,server=on,wait=off"),
             *("-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console"),
-            *("-drive", f"file={self.disk},format={kind},if=none,id=system,cache=unsafe"),
+            *_system(self.disk),
             *("-device", "virtio-blk-pci,drive=system"),
             *("-device", "virtio-serial"),
             *("-chardev", f"socket,id=agent,path={self.folder}/agent.sock,server=on,wait=off"),
@@ -349,6 +349,13 @@ class Machine(Guest):
             f",guestfwd=tcp:{HOST_ADDRESS}:{port}-cmd:socat - TCP:127.0.0.1:{port}" for port in self._forwards
         )
         return "user,id=net,restrict=on" + "".join(ways)
+
+
+def _system(disk: Path | str) -> tuple[str, str]:
+    if isinstance(disk, str):
+        return "-blockdev", disk
+    kind = "qcow2" if disk.suffix == ".qcow2" else "raw"
+    return "-drive", f"file={disk},format={kind},if=none,id=system,cache=unsafe"
 
 
 def modem_library(cache: Path) -> Path:
