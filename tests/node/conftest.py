@@ -13,7 +13,7 @@ from guest.images import images as all_images
 from node_kit import build_package
 from repository_kit import ill_versions, publish
 
-LONGEST = ("test_node_power_cuts.py", "test_upgrade_power_cuts.py", "test_machine.py")
+LONGEST = ("test_node_power_cuts.py", "test_upgrade_power_cuts.py", "test_machine.py", "test_machine_can.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

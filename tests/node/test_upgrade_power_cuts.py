@@ -243,15 +243,23 @@ def cut(recorded: Recorded, point: int, where: str, folder: Path, chance: random
     """Make the disk what a cut at ``point`` leaves, boot on it, and see that all is well."""
     disk, writes = folder / "disk.raw", recorded.writes
     blklog.crash(writes, recorded.log, recorded.base, disk, point, chance, kept=blklog.durable(writes, point))
+    look(disk, folder / "mnt")
     with Container(recorded.image, folder / "container", disk=disk) as guest:
         assert_well(guest)
         found, by = found_by_the_boot(guest)
         last = outcome(guest)
         told = f"{last['result']}, {last['reason']}" if last else "-"
         seen = Cut(where, found, by, version(guest), told)
-    run("e2fsck", "-fn", str(disk))
     disk.unlink()
     return seen
+
+
+def look(disk: Path, folder: Path) -> None:
+    """The file system is whole when its journal was replayed, as a boot does it."""
+    folder.mkdir()
+    run("mount", "-o", "loop", str(disk), str(folder))
+    run("umount", str(folder))
+    run("e2fsck", "-fn", str(disk))
 
 
 @pytest.mark.timeout(3000)

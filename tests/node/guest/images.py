@@ -144,7 +144,7 @@ def run(*command: str) -> str:
             f"{command[0]} is not installed; packaging/setup-dev.sh --node installs it"
         ) from error
     if done.returncode != 0:
-        raise GuestError(f"{' '.join(command)}: {(done.stderr or done.stdout)[-2000:]}")
+        raise GuestError(f"{' '.join(command)}: {(done.stderr + done.stdout)[-2000:]}")
     return done.stdout
 
 
