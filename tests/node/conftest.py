@@ -17,8 +17,11 @@ LONGEST = ("test_node_power_cuts.py", "test_upgrade_power_cuts.py", "test_machin
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that at the end no worker is left alone with one."""
+    """The longest files first, so that at the end no worker is left alone with one; and time enough for a busy machine."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(1800))
 
 
 @pytest.fixture(scope="session")

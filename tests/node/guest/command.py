@@ -49,7 +49,7 @@ class Guest(ABC):
         *command: str,
         stdin: str | bytes = b"",
         check: bool = True,
-        timeout_s: float = 60,
+        timeout_s: float = 180,
         user: str = "",
     ) -> Done:
         """Run ``command`` as root, or as ``user``; ``check``: an exit code other than 0 is an AssertionError."""
@@ -59,17 +59,17 @@ class Guest(ABC):
         assert not check or done.code == 0, str(done)
         return done
 
-    def sh(self, script: str, *, check: bool = True, timeout_s: float = 60) -> str:
+    def sh(self, script: str, *, check: bool = True, timeout_s: float = 180) -> str:
         """What ``script`` prints, without the last line end."""
         return self.run("sh", "-ec", script, check=check, timeout_s=timeout_s).out.rstrip("\n")
 
-    def python(self, program: str, *arguments: str, user: str = "", timeout_s: float = 60) -> str:
+    def python(self, program: str, *arguments: str, user: str = "", timeout_s: float = 180) -> str:
         """What a Python program prints in the guest."""
         return self.run(
             "python3", "-I", "-", *arguments, stdin=program, user=user, timeout_s=timeout_s
         ).out.rstrip("\n")
 
-    def json(self, *command: str, timeout_s: float = 60) -> Any:
+    def json(self, *command: str, timeout_s: float = 180) -> Any:
         """What a command prints as JSON."""
         return json.loads(self.run(*command, timeout_s=timeout_s).out)
 
