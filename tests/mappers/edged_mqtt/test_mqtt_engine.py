@@ -18,7 +18,8 @@ from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE
 from edged.engine import reconciler
 from edged.errors import Reason
-from edged.store import twins
+from edged.store import jobs, twins
+from edged.store.database import Tx
 from edged.testing.node import TestNode, life
 
 
@@ -231,15 +232,19 @@ def test_a_cancelled_job_withdraws_the_offer_and_leaves_the_device_as_it_was(pla
             async with asyncio.timeout(10):
                 while device.written < 8 * 4096:
                     await asyncio.sleep(0.01)
-            (job, *_) = await node.jobs("pump-1")
-            job = await node.store.write(lambda tx: reconciler.cancel(tx, job, Reason.CANCELLED, "operator"))
-            node.engine.job_changed(job)
+            node.engine.job_changed(await node.store.write(_cancel))
             job = await node.ended("pump-1")
             assert (job.state, job.reason) == (State.REVERTED, Reason.CANCELLED), job.detail
             assert "fw_version" in device.deleted, "the offer was not withdrawn"
             assert device.version == "1.0.0" and device.written < IMAGE_BYTES
 
     asyncio.run(run())
+
+
+def _cancel(tx: Tx) -> Job:
+    job = jobs.active_for(tx, "pump-1", FIRMWARE)
+    assert job is not None
+    return reconciler.cancel(tx, job, Reason.CANCELLED, "operator")
 
 
 def test_what_a_device_says_is_in_its_twin_and_what_it_is_given_it_gets(plant: Plant) -> None:
