@@ -16,6 +16,7 @@ BENCHES = {
     "fleet": "64 serial devices at once against their lines",
     "daemon": "start and memory of the real process",
     "can": "UDS over ISO-TP: udsoncan with can-isotp against edged, and both against the bus",
+    "mqtt": "devices that pull over MQTT: edged against a bare responder",
     "store": "durable twin updates per second against the disk",
 }
 

@@ -33,8 +33,8 @@ REFUSE_S: Final = 0.5
 """A wrong credential is told so late: guessing takes long."""
 FAREWELL_S: Final = 2.0
 """After a last packet the connection is cut off so late, also where the client does not read."""
-STRANGERS: Final = 128
-"""Connections without a credential at a time."""
+STRANGERS: Final = 512
+"""Connections without a credential at a time: hundreds of devices come back at once when the power does."""
 FIRST_PACKET_BYTES: Final = 4096
 LARGEST_PACKET_BYTES: Final = 128 * 1024
 """From a device: attributes and telemetry. What a device is told of as its limit is half of it."""
@@ -243,6 +243,13 @@ class EndpointSeat:
         connection = self._required()
         connection.publish(topic, payload)
         await connection.drained()
+
+    def send_now(self, topic: str, payload: bytes) -> bool:
+        connection = self._connection
+        if connection is None or connection.streaming or connection.is_full:
+            return False
+        connection.publish(topic, payload)
+        return True
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         connection = self._required()

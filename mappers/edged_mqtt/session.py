@@ -12,7 +12,7 @@ import json
 import re
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from edged.api import (
@@ -55,6 +55,42 @@ BOOT_S: Final = 60.0
 _EVIDENCE_CHARS: Final = 200
 
 
+class _News:
+    """That something happened, for one who waits for it: an event with a deadline, without a task or a context for each wait,
+    of which there is one for every chunk."""
+
+    __slots__ = ("_loop", "_there", "_waiter")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._there = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        self._there = True
+        if self._waiter is not None:
+            _end(self._waiter)
+
+    async def wait(self, deadline: float | None) -> bool:
+        """Wait for the next news; False where the deadline came first. News that came before the call count."""
+        if not self._there:
+            waiter = self._waiter = self._loop.create_future()
+            timer = None if deadline is None else self._loop.call_at(deadline, _end, waiter)
+            try:
+                await waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        there, self._there = self._there, False
+        return there
+
+
+def _end(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
 @dataclass(slots=True)
 class Memory:
     """What is known of a device from one session to the next. ``values``: what it reported, and when; ``client``: which of that
@@ -83,14 +119,15 @@ class MqttSession:
         self._memory = memory
         self._told, self._values = memory.told, memory.values
         self._offer: Offer | None = None
-        self._requests: deque[ChunkRequest] = deque()
+        self._requests: deque[tuple[ChunkRequest, bool]] = deque()
+        self._ahead: tuple[ChunkRequest, bytes] | None = None
         self._full = False
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._pins: OrderedDict[str, Offer] = OrderedDict()
         self._healthy_from = 0.0
         self._pending: dict[str, Reported] = {}
-        self._report_news = asyncio.Event()
-        self._news = asyncio.Event()
+        self._report_news = _News()
+        self._news = _News()
         self._arrivals = 0
         self._asked_version = False
         self._why_away = "it has not connected yet"
@@ -114,6 +151,7 @@ class MqttSession:
         self._sizes.clear()
         self._pins.clear()
         self._requests.clear()
+        self._ahead = None
         self._told.reconnected()
         self._wake()
 
@@ -121,6 +159,7 @@ class MqttSession:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self._why_away = why
         self._requests.clear()
+        self._ahead = None
         self._full = False
         self._wake()
 
@@ -144,7 +183,14 @@ class MqttSession:
     def _wanted(self, request: ChunkRequest) -> bool:
         if self._offer is None:
             raise Misbehaved("not_offered", "it asked for a chunk and is offered nothing", "NOT_FOUND")
-        self._requests.append(request)
+        ahead, self._ahead = self._ahead, None
+        given = (
+            ahead is not None
+            and not self._requests
+            and ahead[0] == request
+            and self.seat.send_now(request.answer_topic, ahead[1])
+        )
+        self._requests.append((request, given))
         self._news.set()
         self._full = len(self._requests) >= MOST_REQUESTS
         return not self._full
@@ -197,7 +243,7 @@ class MqttSession:
         if not self.seat.present:
             with self._env.away(f"{self._device.id}: {self._why_away}"):
                 while not self.seat.present:
-                    await self._until_news(self._report_news, None)
+                    await self._report_news.wait(None)
 
     async def identify(self) -> Identity:
         """Whose credential it is; with ``hardware_key``, what the device says in that attribute.
@@ -209,7 +255,7 @@ class MqttSession:
         if key := self._config.hardware_key:
             deadline = self._loop.time() + self._config.report_s
             while key not in self._values:
-                if not await self._until_news(self._news, deadline):
+                if not await self._news.wait(deadline):
                     text = f"{self._device.id} did not say its {key} within {self._config.report_s:g} s"
                     raise Transient(Reason.NO_RESPONSE, text)
                 self._require()
@@ -222,7 +268,7 @@ class MqttSession:
             await self.awaited()
             while self._pending:
                 yield self._pending.pop(next(iter(self._pending)))
-            await self._until_news(self._report_news, None)
+            await self._report_news.wait(None)
 
     # -- edged.api.SupportsDesired
 
@@ -241,7 +287,7 @@ class MqttSession:
                 value = told
                 if told == desired.value:
                     break
-            if not await self._until_news(self._news, deadline):
+            if not await self._news.wait(deadline):
                 break
         return Reported(desired.name, value, self._config.units.get(desired.name))
 
@@ -261,7 +307,7 @@ class MqttSession:
                 seen = f"{check.query}={_text(told)}"[:_EVIDENCE_CHARS]
                 if pattern.search(seen):
                     return Health(True, seen)
-            if not await self._until_news(self._news, deadline):
+            if not await self._news.wait(deadline):
                 return Health(False, seen)
 
     # -- edged.api.SupportsFirmware
@@ -295,6 +341,7 @@ class MqttSession:
         transfer = _Transfer(self, offer, image, progress)
         self._offer = offer
         self._requests.clear()
+        self._ahead = None
         try:
             await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
             await transfer.run()
@@ -304,6 +351,7 @@ class MqttSession:
         finally:
             self._offer = None
             self._requests.clear()
+            self._ahead = None
             self._make_room()
 
     async def activate(self) -> None:
@@ -335,7 +383,7 @@ class MqttSession:
             await self._until_told()
         deadline = self._loop.time() + self._config.install_s
         while self._told.is_booting:
-            if not await self._until_news(self._news, deadline):
+            if not await self._news.wait(deadline):
                 break
             self._require()
         return self._told.runs(offer)
@@ -344,7 +392,7 @@ class MqttSession:
         """Until the device has said what it runs, ``report_s`` at most."""
         deadline = self._loop.time() + self._config.report_s
         while self._told.version is None and self.seat.present:
-            if not await self._until_news(self._news, deadline):
+            if not await self._news.wait(deadline):
                 return
 
     def _require(self) -> None:
@@ -355,16 +403,6 @@ class MqttSession:
         if self._full:
             self._full = False
             self.seat.more()
-
-    async def _until_news(self, news: asyncio.Event, deadline: float | None) -> bool:
-        """Wait for the next news; False where the deadline came first. News that came before the call count."""
-        try:
-            async with asyncio.timeout_at(deadline):
-                await news.wait()
-        except TimeoutError:
-            return False
-        news.clear()
-        return True
 
 
 class _Transfer:
@@ -393,10 +431,10 @@ class _Transfer:
         self._progress(Phase.WRITE, 0, self._offer.size_bytes)
         while not self._is_done():
             if session._requests:
-                request = session._requests.popleft()
+                request, given = session._requests.popleft()
                 if not session._requests:
                     session._make_room()
-                await self._answer(request)
+                await self._answer(request, given=given)
             else:
                 await self._wait()
 
@@ -450,7 +488,8 @@ class _Transfer:
 
     # -- what it asks for
 
-    async def _answer(self, request: ChunkRequest) -> None:
+    async def _answer(self, request: ChunkRequest, *, given: bool) -> None:
+        """Give what is asked for. ``given``: it was ready, and the device has it already."""
         self._moved_at = self._loop.time()
         self._failed_at = None
         try:
@@ -466,7 +505,20 @@ class _Transfer:
             self._session._stop(exc)
             raise Permanent(Reason.DEVICE_ERROR, f"{self._device}: {exc}") from exc
         self._progress(Phase.WRITE, self._download.acknowledged_bytes, self._offer.size_bytes)
-        await self._send(request, offset, length)
+        if given:
+            self._account(offset, length)
+        else:
+            await self._send(request, offset, length)
+        await self._get_ready(request, offset + size, size)
+
+    async def _get_ready(self, request: ChunkRequest, offset: int, size: int) -> None:
+        """Read the chunk that most devices ask for next, while the device is at the one that it was given."""
+        length = min(size, self._offer.size_bytes - offset)
+        if 0 < length <= STREAM_BYTES and not self._session._requests:
+            session, arrivals = self._session, self._session._arrivals
+            data = await self._image.read(0, offset, length)
+            if session._arrivals == arrivals:
+                session._ahead = (replace(request, index=request.index + 1), data)
 
     def _size_of(self, request: ChunkRequest) -> int | None:
         """The size of the chunks that are asked for under the request's number: as it says, else as it said, else the whole
@@ -505,6 +557,10 @@ class _Transfer:
             if exc.reason is Reason.LINK_LOST:
                 return  # it left; the next look says so
             raise
+        self._account(offset, length)
+
+    def _account(self, offset: int, length: int) -> None:
+        """The device was sent ``length`` bytes."""
         self._moved_at = self._loop.time()
         self._download.sent(offset, length)
         if self._whole_at is None and self._download.is_whole:
@@ -529,7 +585,7 @@ class _Transfer:
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
         elif self._left_at is None:
             self._left_at = self._loop.time()
-        if not await session._until_news(session._news, self._deadline()):
+        if not await session._news.wait(self._deadline()):
             self._give_up()
 
     def _deadline(self) -> float:

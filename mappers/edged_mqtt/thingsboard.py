@@ -213,6 +213,7 @@ class Download:
     _past: int = 0
     _stray: int = 0
     _sent: dict[int, int] = field(default_factory=dict)
+    _distinct: int = 0
     _last: int | None = None
     acknowledged_bytes: int = 0
 
@@ -230,7 +231,7 @@ class Download:
         anew = offset == 0 and bool(self._sent)
         if anew:
             self._sent.clear()
-            self.acknowledged_bytes = 0
+            self._distinct = self.acknowledged_bytes = 0
         if self.sent_bytes + length > self.rounds * self.size_bytes + self.slack_bytes:
             text = f"it fetched {self.sent_bytes} bytes of an image of {self.size_bytes}"
             raise Misbehaved("same_download", text, "TOO_MANY_REQUESTS")
@@ -251,13 +252,14 @@ class Download:
         """It was sent what it wanted."""
         self.sent_bytes += length
         if length:
+            self._distinct += length - self._sent.get(offset, 0)
             self._sent[offset] = length
             self._last = offset
 
     @property
     def is_whole(self) -> bool:
         """Whether every byte was sent in this round."""
-        return sum(self._sent.values()) >= self.size_bytes
+        return self._distinct >= self.size_bytes
 
     def finished(self) -> None:
         """The device says that it has it all."""

@@ -91,6 +91,10 @@ class Seat(Protocol):
         """Raises ``Transient(LINK_LOST)`` where the device is not there."""
         ...
 
+    def send_now(self, topic: str, payload: bytes) -> bool:
+        """:meth:`send` at once, where nothing has to be waited for; else False, and nothing was sent."""
+        ...
+
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         """A message of ``length`` bytes that are not in memory at once. Where ``parts`` fails the connection is of no more use,
         and the device never sees a message. Errors as :meth:`send`, and what ``parts`` raises."""

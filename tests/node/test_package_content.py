@@ -22,7 +22,6 @@ from edged.cli import main
 
 pytestmark = pytest.mark.timeout(900)  # the first test builds the package
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CUT = {"aiohttp", "cryptography", "pip", "tzdata", "pygments", "markdown-it-py"}
 """Not vendored, with all that only they need: Debian's own, and what nothing of edged calls."""
 
@@ -49,7 +48,7 @@ def _normal(name: str) -> str:
 
 
 def _version() -> str:
-    return str(PROJECT["version"])
+    return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
 # -- the package
@@ -115,7 +114,8 @@ def test_plugins_are_found(unpacked: Path) -> None:
     (own,) = [d for d in distributions(path=[str(unpacked / TREE)]) if d.metadata["Name"] == "edged"]
     assert {(p.group, p.name) for p in own.entry_points} == {
         ("console_scripts", "edged"),
-        *(("edged.plugins", name) for name in PROJECT["entry-points"]["edged.plugins"]),
+        ("edged.plugins", "can"),
+        ("edged.plugins", "uart"),
     }
 
 
@@ -259,8 +259,7 @@ def test_every_library_has_its_licence(package: Deb, unpacked: Path) -> None:
     for name, found in vendored(unpacked).items():
         told = found.metadata["License-Expression"]
         if told and " AND " not in told:
-            choices = told.split(" OR ")
-            assert " or ".join(choices) in stanzas[name] or stanzas[name] in choices
+            assert told.replace(" OR ", " or ") in stanzas[name]
 
 
 def test_licences_say_who_holds_the_rights(package: Deb) -> None:
