@@ -40,7 +40,8 @@ from edged_firmware.image import FileSource, Image
 async def main(port, file, window):
     (spec,) = (spec for spec in edged_uart.edged_mappers() if spec.name == "uart-smp")
     links = {link.scheme: link for link in edged_uart.edged_links()}
-    device = Device("node", "node", spec.name, f"serial:{port}", config=spec.parse_config({"window": int(window)}))
+    table = {"window": int(window), "boot_loader": "reverts"}
+    device = Device("node", "node", spec.name, f"serial:{port}", config=spec.parse_config(table))
     index = ChunkIndex.build(Path(file).read_bytes(), 4096)
     async with spec.connect(device, device_env("node", LinkPool(links))) as session:
         await session.identify()

@@ -249,7 +249,10 @@ class SupportsFirmware(Protocol):
         ...
 
     async def activate(self) -> None:
-        """Boot what was staged; on trial where the device can revert."""
+        """Boot what was staged; on trial where the device can revert.
+
+        Raises ``Permanent`` where it was not booted and cannot be: ``VERIFY_FAILED`` where the device does not hold it.
+        """
         ...
 
 

@@ -201,7 +201,9 @@ def test_the_table_of_the_smp_mapper() -> None:
             "empty" if shown == {} else f"{shown:g}" if isinstance(shown, float) else str(shown)
         )
         bounds = re.fullmatch(r"([\d.]+) to ([\d.]+)", row["allowed"])
-        goods: list[Any] = re.findall(r"`(\w+)`", row["allowed"]) if name in ("framing", "reset") else []
+        goods: list[Any] = (
+            re.findall(r"`(\w+)`", row["allowed"]) if name in ("framing", "reset", "boot_loader") else []
+        )
         goods += [float(end) if "." in end else int(end) for end in bounds.groups()] if bounds else []
         assert goods or name in ("statistics", "settings")
         for good in goods:

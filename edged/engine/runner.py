@@ -496,7 +496,13 @@ class JobRunner:
         _, firmware = await self._firmware_session()
         booting = replace(self.job, trial_boots=self.job.trial_boots + 1)
         await self._ledger.commit(booting, "booting", detail=f"trial boot {booting.trial_boots}")
-        await self._call(firmware.activate)
+        try:
+            await self._call(firmware.activate)
+        except Permanent as error:
+            if error.reason is not Reason.PLUGIN_FAILED:
+                # the device did not boot it: that was no trial boot
+                self._ledger.job = replace(self.job, trial_boots=self.job.trial_boots - 1)
+            raise
         await self._move(Move(State.VERIFYING, "booted"))
 
     async def _check_health(self) -> None:

@@ -287,6 +287,7 @@ async def reports_go_on_around_a_lease(subject: Subject) -> None:
             await _one_more(more, subject.reports)
             async with unit.lease(20) as lease:
                 await lease.session.identify()
+                await _firmware(lease.session).stage(await _image(subject.first), _quiet)
                 concurrent, during = lease.session.traits.concurrent, len(seen)
                 await asyncio.sleep(0.3)
                 assert concurrent or len(seen) == during, "reports went on while the session was lent"

@@ -25,6 +25,7 @@ from edged_uart.stk500v2 import Stk500v2
 
 _PROBED_BAUDS = (115200, 57600)
 _PROBE_S = 0.5
+_REST_S = 0.2
 
 MakeLoader = Callable[[SerialLink, UartConfig], BootLoader]
 
@@ -90,6 +91,7 @@ async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
     async with env.link(device.address) as link:
         if not isinstance(link, SerialLink):
             raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
+        await link.keep_lines()
         yield SmpSession(device, config, link, env.log)
 
 
@@ -98,14 +100,16 @@ async def _probe_smp(address: str, env: Env) -> Identity | None:
     async with env.link(address) as link:
         if not isinstance(link, SerialLink):
             return None
-        for framing in ("console", "cobs", "raw"):
+        # raw first: a server that expects it would take a line of the console for a long message, and wait for its end
+        for framing in ("raw", "console", "cobs"):
             config = SmpConfig(framing=framing, answer_s=_PROBE_S)
+            device = Device("probe", "", "uart-smp", address)
             try:
-                device = Device("probe", "", "uart-smp", address)
                 return await SmpSession(device, config, link, env.log).identify()
             except Transient as error:
                 if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
                     raise
+            await link.quiet(_REST_S)
     return None
 
 

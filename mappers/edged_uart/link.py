@@ -138,6 +138,11 @@ class SerialLink:
             await self.open()
         self.drop_input()
 
+    async def keep_lines(self) -> None:
+        """Leave DTR and RTS as they are when the port is closed (no HUPCL, termios(3)): where nothing moves on them, the next
+        one to open the port does not reset the device."""
+        await self._in_thread(self._keep_lines)
+
     def drop_input(self) -> None:
         """Forget what has arrived up to now."""
         self._on_readable()
@@ -286,6 +291,13 @@ class SerialLink:
                 ) from error
             return False
         return True
+
+    def _keep_lines(self) -> None:
+        fd = self._opened().fileno()
+        with suppress(termios.error):
+            attributes = termios.tcgetattr(fd)
+            attributes[2] &= ~termios.HUPCL
+            termios.tcsetattr(fd, termios.TCSANOW, attributes)
 
     def _opened(self) -> serial.Serial:
         if self._port is None:

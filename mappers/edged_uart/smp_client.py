@@ -47,8 +47,8 @@ class Parameters:
 class SmpClient:
     """Requests over one link, one task at a time.
 
-    ``answer_s``: longest time from the end of a request to the begin of its answer. ``hear`` is told the application's own
-    lines as they come. ``version`` is that of the header; 0 until :meth:`meet`.
+    ``answer_s``: longest time from a request to its whole answer, for each time that it is sent. ``hear`` is told the
+    application's own lines as they come. ``version`` is that of the header; 0 until :meth:`meet`.
     """
 
     def __init__(
@@ -106,17 +106,23 @@ class SmpClient:
         return True
 
     async def ask(
-        self, command: Command, body: Mapping[str, object] | None = None, *, tries: int = TRIES
+        self,
+        command: Command,
+        body: Mapping[str, object] | None = None,
+        *,
+        tries: int = TRIES,
+        answer_s: float = 0.0,
     ) -> Mapping[str, Any]:
-        """The body of the answer to ``command``, which is sent up to ``tries`` times.
+        """The body of the answer to ``command``, which is sent up to ``tries`` times; ``answer_s``: for each (0: the usual).
 
         Raises ErrorAnswer (a Permanent), Transient(NO_RESPONSE), Transient(LINK_LOST).
         """
         await self.meet()
+        wait_s = answer_s or self._answer_s
         sequence = self._next_sequence()
         for left in reversed(range(tries)):
             await self.send(command, body, sequence=sequence)
-            answer = await self.answer({sequence: command}, self._answer_s)
+            answer = await self.answer({sequence: command}, wait_s)
             if answer is None:
                 continue
             try:
@@ -129,19 +135,21 @@ class SmpClient:
         raise Transient(
             Reason.NO_RESPONSE,
             f"{self._link.path}: no answer to {command}, which was sent {tries} times; "
-            f"each answer may take {self._answer_s:g} s",
+            f"each answer may take {wait_s:g} s",
         )
 
-    async def tell(self, command: Command, body: Mapping[str, object] | None = None) -> None:
-        """Send ``command`` once. That no answer comes is no error: a server that resets may not get to it.
+    async def is_told(self, command: Command, body: Mapping[str, object] | None = None) -> bool:
+        """Send ``command`` once. False where no answer came: a server that resets may not get to it, or has not heard.
 
         Raises ErrorAnswer, Transient(LINK_LOST).
         """
-        await self.meet()
-        sequence = await self.send(command, body)
-        answer = await self.answer({sequence: command}, self._answer_s)
-        if answer is not None:
-            smp.check(command, answer.body)
+        try:
+            await self.ask(command, body, tries=1)
+        except Transient as error:
+            if error.reason is not Reason.NO_RESPONSE:
+                raise
+            return False
+        return True
 
     async def listen(self, timeout_s: float) -> None:
         """Wait until the application says a line, ``timeout_s`` at most. Raises Transient(LINK_LOST)."""

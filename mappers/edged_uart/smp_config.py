@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ class Setting:
         if self.type == "text":
             return data.rstrip(b"\0").decode()
         (number,) = self._unpacked(data)
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{number} is no value")
         return cast(JsonValue, number)
 
     def data(self, value: JsonValue) -> bytes:
@@ -65,7 +68,8 @@ class SmpConfig:
     - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset a device that does not answer after its trial boot;
       ``"none"``: only its own watchdog can.
     - ``window``: requests on their way during an upload (0: by the device's parameters).
-    - ``image``: number of the image, where the device has several.
+    - ``boot_loader``: ``"tells"``: it has to tell a mode in which it goes back from what was not confirmed; ``"reverts"``:
+      it is known to, though it does not tell.
     - ``answer_s``: longest time for one answer. ``erase_s``: for the first one of an upload.
     - ``quiet_s``: nothing is sent for so long after a reset, since a boot loader may take bytes for a call for recovery.
       ``boot_s``: from then on until the device answers, with the swap of its slots.
@@ -78,7 +82,7 @@ class SmpConfig:
     line_bytes: int = LINE_BYTES
     reset: str = "none"
     window: int = 0
-    image: int = 0
+    boot_loader: str = "tells"
     answer_s: float = 2.0
     erase_s: float = 25.0
     quiet_s: float = 1.0
@@ -125,7 +129,7 @@ _CHECKS: Final[Checks] = {
     "line_bytes": whole(16, 4096),
     "reset": one_of("none", "dtr"),
     "window": whole(0, 32),
-    "image": whole(0, 15),
+    "boot_loader": one_of("tells", "reverts"),
     "answer_s": seconds(0.05, 60),
     "erase_s": seconds(1, 600),
     "quiet_s": seconds(0, 60),

@@ -97,8 +97,10 @@ class Console:
         at, first = _frame_start(line)
         if at < 0:
             # the application's lines may come between those of one message
-            self._texts.append(line.decode("utf-8", "replace").strip("\r"))
+            self._texts.append(_text(line))
             return None
+        if at:
+            self._texts.append(_text(line[:at]))
         try:
             part = base64.b64decode(line[at + len(FIRST) :].rstrip(b"\r"), validate=True)
         except binascii.Error:
@@ -223,6 +225,10 @@ def _unframed(frame: bytes) -> bytes | None:
         return _checked(unstuff(frame))
     except ValueError:
         return None
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", "replace").strip("\r")
 
 
 def _frame_start(line: bytes) -> tuple[int, bool]:

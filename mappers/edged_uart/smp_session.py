@@ -12,9 +12,9 @@ import hashlib
 import logging
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NoReturn, TypeAlias
 
 from edged.api import (
     Desired,
@@ -37,7 +37,7 @@ from edged_uart import smp
 from edged_uart.link import SerialLink
 from edged_uart.session import parse_report
 from edged_uart.smp import ErrorAnswer
-from edged_uart.smp_client import TRIES, SmpClient
+from edged_uart.smp_client import SmpClient
 from edged_uart.smp_config import ALL, SmpConfig
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw
 from edged_uart.smp_upload import Content, Pace, upload
@@ -52,13 +52,12 @@ _LOOK_AGAIN_S: Final = 0.5
 _SETTLING_BOOTS: Final = 2
 Log: TypeAlias = "logging.LoggerAdapter[logging.Logger]"
 
-_NO_WAY_BACK: Final = {
-    0: "single application",
-    2: "overwrite only",
-    4: "direct XIP without revert",
-    6: "RAM load",
-}
-"""Modes of MCUboot (os group, command 8, ``enum mcuboot_mode``) in which an image is not tried before it stays."""
+_GOES_BACK: Final = frozenset({1, 3, 5, 9})
+"""Modes of MCUboot (os group, command 8, ``enum mcuboot_mode``) in which an image is tried before it stays: swap with scratch,
+swap by moving, direct XIP with revert, swap by offset."""
+_BANNER: Final = re.compile(r"\*\*\* Booting ")
+"""What Zephyr prints first: lines before it are those of the image before."""
+_RESETS: Final = 3
 
 SETTING: Final = "setting."
 STATISTIC: Final = "stat."
@@ -80,9 +79,13 @@ class ImageState:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What the two slots of one image hold, by the device's own account; an empty slot has no entry."""
+    """What the two slots hold, by the device's own account; an empty slot has no entry.
+
+    ``of_application``: it is told as an application does, and not a boot loader in serial recovery (``splitStatus``).
+    """
 
     entries: tuple[ImageState, ...]
+    of_application: bool = True
 
     @property
     def active(self) -> ImageState | None:
@@ -96,6 +99,11 @@ class State:
     def settled(self) -> bool:
         """A confirmed image runs, and no other is to be booted."""
         return self.active is not None and self.active.confirmed and not self.pending
+
+    @property
+    def permanent(self) -> bool:
+        """The next reset boots the other image for good."""
+        return self.spare is not None and self.spare.permanent
 
     @property
     def pending(self) -> bool:
@@ -131,11 +139,14 @@ class SmpSession:
         self._client = SmpClient(link, make_framing(config), config.answer_s, self._hear)
         self._staged: str | None = None
         self._ran: str | None = None
+        self._is_application = False
+        self._heard_banner = False
+        self._complained: set[str] = set()
         self.traits = SessionTraits(
             ceiling_bytes_per_s=config.baud / _BITS_PER_BYTE,
             slot_count=2,
-            # it erases before it takes the first byte, and may have to leave an image before that
-            quiet_s=config.answer_s + max(config.erase_s, config.quiet_s + config.boot_s),
+            # it erases before it takes the first byte, and may have to leave an image before that, in two resets
+            quiet_s=config.answer_s + config.erase_s + _SETTLING_BOOTS * (config.quiet_s + config.boot_s),
         )
 
     # -- who is there
@@ -146,6 +157,7 @@ class SmpSession:
         Raises Transient(NO_RESPONSE), Transient(LINK_LOST).
         """
         await self._link.set_baud(self._config.baud)
+        await self._rest_after_open()
         await self._client.meet()
         parameters = self._client.parameters
         detail = {
@@ -198,9 +210,9 @@ class SmpSession:
         inspected = await self._inspect(image, progress)
         await self._check_device(image.size_bytes)
         state = await self._known_state()
+        if state.permanent or not (state.holds(inspected.hash) or state.settled):
+            state = await self._settle()
         if not state.holds(inspected.hash):
-            if not state.settled:
-                await self._settle()
             await self._upload(image, inspected, progress)
             state = await self._known_state()
         if not state.holds(inspected.hash):
@@ -215,23 +227,28 @@ class SmpSession:
     async def activate(self) -> None:
         """Mark what was staged for test, reset, wait for the device.
 
-        Raises Permanent(VERIFY_FAILED) where the boot loader has thrown the image away, Permanent(DEVICE_ERROR) where the
-        device would boot it for good, Transient(NO_RESPONSE) where nobody answers afterwards.
+        Raises Permanent(VERIFY_FAILED) where it is in no slot (the boot loader has thrown it away), Permanent(DEVICE_ERROR)
+        where the device would boot it for good, Transient(NO_RESPONSE) where nobody answers afterwards.
         """
         state = await self._known_state()
         assert state.active is not None
         if self._staged is not None and state.active.hash == self._staged:
             return
+        if state.spare is None and state.active.confirmed:
+            raise self._thrown_away()
         if state.spare is not None and state.active.confirmed:
             state = await self._mark(state.spare)
-        before = state
-        state = await self._reboot(lambda now: not now.pending)
-        if self._staged is not None and before.holds(self._staged) and not state.holds(self._staged):
-            raise Permanent(
-                Reason.VERIFY_FAILED,
-                f"{self._device.id} did not boot image {self._staged[:16]}, and its boot loader has removed it: "
-                "it is damaged, or signed with a key that the device does not know",
-            )
+        tried = state.spare.hash if state.spare is not None else ""
+        state = await self._reboot(state)
+        if tried and not state.holds(tried):
+            raise self._thrown_away()
+
+    def _thrown_away(self) -> Permanent:
+        return Permanent(
+            Reason.VERIFY_FAILED,
+            f"{self._device.id} has the image that was to be tried in no slot: its boot loader has removed it, because it is "
+            "damaged, signed with a key that the device does not know, or older than the device allows",
+        )
 
     async def confirm(self) -> None:
         """Make the running image permanent.
@@ -247,12 +264,8 @@ class SmpSession:
             )
         if state.active.confirmed:
             return
-        # not by its hash, but where it must be: a device that resets now has that image in its other slot, and would be
-        # told to boot it for good
-        by_hash = {"hash": bytes.fromhex(state.active.hash)} if self._config.image else {}
-        await self._client.ask(
-            smp.SET_IMAGE_STATE, {"confirm": True, **by_hash}, tries=1 if by_hash else TRIES
-        )
+        # not by its hash: a device that resets now has that image in its other slot, and would be told to boot it for good
+        await self._client.ask(smp.SET_IMAGE_STATE, {"confirm": True})
         after = await self._known_state()
         assert after.active is not None
         if after.active.hash != state.active.hash or not after.active.confirmed:
@@ -262,7 +275,10 @@ class SmpSession:
             )
 
     async def revert(self) -> None:
-        """Reset until the confirmed image runs and no other is to be booted. Raises Transient."""
+        """Reset until the confirmed image runs and no other is to be booted.
+
+        Raises Transient, and Permanent(DEVICE_ERROR) where the other one is to be booted for good.
+        """
         await self._settle()
 
     # -- health and properties
@@ -276,21 +292,24 @@ class SmpSession:
         pattern = re.compile(check.pattern)
         if check.kind not in ("line", "property"):
             raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: line, property")
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + check.timeout_s
+        if check.kind == "line" and self._config.framing != "console":
+            raise Permanent(
+                Reason.UNSUPPORTED,
+                f"framing {self._config.framing!r} has no lines; choose a check of kind property",
+            )
         seen = ""
-        while True:
-            left = deadline - loop.time()
-            if check.kind == "line":
-                found = next((line for line in self._lines if pattern.search(line)), None)
-            else:
-                seen = await self._seen(check.query)
-                found = seen if pattern.search(seen) else None
-            if found is not None:
-                return Health(True, found)
-            if left <= 0:
-                return Health(False, seen if check.kind == "property" else self._evidence())
-            await self._client.listen(min(left, _LOOK_AGAIN_S))
+        try:
+            async with asyncio.timeout(check.timeout_s):
+                while True:
+                    if check.kind == "line":
+                        seen = next((line for line in self._lines if pattern.search(line)), "")
+                    else:
+                        seen = await self._seen(check.query)
+                    if seen and pattern.search(seen):
+                        return Health(True, seen)
+                    await self._client.listen(_LOOK_AGAIN_S)
+        except TimeoutError:
+            return Health(False, seen or self._evidence())
 
     async def reports(self) -> AsyncIterator[Reported]:
         """Image, statistics and settings each ``poll_s``, and the lines ``name=value`` of the application as they come.
@@ -298,6 +317,7 @@ class SmpSession:
         Raises Transient where the device does not answer any more.
         """
         await self._link.set_baud(self._config.baud)
+        await self._rest_after_open()
         loop = asyncio.get_running_loop()
         due = loop.time()
         while True:
@@ -339,9 +359,8 @@ class SmpSession:
         body = await self._client.ask(smp.IMAGE_STATE)
         if not isinstance(body.get("images"), list):
             raise Transient(Reason.PROTOCOL_ERROR, f"{self._link.path}: the image state has no images")
-        found = (entry for entry in _maps(body["images"]) if _number(entry, "image") == self._config.image)
-        entries = [_entry(entry) for entry in found]
-        return State(tuple(sorted(entries, key=lambda entry: entry.slot)))
+        entries = [_entry(entry) for entry in _maps(body["images"]) if _number(entry, "image") == 0]
+        return State(tuple(sorted(entries, key=lambda entry: entry.slot)), "splitStatus" in body)
 
     async def _known_state(self) -> State:
         """The state, of an application that runs from one of two slots."""
@@ -353,13 +372,34 @@ class SmpSession:
             raise Permanent(
                 Reason.UNSUPPORTED, f"{self._device.id} does not tell the state of its images: {error.detail}"
             ) from error
-        if state.active is None:
-            raise Permanent(
-                Reason.UNSUPPORTED,
-                f"{self._device.id} says of no image that it runs: a boot loader in serial recovery answers so, "
-                "and it would overwrite the only image",
-            )
+        if state.active is None or not (state.of_application or await self._tells_of_itself()):
+            await self._leave_recovery()
+        self._is_application = True
         return state
+
+    async def _tells_of_itself(self) -> bool:
+        """Does it offer what an application may and a boot loader in serial recovery does not?"""
+        asked: tuple[tuple[smp.Command, dict[str, object], str], ...] = (
+            (smp.APPLICATION_INFO, {"format": "s"}, "output"),
+            (smp.BOOTLOADER_INFO, {}, "bootloader"),
+            (smp.STATISTICS_GROUPS, {}, "stat_list"),
+        )
+        for command, body, key in asked:
+            if await self._offered(command, body, key) is not None:
+                return True
+        return False
+
+    async def _leave_recovery(self) -> NoReturn:
+        """A boot loader in serial recovery answers, which would overwrite the only image."""
+        what = f"{self._device.id}: a boot loader in serial recovery answers, which would overwrite the only image"
+        if self._is_application:
+            # it got there by what was sent to it while it was booting; a reset brings the application back
+            await self._client.is_told(smp.RESET)
+            raise Transient(Reason.DEVICE_ERROR, f"{what}; it was reset")
+        raise Permanent(
+            Reason.UNSUPPORTED,
+            f"{what}. If it is the application: it has to tell of itself (CONFIG_MCUMGR_GRP_OS_INFO)",
+        )
 
     async def _boot_mode(self) -> int | None:
         mode = await self._offered(smp.BOOTLOADER_INFO, {"query": "mode"}, "mode")
@@ -368,15 +408,21 @@ class SmpSession:
     async def _check_device(self, size_bytes: int) -> None:
         """Is there a slot that is large enough, and a way back?"""
         mode = await self._boot_mode()
-        if mode in _NO_WAY_BACK:
+        if mode is not None and mode not in _GOES_BACK:
             raise Permanent(
                 Reason.UNSUPPORTED,
-                f"the boot loader of {self._device.id} cannot go back ({_NO_WAY_BACK[mode]}); "
+                f"the boot loader of {self._device.id} cannot go back (mode {mode}); "
                 "it has to be built for swapping, or for direct XIP with revert",
+            )
+        if mode is None and self._config.boot_loader == "tells":
+            raise Permanent(
+                Reason.UNSUPPORTED,
+                f"{self._device.id} does not tell whether its boot loader goes back from what is not confirmed; "
+                "build it with CONFIG_MCUMGR_GRP_OS_BOOTLOADER_INFO, or say boot_loader = 'reverts' where it does",
             )
         images = await self._offered(smp.SLOT_INFO, {}, "images")
         for entry in _maps(images):
-            if _number(entry, "image") != self._config.image:
+            if _number(entry, "image") != 0:
                 continue
             slots = _maps(entry.get("slots"))
             if len(slots) < 2:
@@ -425,14 +471,16 @@ class SmpSession:
         )
         match = await upload(
             self._client,
-            Content(read, is_listed, size, inspected.file_sha256, config.image),
+            Content(read, is_listed, size, inspected.file_sha256),
             pace,
             lambda offset: progress(Phase.WRITE, offset, size),
         )
         if match is False:
-            raise Permanent(
-                Reason.VERIFY_FAILED, f"{self._device.id} has other bytes in its slot than were sent to it"
-            )
+            # it would be listed as if it were whole
+            text = f"{self._device.id} has other bytes in its slot than were sent to it"
+            if await self._is_erased(await self._known_state()):
+                raise Transient(Reason.PROTOCOL_ERROR, text)
+            raise Permanent(Reason.VERIFY_FAILED, text)
 
     async def _mark(self, spare: ImageState) -> State:
         """Mark the image in the spare slot for test; it is so afterwards, or an error says why not."""
@@ -454,45 +502,84 @@ class SmpSession:
             )
         return state
 
-    async def _settle(self) -> None:
-        """Reset until a confirmed image runs and nothing is to be tried: what is pending is booted, and then left."""
+    async def _settle(self) -> State:
+        """A state in which a confirmed image runs and no other is to be booted.
+
+        What is pending is erased where the device allows that; else it is booted on trial, and left.
+        """
         for _ in range(_SETTLING_BOOTS):
             state = await self._known_state()
-            if state.settled:
-                return
-            await self._reboot(lambda now, before=state: now != before)  # type: ignore[misc]
+            if state.settled and not state.permanent:
+                return state
+            if state.pending and await self._is_erased(state):
+                continue
+            self._check_trial(state)
+            await self._reboot(state)
         state = await self._known_state()
         if not state.settled:
             raise Transient(
                 Reason.DEVICE_ERROR,
-                f"{self._device.id} does not leave the image that it tries, after two resets",
+                f"{self._device.id} does not leave the image that it tries, after {_SETTLING_BOOTS} resets",
             )
+        self._check_trial(state)
+        return state
+
+    def _check_trial(self, state: State) -> None:
+        """Raises Permanent(DEVICE_ERROR) where a reset would make the other image permanent."""
+        if state.spare is not None and state.permanent:
+            raise Permanent(
+                Reason.DEVICE_ERROR,
+                f"{self._device.id} is going to boot image {state.spare.hash[:16]} for good at its next reset, without a "
+                "trial: somebody has confirmed it, and the device does not let it be erased",
+            )
+
+    async def _is_erased(self, state: State) -> bool:
+        """Erase the slot that does not run. False where the device does not allow it."""
+        assert state.active is not None
+        try:
+            slot = 1 - state.active.slot
+            await self._client.ask(smp.ERASE, {"slot": slot}, tries=1, answer_s=self._config.erase_s)
+        except ErrorAnswer:
+            return False
+        return True
 
     # -- reset
 
-    async def _reboot(self, arrived: Callable[[State], bool]) -> State:
-        """Reset, and wait until the device answers with a state that has ``arrived``, or does not get there.
+    async def _rest_after_open(self) -> None:
+        """Where the port's lines reset the device, opening the port may have done so."""
+        if self._config.reset == "dtr" and not self._client.version:
+            await self._client.silence(self._config.quiet_s)
 
-        Raises Transient(NO_RESPONSE) where it does not answer at all.
+    async def _reboot(self, before: State) -> State:
+        """Reset, and wait until the device answers with another state than ``before``, or with any where that was settled.
+
+        Raises Transient(NO_RESPONSE) where nobody answers, Transient(DEVICE_ERROR) where it does not reset.
         """
-        await self._client.tell(smp.RESET)
-        state = await self._awaited(arrived)
-        if state is None and self._config.reset == "dtr":
-            await self._link.pulse_reset()
-            state = await self._awaited(arrived)
-        if state is None:
-            raise Transient(
-                Reason.NO_RESPONSE,
-                f"{self._device.id} did not answer within {self._config.boot_s:g} s after its reset"
-                f"{f'; it said: {said}' if (said := self._evidence()) else ''}",
-            )
-        return state
+        for _ in range(_RESETS):
+            is_heard = await self._client.is_told(smp.RESET)
+            state = await self._awaited(before, is_heard)
+            if state is None and self._config.reset == "dtr":
+                await self._link.pulse_reset()
+                state = await self._awaited(before, True)
+            if state is None:
+                said = f"; it said: {self._evidence()}" if self._first_lines else ""
+                raise Transient(
+                    Reason.NO_RESPONSE,
+                    f"{self._device.id} did not answer within {self._config.boot_s:g} s after its reset{said}",
+                )
+            if before.settled or state != before:
+                return state
+        raise Transient(
+            Reason.DEVICE_ERROR, f"{self._device.id} was told to reset {_RESETS} times, and did not"
+        )
 
-    async def _awaited(self, arrived: Callable[[State], bool]) -> State | None:
-        """The first state that has ``arrived``; else the last that was told within ``boot_s``, None where none was."""
+    async def _awaited(self, before: State, is_heard: bool) -> State | None:
+        """The first state that is another than ``before`` (any, where that was settled); else the last that was told within
+        ``boot_s``, None where none was. ``is_heard``: else what still answers has not heard that it should reset."""
         loop = asyncio.get_running_loop()
         self._lines.clear()
         self._first_lines.clear()
+        self._heard_banner = False
         await self._client.silence(self._config.quiet_s)
         end, state = loop.time() + self._config.boot_s, None
         while loop.time() < end:
@@ -503,16 +590,25 @@ class SmpSession:
                 if error.reason is not Reason.NO_RESPONSE:
                     raise
                 continue
-            if arrived(state):
+            if before.settled or state != before:
+                self._forget_lines_of_before()
+                return state
+            if not is_heard:
                 return state
             # what still answers has not reset yet
             await self._client.silence(_LOOK_AGAIN_S)
         return state
 
+    def _forget_lines_of_before(self) -> None:
+        """Without a banner nobody knows which image said what was heard until now."""
+        if not self._heard_banner:
+            self._lines.clear()
+
     # -- properties
 
     async def _poll(self) -> list[Reported]:
-        return [*await self._image_reports(), *await self._statistics(), *await self._settings()]
+        image, statistics = await self._image_reports(), await self._statistics()
+        return [*image, *statistics, *await self._settings(self._config.settings)]
 
     async def _image_reports(self) -> list[Reported]:
         try:
@@ -531,26 +627,37 @@ class SmpSession:
         names: object = list(self._config.statistics)
         if names == [ALL]:
             names = await self._offered(smp.STATISTICS_GROUPS, {}, "stat_list")
-        found = []
-        for name in names if isinstance(names, list) else ():
-            if not isinstance(name, str):
-                continue
-            fields = await self._offered(smp.STATISTICS, {"name": name}, "fields")
-            for key, value in fields.items() if isinstance(fields, dict) else ():
-                if isinstance(value, int):
-                    found.append(Reported(f"{STATISTIC}{name}.{key}", value))
-        return found
+        return [
+            reported
+            for name in (names if isinstance(names, list) else ())
+            if isinstance(name, str)
+            for reported in await self._statistics_of(name)
+        ]
 
-    async def _settings(self) -> list[Reported]:
+    async def _statistics_of(self, group: str) -> list[Reported]:
+        fields = await self._offered(smp.STATISTICS, {"name": group}, "fields")
+        named = fields.items() if isinstance(fields, dict) else ()
+        return [
+            Reported(f"{STATISTIC}{group}.{key}", value) for key, value in named if isinstance(value, int)
+        ]
+
+    async def _settings(self, names: Iterable[str]) -> list[Reported]:
         found = []
-        for name, setting in self._config.settings.items():
-            data = await self._offered(smp.SETTING, {"name": name}, "val")
-            if isinstance(data, bytes):
+        for name in names:
+            setting = self._config.settings.get(name)
+            data = await self._offered(smp.SETTING, {"name": name}, "val") if setting else None
+            if setting is not None and isinstance(data, bytes):
                 try:
                     found.append(Reported(SETTING + name, setting.value(data), setting.unit))
                 except ValueError as error:
-                    self._log.warning("a setting is not of its type", extra={"detail": f"{name}: {error}"})
+                    self._complain(name, error)
         return found
+
+    def _complain(self, setting: str, error: ValueError) -> None:
+        """Once for each setting: it is asked for again and again."""
+        if setting not in self._complained:
+            self._complained.add(setting)
+            self._log.warning("a setting is not of its type", extra={"detail": f"{setting}: {error}"})
 
     async def _seen(self, query: str) -> str:
         """The value of a property as text; empty where the device does not answer or has none of that name."""
@@ -559,13 +666,21 @@ class SmpSession:
                 return str(await self._offered(smp.APPLICATION_INFO, {"format": "a"}, "output") or "")
             if query == "os.echo":
                 return str(await self._offered(smp.ECHO, {"d": query}, "r") or "")
-            values = {one.name: one.value for one in await self._poll()}
+            found = [one for one in await self._asked(query) if one.name == query]
         except Transient as error:
             if error.reason is not Reason.NO_RESPONSE:
                 raise
             self._client.forget()
             return ""
-        return _text(values[query]) if query in values else ""
+        return _text(found[0].value) if found else ""
+
+    async def _asked(self, query: str) -> list[Reported]:
+        """The properties among which ``query`` is, and few others: what is wrong with one must not matter for another."""
+        if query.startswith(SETTING):
+            return await self._settings([query.removeprefix(SETTING)])
+        if query.startswith(STATISTIC):
+            return await self._statistics_of(query.removeprefix(STATISTIC).rpartition(".")[0])
+        return await self._image_reports()
 
     async def _offered(self, command: smp.Command, body: Mapping[str, object], key: str) -> Any:
         """What the answer has under ``key``; None where the server does not offer this."""
@@ -584,6 +699,9 @@ class SmpSession:
     # -- lines of the application
 
     def _hear(self, line: str) -> None:
+        if _BANNER.search(line):
+            self._heard_banner = True
+            self._lines.clear()
         self._lines.append(line)
         if line and len(self._first_lines) < _EVIDENCE_LINES:
             self._first_lines.append(line)

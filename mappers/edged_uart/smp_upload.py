@@ -24,20 +24,17 @@ _RESTARTS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What is uploaded. ``sha256`` is of the whole file; ``image`` the number of the image, 0 where there is only one.
-    ``is_listed``: does the device list it among what it has?"""
+    """What is uploaded. ``sha256`` is of the whole file. ``is_listed``: does the device list it among what it has?"""
 
     read: Callable[[int, int], Awaitable[bytes]]
     is_listed: Callable[[], Awaitable[bool]]
     size_bytes: int
     sha256: bytes
-    image: int = 0
 
     @property
     def first(self) -> dict[str, object]:
         """The fields of the first request beside ``off`` and ``data``."""
-        number = {"image": self.image} if self.image else {}
-        return {"len": self.size_bytes, "sha": self.sha256, **number}
+        return {"len": self.size_bytes, "sha": self.sha256}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +106,16 @@ class _Upload:
                 f"its buffer of {self._client.parameters.buffer_bytes} bytes has no room for an image header"
             )
             raise Permanent(Reason.UNSUPPORTED, f"the device cannot be flashed: {text}")
+        self._furthest = self._strikes = 0
         loop = asyncio.get_running_loop()
         end = loop.time() + self._pace.erase_s
-        sequence = await self._client.send(smp.UPLOAD, body)
+        sequence, question = await self._client.send(smp.UPLOAD, body), None
         expected = {sequence: smp.UPLOAD}
         while loop.time() < end:
             answer = await self._client.answer(expected, self._patience_s(1))
             if answer is None:
-                expected[await self._client.send(smp.PARAMETERS)] = smp.PARAMETERS
+                question = await self._client.send(smp.PARAMETERS, sequence=question)
+                expected[question] = smp.PARAMETERS
             elif answer.sequence == sequence and await self._is_taken(answer.body):
                 return
             else:

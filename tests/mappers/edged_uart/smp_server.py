@@ -128,7 +128,7 @@ class SmpServer:
     ``line_bytes_per_s``: what the line carries in each direction, 0: no limit. ``erase_s``: erasing a slot. ``hello``: lines
     that the application prints when it starts. ``mode``: of MCUboot, None where the command is not offered. ``checks``: it
     tells after an upload whether the SHA-256 matched. ``resets_on_open``: its reset is wired to the line's DTR, which a
-    pseudo terminal does not have: whoever opens it resets the device.
+    pseudo terminal does not have: whoever opens it resets the device. ``erases_pending``: also what is to be booted.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class SmpServer:
         checks: bool = False,
         tells_parameters: bool = True,
         resets_on_open: bool = False,
+        erases_pending: bool = False,
         settings: dict[str, bytes] | None = None,
         statistics: dict[str, dict[str, int]] | None = None,
     ) -> None:
@@ -181,6 +182,7 @@ class SmpServer:
         self._hello = hello
         self._tells_parameters = tells_parameters
         self._resets_on_open = resets_on_open
+        self._erases_pending = erases_pending
         self._ram = Ram()
         self._up_at = 0.0
         self._reset_at: float | None = None
@@ -534,6 +536,7 @@ class SmpServer:
 
     def _erase(self) -> None:
         self.counts.erases += 1
+        self.pending = self.permanent = False
         self.slots[1][:] = b"\xff" * len(self.slots[1])
 
     def _store(self, offset: int, data: bytes) -> None:
@@ -547,6 +550,12 @@ class SmpServer:
             self.counts.stored += half
 
         self.effects.effect("device.page", whole, torn)
+
+    def _do_1_5_w(self, body: dict[str, Any]) -> dict[str, Any] | tuple[int, int]:
+        if body.get("slot", 1) != 1 or not self.confirmed or (self.pending and not self._erases_pending):
+            return 1, 9
+        self.effects.effect("device.erase", self._erase)
+        return {}
 
     def _do_1_6_r(self, body: dict[str, Any]) -> dict[str, Any]:
         return {

@@ -60,6 +60,7 @@ mapper = "uart-smp"
 address = "serial:{zephyr.port}"
 [device.config]
 boot_s = 20
+boot_loader = "reverts"
 """)
     return Node(tmp_path, config)
 

@@ -82,6 +82,45 @@ def test_an_image_that_is_none_is_refused_before_a_byte_is_sent(tmp_path: Path, 
     assert exit_code(job.reason) == 3 and server.counts.stored == server.counts.erases == 0
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["at once", "after a restart of the node"])
+def test_a_key_that_is_not_known_ends_failed_also_where_nobody_remembers_the_upload(
+    tmp_path: Path, cut: bool
+) -> None:
+    bad = make_image((3, 0, 0), body_of(4000, 3), key=b"unknown")
+    factory = make_image((1, 0, 0), body_of(BODY_BYTES, 1), key=KEY)
+    with SmpServer(tmp_path, factory, keys=(KEY,)) as server:
+        node = Node(tmp_path / "node", server.port, {"3.0.0": bad}, VERSION_IS)
+
+        async def cut_short() -> None:
+            async with node.life() as life:
+                await life.want("dev-1", "fw@3.0.0")
+                while server.counts.boots < 2:
+                    await asyncio.sleep(0.001)
+
+        async def ended() -> Job:
+            async with node.life() as life:
+                return await life.ended("dev-1")
+
+        if cut:
+            asyncio.run(cut_short())
+            job = asyncio.run(ended())
+        else:
+            job = asyncio.run(node.deploy("3.0.0"))
+        assert (job.state, job.reason) == (State.FAILED, Reason.VERIFY_FAILED), job.detail
+        assert server.runs == "1.0.0" and server.counts.trial_boots == 0
+
+
+def test_a_device_that_would_keep_the_image_without_a_trial_is_left_alone_to_the_end(tmp_path: Path) -> None:
+    """It is told to try, and marks for good: the way back must not be what boots it."""
+    with SmpServer(tmp_path, FACTORY) as server:
+        normal = server._set_pending
+        server._set_pending = lambda permanent: normal(True)  # type: ignore[method-assign]
+        node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS)
+        job = asyncio.run(node.deploy("2.0.0"))
+        assert (job.state, job.reason) == (State.FAILED, Reason.REVERT_FAILED), job.detail
+        assert "for good" in job.detail and server.runs == "1.0.0" and server.counts.boots == 1
+
+
 @pytest.mark.parametrize("watched", [True, False])
 def test_a_device_that_hangs_in_its_trial_is_left_by_its_watchdog(
     tmp_path: Path, server: SmpServer, watched: bool
@@ -193,6 +232,7 @@ class World:
         self.node = node
         self.healthy = healthy
         self.cuts: list[str] = []
+        self.left = False
 
     def live(self, faults: Faults) -> Job | None:
         """One life of node and device; the ended job, or None where the power was cut."""
@@ -201,7 +241,10 @@ class World:
         else:
             self.server.effects = faults
         job = until_cut(self._live(faults), faults)
-        self.cuts += [faults.fired] if faults.fired else []
+        if faults.fired:
+            self.cuts.append(faults.fired)
+            # a device that loses its power in its trial goes back by itself
+            self.left |= faults.fired.startswith("device.") and not self.server.confirmed
         return job
 
     async def _live(self, faults: Faults) -> Job:
@@ -214,11 +257,9 @@ class World:
     def check(self, job: Job) -> None:
         server, outcome = self.server, (job.state, job.reason)
         bad = (State.REVERTED, Reason.HEALTH_FAILED)
-        # a device that loses its power in its trial goes back by itself
         left = (State.REVERTED, Reason.DEVICE_REVERTED)
         good = (State.SUCCEEDED, None)
-        may_be_left = any(cut in ("device.boot", "device.confirm") for cut in self.cuts)
-        allowed = [good if self.healthy else bad, *([left] if may_be_left else [])]
+        allowed = [good if self.healthy else bad, *([left] if self.left else [])]
         assert outcome in allowed, f"{outcome}: {job.detail}; cut at {self.cuts}"
         assert server.runs == ("2.0.0" if outcome == good else "1.0.0")
         assert server.confirmed and not server.pending

@@ -186,7 +186,7 @@ def test_the_application_s_own_lines_share_the_console() -> None:
     first, *following = framing.encode(answer).splitlines(keepends=True)
     wire = b"uptime=3\r\n" + b"uart:~$ " + first + b"[00:01] <inf> x: y\r\n" + b"".join(following) + b"bye\n"
     assert framing.feed(wire) == [answer]
-    assert list(framing.text_lines()) == ["uptime=3", "[00:01] <inf> x: y", "bye"]
+    assert list(framing.text_lines()) == ["uptime=3", "uart:~$ ", "[00:01] <inf> x: y", "bye"]
     assert list(framing.text_lines()) == []
 
 
@@ -293,7 +293,7 @@ def test_a_table_is_a_configuration() -> None:
 @pytest.mark.parametrize(
     ("table", "text"),
     [
-        ({"bauds": 1}, "bauds: found an unknown key; allowed: answer_s, baud, boot_s"),
+        ({"bauds": 1}, "bauds: found an unknown key; allowed: answer_s, baud, boot_loader, boot_s"),
         ({"framing": "slip"}, "framing: found 'slip'; allowed: 'console' or 'raw' or 'cobs'"),
         ({"window": 33}, "window: found 33; allowed: a whole number from 0 to 32"),
         ({"window": True}, "window: found True"),

@@ -15,7 +15,7 @@ from smp_server import HANGS, SmpServer, body_of, make_image
 from uart_kit import Watched
 
 from edged.api import Desired, Health, HealthCheck, Phase, Reported
-from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
+from edged.errors import Permanent, Reason, Refused, Transient
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.image import Image, MemorySource, pack
 from edged_uart.smp_session import SmpSession
@@ -85,7 +85,7 @@ def test_a_buffer_without_room_for_a_header_is_refused(tmp_path: Path) -> None:
         )
         assert not uploads(server)
 
-    with SmpServer(tmp_path, FACTORY, buffer_bytes=56, mode=None) as server:
+    with SmpServer(tmp_path, FACTORY, buffer_bytes=56) as server:
         on(server, work)
 
 
@@ -126,7 +126,7 @@ def test_a_server_that_knows_version_1_only_is_met(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.DEVICE_ERROR and "(code 5)" in caught.value.detail
 
     with SmpServer(tmp_path, FACTORY, versions=(1,), tells_parameters=False, mode=None) as server:
-        on(server, work, settings={"no": {"type": "int8"}})
+        on(server, work, settings={"no": {"type": "int8"}}, boot_loader="reverts")
         assert bytes(server.slots[1][: len(SECOND)]) == SECOND
 
 
@@ -158,38 +158,41 @@ FAULTS = ["lost", "doubled", "flipped", "noise"]
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("framing", ["console", "cobs"])
 def test_bytes_that_go_wrong_cost_time_and_nothing_else(tmp_path: Path, fault: str, framing: str) -> None:
-    wire = BadWire(1, 3000, fault)
+    wire, back = BadWire(1, 3000, fault), BadWire(2, 300, fault)
 
     async def work(session: SmpSession) -> None:
         # the wire turns bad when the device was found
-        server.to_device, server.from_device = wire, BadWire(2, 3000, fault)
+        server.to_device, server.from_device = wire, back
         await staged(session, SECOND)
         assert bytes(server.slots[1][: len(SECOND)]) == SECOND
-        assert wire.hits > 0
+        assert wire.hits > 0 and back.hits > 0
 
     with SmpServer(tmp_path, FACTORY, framing=framing) as server:
         on(server, work, answer_s=0.1, framing=framing)
         assert server.counts.stored == len(SECOND)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_without_a_checksum_no_wrong_image_is_called_good(tmp_path: Path, fault: str) -> None:
-    """Raw: what was damaged on the way is stored; the boot loader does not boot it, and that is seen."""
+@pytest.mark.parametrize("fault", ["flipped", "shifted"])
+def test_without_a_checksum_damage_arrives_and_is_seen_at_the_trial(tmp_path: Path, fault: str) -> None:
+    """Raw: the device takes the bytes for good and lists the image; its boot loader throws it away, and that is seen."""
+
+    def damage(group: int, number: int, body: dict[str, Any]) -> bool:
+        # in the body: where the hash at the end is damaged it is not listed at all
+        if (group, number) == (1, 1) and 2000 < body["off"] < 4000:
+            data = body["data"]
+            body["data"] = bytes([data[0] ^ 1, *data[1:]]) if fault == "flipped" else data[:8] + data[:-8]
+        return True
 
     async def work(session: SmpSession) -> None:
-        server.to_device = BadWire(3, 1500, fault)
-        try:
-            await staged(session, SECOND)
-            server.to_device = lambda data: data
+        server.on_request = damage
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) != SECOND, "nothing was damaged"
+        with pytest.raises(Permanent) as caught:
             await session.activate()
-        except EdgedError as error:
-            assert isinstance(error, Transient | Permanent)
-        runs = (await session.slots()).slots[0].runs
-        whole = bytes(server.slots[0][: len(SECOND)]) == SECOND
-        assert (runs == identifies_as(SECOND)) == whole, "a wrong image runs"
+        assert caught.value.reason is Reason.VERIFY_FAILED and server.runs == "1.0.0"
 
     with SmpServer(tmp_path, FACTORY, framing="raw") as server:
-        on(server, work, answer_s=0.1, framing="raw")
+        on(server, work, framing="raw")
 
 
 @FRAMINGS
@@ -346,22 +349,26 @@ def test_what_was_staged_is_not_sent_again(tmp_path: Path) -> None:
         on(server, work)
 
 
-def test_a_match_that_is_none_is_an_error(tmp_path: Path) -> None:
-    """Where the device checks what it stored."""
+def test_what_did_not_match_is_erased_and_comes_again(tmp_path: Path) -> None:
+    """Where the device checks what it stored: it must not be taken for whole the next time."""
 
     async def work(session: SmpSession) -> None:
         server.on_request = damage
-        with pytest.raises(Permanent) as caught:
+        with pytest.raises(Transient) as caught:
             await staged(session, SECOND)
-        assert caught.value.reason is Reason.VERIFY_FAILED
+        assert caught.value.reason is Reason.PROTOCOL_ERROR and "other bytes" in caught.value.detail
+        server.on_request = None
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND
 
     def damage(group: int, number: int, body: dict[str, Any]) -> bool:
-        if (group, number) == (1, 1) and body["off"] > 2000:
+        if (group, number) == (1, 1) and 2000 < body["off"] < 2500:
             body["data"] = bytes(len(body["data"]))
         return True
 
     with SmpServer(tmp_path, FACTORY, checks=True) as server:
-        on(server, work)
+        on(server, work, window=1)
+        assert server.counts.erases == 3
 
 
 KEY, OTHER_KEY = b"the key of the factory", b"another"
@@ -404,19 +411,40 @@ def test_an_image_that_the_device_does_not_list_after_the_upload_is_missing(tmp_
         on(server, work)
 
 
-@pytest.mark.parametrize(
-    ("mode", "reason"),
-    [(0, Reason.UNSUPPORTED), (2, Reason.UNSUPPORTED), (4, Reason.UNSUPPORTED), (6, Reason.UNSUPPORTED)],
-)
-def test_a_boot_loader_that_cannot_go_back_is_refused(tmp_path: Path, mode: int, reason: Reason) -> None:
+@pytest.mark.parametrize("mode", [0, 2, 4, 6, 7, 8, 99])
+def test_a_boot_loader_that_cannot_go_back_is_refused(tmp_path: Path, mode: int) -> None:
     async def work(session: SmpSession) -> None:
         with pytest.raises(Permanent) as caught:
             await staged(session, SECOND)
-        assert caught.value.reason is reason and "cannot go back" in caught.value.detail
+        assert caught.value.reason is Reason.UNSUPPORTED and "cannot go back" in caught.value.detail
         assert not uploads(server)
 
     with SmpServer(tmp_path, FACTORY, mode=mode) as server:
+        on(server, work, boot_loader="reverts")
+
+
+@pytest.mark.parametrize("mode", [1, 3, 5, 9])
+def test_a_boot_loader_that_goes_back_is_not(tmp_path: Path, mode: int) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, mode=mode) as server:
         on(server, work)
+
+
+def test_a_boot_loader_that_tells_nothing_has_to_be_vouched_for(tmp_path: Path) -> None:
+    async def refused(session: SmpSession) -> None:
+        with pytest.raises(Permanent) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason is Reason.UNSUPPORTED and "boot_loader = 'reverts'" in caught.value.detail
+        assert not uploads(server)
+
+    async def vouched(session: SmpSession) -> None:
+        await staged(session, SECOND)
+
+    with SmpServer(tmp_path, FACTORY, mode=None) as server:
+        on(server, refused)
+        on(server, vouched, boot_loader="reverts")
 
 
 @pytest.mark.parametrize(
@@ -453,13 +481,48 @@ def test_an_image_of_two_segments_is_none(tmp_path: Path) -> None:
         on(server, work)
 
 
-def test_serial_recovery_is_not_flashed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tells_states", [False, True])
+def test_serial_recovery_is_not_flashed(tmp_path: Path, tells_states: bool) -> None:
+    """MCUboot may tell states there, too (BOOT_SERIAL_IMG_GRP_IMAGE_STATE); an application tells more of itself."""
+
     async def work(session: SmpSession) -> None:
-        server._do_1_0_r = lambda body: {"images": [{"slot": 0, "version": "1.0.0"}]}  # type: ignore[method-assign]
+        normal, whole = server._do_1_0_r, server._do
+
+        def states(body: dict[str, Any]) -> dict[str, Any]:
+            told = normal(body)["images"]
+            return {"images": told if tells_states else [{"slot": 0, "version": "1.0.0"}]}
+
+        def few(op: int, group: int, number: int, body: dict[str, Any]) -> Any:
+            return whole(op, group, number, body) if group == 1 or number in (0, 5, 6) else (0, 8)
+
+        server._do_1_0_r, server._do = states, few  # type: ignore[method-assign]
         with pytest.raises(Permanent) as caught:
             await staged(session, SECOND)
-        assert caught.value.reason is Reason.UNSUPPORTED and "recovery" in caught.value.detail
+        assert caught.value.reason is Reason.UNSUPPORTED
+        assert "recovery" in caught.value.detail or "does not tell whether" in caught.value.detail
+        with pytest.raises(Permanent) as caught:
+            await session.slots()
+        assert "recovery" in caught.value.detail
         assert not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_an_application_that_lands_in_recovery_is_brought_back(tmp_path: Path) -> None:
+    """A piece of the image that reaches the boot loader while it starts is a call for recovery."""
+
+    async def work(session: SmpSession) -> None:
+        await session.slots()
+        normal = server._do_1_0_r
+        server._do_1_0_r = lambda body: {"images": [{"slot": 0, "version": "1.0.0"}]}  # type: ignore[method-assign]
+        with pytest.raises(Transient) as caught:
+            await session.slots()
+        assert caught.value.reason is Reason.DEVICE_ERROR and "it was reset" in caught.value.detail
+        server._do_1_0_r = normal  # type: ignore[method-assign]
+        await asyncio.sleep(0.2)
+        assert server.counts.boots == 2
+        await staged(session, SECOND)
 
     with SmpServer(tmp_path, FACTORY) as server:
         on(server, work)
@@ -519,6 +582,78 @@ def test_what_others_left_pending_is_booted_and_left_before_the_upload(tmp_path:
         assert server.counts.boots == 3
 
 
+@pytest.mark.parametrize("erases", [False, True])
+def test_what_somebody_confirmed_is_not_booted_by_a_reset_of_ours(tmp_path: Path, erases: bool) -> None:
+    """The image in the other slot is to stay from the next reset on: it is erased, or nothing resets the device."""
+    third = make_image((3, 0, 0), body_of(4000, 3))
+
+    async def work(session: SmpSession) -> None:
+        for call in (session.revert, lambda: staged(session, SECOND), lambda: staged(session, third)):
+            server.pending = server.permanent = False
+            await staged(session, third)
+            server.pending = server.permanent = True
+            if erases:
+                await call()
+                assert not server.pending
+            else:
+                with pytest.raises(Permanent) as caught:
+                    await call()
+                assert caught.value.reason is Reason.DEVICE_ERROR and "for good" in caught.value.detail
+        assert server.counts.boots == 1 and server.runs == "1.0.0"
+
+    with SmpServer(tmp_path, FACTORY, erases_pending=erases) as server:
+        on(server, work)
+
+
+def test_what_is_pending_is_erased_where_the_device_allows_it(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        server.pending = True
+        await session.revert()
+        assert not server.pending and server.counts.boots == 1
+
+    with SmpServer(tmp_path, FACTORY, erases_pending=True) as server:
+        on(server, work)
+
+
+def test_a_lost_reset_is_sent_again(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        lost = 0
+
+        def lose(group: int, number: int, body: dict[str, Any]) -> bool:
+            nonlocal lost
+            lost += (group, number) == (0, 5)
+            return (group, number) != (0, 5) or lost > 1
+
+        server.on_request = lose
+        await session.activate()
+        assert lost == 2 and server.runs == "2.0.0" and server.counts.boots == 2
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_an_image_that_was_thrown_away_is_missed_by_a_session_that_did_not_send_it(tmp_path: Path) -> None:
+    bad = make_image((3, 0, 0), body_of(4000, 3), key=OTHER_KEY)
+
+    async def sent(session: SmpSession) -> None:
+        await staged(session, bad)
+        server.pending = True
+        server.power()
+
+    async def work(session: SmpSession) -> None:
+        boots = server.counts.boots
+        with pytest.raises(Permanent) as caught:
+            await session.activate()
+        assert caught.value.reason is Reason.VERIFY_FAILED and "key" in caught.value.detail
+        assert server.counts.boots == boots, "it was reset for nothing"
+
+    with SmpServer(tmp_path, FACTORY, keys=(KEY,)) as server:
+        on(server, sent)
+        on(server, work)
+
+
 def test_revert_leaves_a_trial(tmp_path: Path) -> None:
     async def work(session: SmpSession) -> None:
         await staged(session, SECOND)
@@ -569,8 +704,83 @@ def test_a_device_that_never_answers_again_is_told_with_what_it_said(tmp_path: P
 # -- health and properties
 
 
+CHATTY = "ready"
+
+
+@pytest.mark.parametrize("says", [True, False], ids=["the new image says it too", "the new image is silent"])
+def test_what_the_old_image_said_is_no_health_of_the_new_one(tmp_path: Path, says: bool) -> None:
+    """It goes on talking between the answer to the reset and the reset itself, as Zephyr's does for a quarter of a second."""
+
+    async def work(session: SmpSession) -> None:
+        talking = asyncio.create_task(talk())
+        await staged(session, SECOND)
+        await session.activate()
+        talking.cancel()
+        assert server.runs == "2.0.0"
+        assert (await session.check_health(HealthCheck("line", CHATTY, timeout_s=0.5))).healthy == says
+
+    async def talk() -> None:
+        while server.runs == "1.0.0":
+            server.say(CHATTY)
+            await asyncio.sleep(0.01)
+
+    hello = (
+        ("*** Booting Zephyr OS build v4 ***", CHATTY) if says else ("*** Booting Zephyr OS build v4 ***",)
+    )
+    with SmpServer(tmp_path, FACTORY, hello=hello, reset_s=0.25) as server:
+        on(server, work)
+
+
+def test_without_a_banner_only_what_is_said_after_the_answer_counts(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+        assert not (await session.check_health(HealthCheck("line", CHATTY, timeout_s=0.2))).healthy
+        server.say(CHATTY)
+        assert (await session.check_health(HealthCheck("line", CHATTY, timeout_s=1))).healthy
+
+    with SmpServer(tmp_path, FACTORY, hello=(CHATTY,)) as server:
+        on(server, work)
+
+
+@pytest.mark.parametrize("framing", ["raw", "cobs"])
+def test_a_framing_without_lines_has_no_check_of_lines(tmp_path: Path, framing: str) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Permanent) as caught:
+            await session.check_health(HealthCheck("line", "x"))
+        assert caught.value.reason is Reason.UNSUPPORTED
+
+    with SmpServer(tmp_path, FACTORY, framing=framing) as server:
+        on(server, work, framing=framing)
+
+
+def test_an_odd_setting_does_not_matter_for_the_health_of_another_and_a_check_ends_in_time(
+    tmp_path: Path,
+) -> None:
+    async def work(session: SmpSession) -> None:
+        assert (await session.check_health(HealthCheck("property", "^7$", "setting.good", 2))).healthy
+        server.log.clear()
+        await session.check_health(HealthCheck("property", "^7$", "setting.good", 2))
+        assert {(group, number) for _, group, number, _ in server.log} == {(3, 0)}, (
+            "more was asked than the one"
+        )
+        for odd in ("setting.odd", "setting.nan", "setting.none", "stat.no.no"):
+            assert not (await session.check_health(HealthCheck("property", "x", odd, 0.2))).healthy
+        assert [one.name for one in await session._settings(["odd", "nan", "good"])] == ["setting.good"]
+        server.versions = ()
+        begun = asyncio.get_running_loop().time()
+        assert not (await session.check_health(HealthCheck("property", "7", "setting.good", 0.3))).healthy
+        assert asyncio.get_running_loop().time() - begun < 1.5
+
+    kept = {"good": b"\x07", "odd": b"abc", "nan": b"\0\0\xc0\x7f"}
+    with SmpServer(tmp_path, FACTORY, settings=kept) as server:
+        kinds = {"good": "uint8", "odd": "uint32", "nan": "float32"}
+        on(server, work, settings={name: {"type": kind} for name, kind in kinds.items()}, answer_s=2)
+
+
 def test_health_by_a_line_and_by_a_property(tmp_path: Path) -> None:
     async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
         await session.activate()
         assert await session.check_health(HealthCheck("line", "^ready [0-9]$", timeout_s=2)) == Health(
             True, "ready 1"
@@ -579,7 +789,7 @@ def test_health_by_a_line_and_by_a_property(tmp_path: Path) -> None:
         assert (await session.check_health(HealthCheck("line", "late", timeout_s=2))).healthy
         later.cancel()
         assert await session.check_health(HealthCheck("line", "x$", timeout_s=0.2)) == Health(
-            False, "boot\nready 1\nlate"
+            False, "*** Booting Zephyr OS\nready 1\nlate"
         )
         assert (await session.check_health(HealthCheck("property", "^ok$", "setting.app/state", 1))).healthy
         assert await session.check_health(HealthCheck("property", "^no", "setting.app/state", 0.2)) == Health(
@@ -594,7 +804,9 @@ def test_health_by_a_line_and_by_a_property(tmp_path: Path) -> None:
             await session.check_health(HealthCheck("property", "ok", "setting.app/state", 0.2))
         ).healthy
 
-    with SmpServer(tmp_path, FACTORY, hello=("boot", "ready 1"), settings={"app/state": b"ok"}) as server:
+    with SmpServer(
+        tmp_path, FACTORY, hello=("*** Booting Zephyr OS", "ready 1"), settings={"app/state": b"ok"}
+    ) as server:
         on(server, work, settings={"app/state": {}}, answer_s=0.1)
 
 

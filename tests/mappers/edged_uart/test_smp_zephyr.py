@@ -32,7 +32,8 @@ from edged_uart.smp_session import SmpSession
 
 pytestmark = pytest.mark.skipif(zephyr_kit.QEMU is None, reason="not installed: qemu-system-arm")
 
-REAL = {"answer_s": 2, "erase_s": 25, "quiet_s": 1, "boot_s": 30}
+REAL = {"answer_s": 2, "erase_s": 25, "quiet_s": 1, "boot_s": 30, "boot_loader": "reverts"}
+"""These do not tell their boot loader's mode."""
 FACTORY_VERSION = "0.0.0"
 
 
@@ -318,22 +319,51 @@ def test_another_board_with_larger_buffers_and_without_a_console(
         on(board, work, framing=framing, settings={"app/none": {}})
 
 
-def test_a_boot_loader_in_serial_recovery_is_recognised_and_left_alone(tmp_path: Path) -> None:
-    """It speaks COBS here, knows no slot that runs, and would take any image in place of its only one."""
+@pytest.mark.parametrize(
+    ("machine", "framing", "recovery"),
+    [(MPS2_RAW_AND_COBS, "raw", "cobs"), (MPS2_RAW, "raw", "raw"), (MPS2_CONSOLE, "console", "console")],
+    ids=["cobs", "raw", "console"],
+)
+def test_a_boot_loader_in_serial_recovery_is_recognised_and_left_alone(
+    tmp_path: Path, machine: Machine, framing: str, recovery: str
+) -> None:
+    """The real one knows no slot that runs, and would take any image in place of its only one."""
 
     async def into_recovery(session: SmpSession) -> None:
-        await session._client.tell(smp.RESET, {"boot_mode": 1})
+        await session._client.is_told(smp.RESET, {"boot_mode": 1})
         await asyncio.sleep(2)
 
     async def work(session: SmpSession) -> None:
         identity = await session.identify()
-        assert identity.detail["framing"] == "cobs" and "active" not in identity.detail["slot 0"]
+        assert identity.detail["framing"] == recovery and "active" not in identity.detail["slot 0"]
         sent = len(board.tap)
         with pytest.raises(Permanent) as caught:
             await session.stage(await opaque(signed("1.0.0")), Watched())
         assert caught.value.reason is Reason.UNSUPPORTED and "serial recovery" in caught.value.detail
-        assert len(board.tap) - sent < 200
+        assert not await session._tells_of_itself()
+        assert len(board.tap) - sent < 400
 
-    with Zephyr(tmp_path, machine=MPS2_RAW_AND_COBS) as board:
-        on(board, into_recovery, framing="raw")
-        on(board, work, framing="cobs")
+    with Zephyr(tmp_path, machine=machine) as board:
+        on(board, into_recovery, framing=framing)
+        on(board, work, framing=recovery)
+
+
+@pytest.mark.parametrize(
+    ("machine", "framing"),
+    [(MPS2_CONSOLE, "console"), (MPS2_RAW, "raw")],
+    ids=["console", "raw"],
+)
+def test_a_probe_finds_each_framing_and_wedges_nothing(
+    tmp_path: Path, machine: Machine, framing: str
+) -> None:
+    probe = MAPPERS["uart-smp"].probe
+    assert probe is not None
+
+    async def ask(board: Zephyr) -> None:
+        for _ in range(2):
+            found = await probe(f"serial:{board.port}", device_env("probe", LinkPool(LINKS)))
+            assert found is not None and found.detail["framing"] == framing
+
+    with Zephyr(tmp_path, machine=machine) as board:
+        asyncio.run(asyncio.sleep(2))
+        asyncio.run(ask(board))

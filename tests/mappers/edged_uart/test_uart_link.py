@@ -255,6 +255,23 @@ def test_a_real_port_without_modem_lines_is_reported(peer: Peer, monkeypatch: py
     on_link(peer, use)
 
 
+def test_a_port_may_keep_its_lines_when_it_is_closed(peer: Peer) -> None:
+    def hangs_up() -> bool:
+        return bool(termios.tcgetattr(peer.master)[2] & termios.HUPCL)
+
+    async def use(link: SerialLink) -> None:
+        attributes = termios.tcgetattr(peer.master)
+        attributes[2] |= termios.HUPCL
+        termios.tcsetattr(peer.master, termios.TCSANOW, attributes)
+        assert hangs_up()
+        await link.keep_lines()
+        assert not hangs_up()
+        await link.set_baud(57600)
+        assert not hangs_up()
+
+    on_link(peer, use)
+
+
 def test_a_reset_on_a_pty_opens_it_anew(peer: Peer) -> None:
     async def use(link: SerialLink) -> None:
         peer.say(b"old")
