@@ -105,7 +105,6 @@ class _Listener:
     """A guest that only waits for a sign of life."""
 
     def __init__(self) -> None:
-        self.memory = Memory()
         self.heard_it = asyncio.Event()
 
     def seated(self, seat: Seat) -> None:

@@ -1,0 +1,205 @@
+"""Who a device and a broker are: passwords, certificates, hardware ids, and probes that touch nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broker_kit import Mosquitto
+from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
+from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
+
+from edged.config import LinkSettings
+from edged.domain.job import State
+from edged.errors import Permanent, Reason, Refused, Transient
+from edged.links import LinkPool, device_env
+from edged.testing.node import life
+from edged_mqtt.config import LinkConfig
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "")
+    plant = Plant(tmp_path / "plant")
+    plant.publish("1.0.0", "2.0.0", size=20_000)
+    return plant
+
+
+def test_the_vendors_client_shows_a_certificate(plant: Plant, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    plant.tls(authority, client_ca=str(authority.ca), client_certificates="required")
+    plant.device(proof="certificate")
+    certificate, key = authority.issue("pump-1")
+    shown = {"ca": str(authority.ca), "certificate": str(certificate), "key": str(key)}
+
+    async def run() -> None:
+        async with (
+            life(plant.config, plant.plugins) as node,
+            vendor_device(plant.port, tls=True, username="anything", **shown) as client,
+        ):
+            assert (await deployed(node, "pump@1.0.0")).state is State.SUCCEEDED
+            job = await deployed(node, "pump@2.0.0")
+            assert job.state is State.SUCCEEDED, job.detail
+            assert await client.until(lambda line: line.startswith("updated")) == "updated pump 2.0.0"
+
+    asyncio.run(run())
+
+
+def test_a_device_with_a_password_is_known_by_both(plant: Plant) -> None:
+    plant.device(proof="password")
+    right = PullingDevice(plant.port, "pump-1", password="token-of-pump-1")
+    wrong = PullingDevice(plant.port, "pump-1", password="token-of-pump-2")
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            wrong.start()
+            await asyncio.sleep(1.5)
+            assert "refused: 4" in wrong.log and not wrong.connected.is_set()
+            right.start()
+            try:
+                assert (await deployed(node, "pump@1.0.0")).state is State.SUCCEEDED
+                job = await deployed(node, "pump@2.0.0")
+                assert job.state is State.SUCCEEDED, job.detail
+                assert bytes(right.flash) == image_bytes("2.0.0", 20_000)
+                assert not wrong.written
+            finally:
+                await right.stop()
+                await wrong.stop()
+
+    asyncio.run(run())
+
+
+def test_hardware_is_what_the_device_says_where_it_is_asked(plant: Plant) -> None:
+    plant.device(hardware_key="board", report_s=1.0)
+    device = PullingDevice(plant.port, "token-of-pump-1", values={"board": "rev-c"})
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            device.start()
+            async with asyncio.timeout(20):
+                await device.connected.wait()
+                while True:
+                    try:
+                        async with node.sessions["pump-1"].lease(5) as lease:
+                            assert (await lease.session.identify()).hardware_id == "rev-c"
+                            break
+                    except Transient:
+                        await asyncio.sleep(0.05)
+            await device.stop()
+
+    asyncio.run(run())
+
+
+def test_a_probe_tells_what_a_device_said_and_sends_nothing(plant: Plant) -> None:
+    plant.device()
+    address = plant.devices[0].address
+    device = PullingDevice(plant.port, "token-of-pump-1")
+
+    async def run() -> None:
+        assert SPEC.probe is not None and not SPEC.probe_disturbs
+        pool = LinkPool(LINKS)
+        (settings,) = plant.config.device
+        described = mqtt_device(plant.port)
+        assert described.address == settings.address
+        async with device_env("holder", pool).link(plant.listener):
+            assert await SPEC.probe(address, device_env("probe", pool)) is None
+            device.start()
+            async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                await session.slots()  # type: ignore[attr-defined]
+                await asyncio.sleep(0.3)  # what the device asked for is answered by then
+                before = len(device.received)
+                found = await SPEC.probe(address, device_env("probe", pool))
+                assert found is not None and found.serial_number == "pump-1"
+                assert dict(found.detail) == {
+                    "protocol": "thingsboard",
+                    "title": "pump",
+                    "version": "1.0.0",
+                    "state": "",
+                }
+                await asyncio.sleep(0.1)
+                assert len(device.received) == before
+        await device.stop()
+        with pytest.raises(Permanent, match="allowed: mqtt:listen@"):
+            await SPEC.probe("mqtt:nowhere", device_env("probe", pool))
+
+    asyncio.run(run())
+
+
+def test_a_probe_listens_for_a_device_on_a_broker(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    device = PullingDevice(broker.port, prefix="devices/pump-1/", every_s=0.1)
+
+    async def run() -> None:
+        device.start()
+        try:
+            assert SPEC.probe is not None
+            env = device_env("probe", LinkPool(LINKS))
+            found = await SPEC.probe(f"mqtt:127.0.0.1:{broker.port}/devices/pump-1", env)
+            assert found is not None and found.hardware_id == "credential:devices/pump-1"
+        finally:
+            await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
+async def _connects(broker: Mosquitto, **table: Any) -> None:
+    """Raises what opening the broker's link raises."""
+    address = f"mqtt:127.0.0.1:{broker.port}"
+    pool = LinkPool(LINKS, {address: LinkConfig(table)})
+    async with device_env("one", pool).link(address):
+        pass
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # paho forgets a socket without handshake
+def test_a_broker_wants_user_password_and_certificate(plant: Plant, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    certificate, key = authority.issue("broker")
+    own, own_key = authority.issue("edged")
+    passwords = tmp_path / "passwords"
+    passwords.touch()
+    subprocess.run(["mosquitto_passwd", "-b", str(passwords), "edged", "broker-secret"], check=True)
+    plant.secret("broker", "broker-secret")
+    plant.secret("wrong", "guess")
+    plant.secret("mqtt-client-key", own_key.read_text())
+    broker = Mosquitto(
+        tmp_path,
+        f"password_file {passwords}\ncafile {authority.ca}\ncertfile {certificate}\nkeyfile {key}\n"
+        "require_certificate true",
+    )
+    whole = {"tls": True, "ca": str(authority.ca), "certificate": str(own), "user": "edged"}
+    with broker.running():
+        asyncio.run(_connects(broker, **whole, credential="broker"))
+        for table, reason in (
+            ({**whole, "credential": "wrong"}, Reason.CONFIG_INVALID),
+            ({**whole, "credential": "absent"}, Reason.CONFIG_INVALID),
+            ({**whole, "credential": "broker", "ca": "/nowhere"}, Reason.CONFIG_INVALID),
+            ({**whole, "credential": "broker", "ca": ""}, Reason.DEVICE_ABSENT),
+        ):
+            with pytest.raises((Permanent, Transient, Refused)) as caught:
+                asyncio.run(_connects(broker, **table))
+            assert caught.value.reason is reason, (table, caught.value)
+
+
+def test_a_broker_that_is_not_there_is_absent(tmp_path: Path) -> None:
+    with pytest.raises(Transient) as caught:
+        asyncio.run(_connects(Mosquitto(tmp_path)))
+    assert caught.value.reason is Reason.DEVICE_ABSENT
+
+
+def test_a_key_of_the_other_kind_of_wire_is_a_fault(plant: Plant) -> None:
+    plant.device()
+    plant.links.append(LinkSettings(address=plant.listener, config={"tls": True}))
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            with pytest.raises(Permanent, match="tls: found a key that a listener has not"):
+                async with node.sessions["pump-1"].lease(5):
+                    pass
+
+    asyncio.run(run())
