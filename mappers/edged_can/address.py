@@ -26,6 +26,8 @@ _SHAPE: Final = re.compile(
 _NETWORK_INTERFACE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,15}")
 _KERNELS: Final = re.compile(r"v?can\d+")
 """Where the interface should be, somebody forgot ``socketcan@`` before it."""
+_CLASSIC_ONLY: Final = frozenset({"slcan", "pcan"})
+"""python-can wants a table of timings from these for CAN FD, not two bit rates."""
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]*")
 _WORDS: Final[dict[str, bool]] = {"true": True, "false": False}
 _ALLOWED: Final = (
@@ -61,6 +63,8 @@ def parse_address(rest: str) -> CanAddress:
     interface = found["interface"] or SOCKETCAN
     if interface == SOCKETCAN and not _NETWORK_INTERFACE.fullmatch(found["channel"]):
         raise ValueError(_ALLOWED)
+    if found["data_bitrate"] and interface in _CLASSIC_ONLY:
+        raise ValueError(f"allowed: no data bit rate: CAN FD is not supported on {interface}")
     return CanAddress(
         interface,
         found["channel"],

@@ -166,7 +166,7 @@ class UdsConfig:
     - ``bus_share``: of the bus that may be in use while edged sends; 1: no limit.
     - ``answer_s``: the longest that one answer takes. ``pending_s``: so long may a device ask for more time
       (requestCorrectlyReceived-ResponsePending). ``boot_s``: from a reset until it answers again.
-      ``settle_s``: from its answer to the programming session to the next request.
+      ``settle_s``: from its answer to a reset, or to the programming session, to the next request.
     - ``hardware_did``, ``version_did``, ``serial_did``: what identifies it; 0: it has none.
     - ``sequence``: what comes before the first erase. ``precondition_routine``: what ``check_preconditions`` starts.
     - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload.
@@ -198,7 +198,7 @@ class UdsConfig:
     answer_s: float = _key(1.0, _number(0.05, 60))
     pending_s: float = _key(120.0, _number(1, 3600))
     boot_s: float = _key(10.0, _number(0.1, 600))
-    settle_s: float = _key(0.0, _number(0, 60))
+    settle_s: float = _key(0.5, _number(0, 60))
     hardware_did: int = _key(0xF191, _whole(1, 0xFFFF))
     version_did: int = _key(0xF189, _DID)
     serial_did: int = _key(0xF18C, _DID)
@@ -317,8 +317,21 @@ def _together(config: UdsConfig) -> typing.Iterator[str]:
                 f"security.algorithm: found {config.security.algorithm!r}; allowed: {', '.join(sorted(known()))}, or one that "
                 "a plug-in brings"
             )
+    yield from _proofs(config)
     if bool(config.dbc) != bool(config.signals or config.commands):
         yield f"dbc: found {config.dbc!r}; allowed: a file together with signals or commands, or none of them"
     names = [one.name for one in config.properties]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"properties: found {name!r} twice; allowed: each name once"
+
+
+def _proofs(config: UdsConfig) -> typing.Iterator[str]:
+    """Checksums where there are some, and something that tells a good image from another."""
+    unknown = {"crc32", "sha256"} & set(config.erase.parameters)
+    if unknown:
+        yield f"erase.parameters: found {sorted(unknown)!r}; allowed: format, address, length: nothing was sent by then"
+    if not config.version_did and (config.check.per == "never" or not config.check.ok):
+        yield (
+            "check: found nothing that is looked at; allowed: per 'segment' or 'image' and an ok, or a version_did: else "
+            "nothing would tell what the device holds"
+        )

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
+import re
 import socket
 import struct
 from collections.abc import AsyncIterator, Collection
@@ -31,7 +33,11 @@ _SOL_CAN_ISOTP: Final = 106
 _OPTS, _RECV_FC, _LL_OPTS = 1, 2, 5
 _OPTIONS: Final = struct.Struct("=LLBBBB")
 """flags, frame_txtime (ns), ext_address, txpad_content, rxpad_content, rx_ext_address"""
-_EXTEND_ADDR, _TX_PADDING, _RX_EXT_ADDR = 0x002, 0x004, 0x200
+_EXTEND_ADDR, _TX_PADDING, _RX_EXT_ADDR, _WAIT_TX_DONE = 0x002, 0x004, 0x200, 0x400
+_NO_PAUSE: Final = 0xFFFFFFFF
+"""As frame_txtime; 0 would leave the kernel's own 50 us."""
+_LEAST_KERNEL: Final = (5, 18)
+"""The first that knows it; before, it would be a pause of four seconds."""
 _FD_MTU: Final = 72
 _BRS: Final = 0x01
 _LONGEST: Final = 8300
@@ -49,12 +55,19 @@ _MEANINGS: Final = {
 
 
 def has_isotp() -> bool:
-    """Does this kernel have ISO-TP sockets? Asking loads the module, where there is one."""
+    """Does this kernel have ISO-TP sockets that wait and pause as is needed here? Asking loads the module."""
+    if _release() < _LEAST_KERNEL:
+        return False
     try:
         socket.socket(socket.AF_CAN, socket.SOCK_DGRAM, socket.CAN_ISOTP).close()
     except (AttributeError, OSError):
         return False
     return True
+
+
+def _release() -> tuple[int, ...]:
+    """The first two numbers of the kernel's release."""
+    return tuple(int(number) for number in re.findall(r"\d+", os.uname().release)[:2])
 
 
 @asynccontextmanager
@@ -92,9 +105,10 @@ class KernelLink:
                 channel=self.bus.channel,
                 interface=self.bus.interface,
                 ignore_config=True,
-                fd=self.bus.fd,
-                **dict(self.bus.options),  # type: ignore[arg-type]
+                **{"fd": self.bus.fd, **dict(self.bus.options)},  # type: ignore[arg-type]
             )
+        except (ValueError, TypeError) as error:
+            raise Permanent(Reason.CONFIG_INVALID, f"{self.bus}: {error}") from error
         except (can.CanError, OSError) as error:
             raise not_opened(self.bus, _code(error), str(error)) from error
         self._filter()
@@ -123,7 +137,11 @@ class KernelLink:
             self._peers.remove(port)
             self._measured -= shape.share < 1
             self._filter()
-            port.close()
+            await asyncio.shield(port.close())
+
+    def speaks_to(self, response_id: int, extended: bool) -> bool:
+        """As :class:`~edged_can.link.CanLink`."""
+        return any(peer.key == (response_id, extended) for peer in self._peers)
 
     @asynccontextmanager
     async def listen(self, ids: Collection[tuple[int, bool]]) -> AsyncIterator[Listener]:
@@ -231,6 +249,8 @@ class _KernelPeer:
         self._loop = asyncio.get_running_loop()
         self._gap_s = 0.0
         self._socket: socket.socket | None = None
+        self._sending: asyncio.Future[Any] | None = None
+        self.key = peer.response_id, peer.extended_ids
         self._waiting: asyncio.Task[Any] | None = None
 
     def open(self, gap_s: float) -> None:
@@ -246,23 +266,39 @@ class _KernelPeer:
         except OSError as error:
             raise not_opened(self._link.bus, error.errno, str(error)) from error
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """In a thread: the kernel waits for the end of what is being sent, and for its readers."""
         opened, self._socket = self._socket, None
+        if self._sending is not None:
+            await asyncio.wait([self._sending])
         if opened is not None:
-            opened.close()
+            await asyncio.to_thread(opened.close)
 
     async def send(self, message: bytes) -> None:
-        """As :class:`~edged_can.transport.Transport`; the kernel sends the frames."""
+        """As :class:`~edged_can.transport.Transport`; the kernel sends the frames, and returns after the last of them.
+
+        In a thread, one hop for a message: the call waits, non-blocking socket or not. Who waits for the answer counts its
+        time from then on, however far apart the receiver wants its frames. It ends by itself: the kernel gives up where no
+        flow control comes, or no frame gets out.
+        """
         self._check()
-        self._pace()
+        if self._sending is not None:
+            # of a message whose sender was cancelled
+            await asyncio.wait([self._sending])
+        await self._pace()
         assert self._socket is not None
+        self._sending = self._loop.run_in_executor(None, self._socket.send, message)
+        self._sending.add_done_callback(self._sent)
         try:
-            async with asyncio.timeout(N_AS_S):
-                await self._loop.sock_sendall(self._socket, message)
-        except TimeoutError:
-            raise queue_full(self._link.bus, self._link.errors) from None
+            await asyncio.shield(self._sending)
         except OSError as error:
             raise self._meaning(error) from error
+
+    def _sent(self, sending: asyncio.Future[Any]) -> None:
+        self._sending = None
+        if not sending.cancelled():
+            # its sender may be gone; the failure is told to the next
+            sending.exception()
 
     async def receive(self, timeout_s: float) -> bytes | None:
         """As :class:`~edged_can.transport.Transport`."""
@@ -310,20 +346,22 @@ class _KernelPeer:
         if self._link.lost is not None:
             raise again(self._link.lost)
 
-    def _pace(self) -> None:
+    async def _pace(self) -> None:
         if self._shape.share >= 1:
             return
         gap = gap_s(self._frame_s, self._shape.share, self._link.load.used_by_others())
         if abs(gap - self._gap_s) > 0.05 * self._frame_s:
-            self.close()
+            await self.close()
             self.open(gap)
 
     def _configure(self, opened: socket.socket) -> None:
         flags, pad = (0, 0) if self._shape.padding is None else (_TX_PADDING, self._shape.padding)
+        flags |= _WAIT_TX_DONE
         target, source = self._peer.target, self._peer.source
         if target is not None and source is not None:
             flags |= _EXTEND_ADDR | _RX_EXT_ADDR
-        options = _OPTIONS.pack(flags, round(self._gap_s * 1e9), target or 0, pad, pad, source or 0)
+        pause = round(self._gap_s * 1e9) or _NO_PAUSE
+        options = _OPTIONS.pack(flags, pause, target or 0, pad, pad, source or 0)
         opened.setsockopt(_SOL_CAN_ISOTP, _OPTS, options)
         opened.setsockopt(_SOL_CAN_ISOTP, _RECV_FC, bytes((self._shape.block_size, self._shape.st_min, 0)))
         if self._shape.fd:

@@ -76,6 +76,10 @@ class CanLink(Protocol):
         """Raw frames with these identifiers, each with whether it has 29 bits."""
         ...
 
+    def speaks_to(self, response_id: int, extended: bool) -> bool:
+        """Does a session of ours listen to this identifier?"""
+        ...
+
     async def send(self, frame: Frame) -> None:
         """Give one frame to the bus. Raises Transient(LINK_LOST)."""
         ...
@@ -108,7 +112,8 @@ async def _kernel_carries(bus: CanAddress) -> bool:
     if bus.interface != SOCKETCAN:
         return False
     module: Any = await loaded("edged_can.kernel")
-    return bool(module.has_isotp())
+    # asking may load a module of the kernel
+    return bool(await asyncio.to_thread(module.has_isotp))
 
 
 def _parsed(rest: str) -> CanAddress:

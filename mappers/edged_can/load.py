@@ -29,13 +29,16 @@ class BusLoad:
         self._all = [0.0, 0.0]
         self._others = [0.0, 0.0]
         self._debts: dict[float, tuple[float, float]] = {}
+        self._own_at = self._began
 
     def saw(self, wire_s: float, *, own: bool) -> None:
         """A frame went by; ``own``: this process sent it."""
         with self._lock:
             now = self._turn()
             self._all[0] += wire_s
-            if not own:
+            if own:
+                self._own_at = now
+            else:
                 self._others[0] += wire_s
             for share, (debt_s, since) in self._debts.items():
                 self._debts[share] = (min(_left(debt_s, since, now, share) + wire_s, _MOST_DEBT_S), now)
@@ -51,12 +54,17 @@ class BusLoad:
             return self._part(self._others)
 
     def wait_s(self, share: float) -> float:
-        """How long to wait before the next frame, so that the whole load stays below ``share``."""
+        """How long to wait before the next frame, so that the whole load stays below ``share``.
+
+        However much the others use: after ``LONGEST_WAIT_S`` without a frame of ours one may go.
+        """
         with self._lock:
             now = self._now()
             debt_s, since = self._debts.setdefault(share, (0.0, now))
             excess = _left(debt_s, since, now, share) - _BURST_S
-        return min(excess / share, LONGEST_WAIT_S) if excess > _NOTHING_S else 0.0
+            due_s = self._own_at + LONGEST_WAIT_S - now
+        wait_s = min(excess / share, due_s)
+        return wait_s if wait_s > _NOTHING_S else 0.0
 
     def _part(self, seen: list[float]) -> float:
         now = self._turn()

@@ -23,7 +23,9 @@ async def probe(link: CanLink) -> Identity | None:
     found = {
         request_id: told
         for request_id, response_id in _IDENTIFIERS
-        if (told := await _ask(link, request_id, response_id)) is not None
+        # a session of ours would take the answers for its own, and break off what it is sending
+        if not link.speaks_to(response_id, False)
+        and (told := await _ask(link, request_id, response_id)) is not None
     }
     if not found:
         return None

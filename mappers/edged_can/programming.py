@@ -16,7 +16,7 @@ from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
 
 from edged.api import Image, Phase, Progress, Segment
 from edged.errors import Permanent, Reason, Transient
-from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
+from edged_can.client import NegativeResponse, RefusedForGood, RefusedForNow, UdsClient
 from edged_can.config import Routine, UdsConfig
 from edged_can.security import key_for, secret_bytes
 
@@ -35,6 +35,7 @@ _STARTS: Final = 4
 _SENDS: Final = 3
 """Of one block: the server acknowledges a repeated one and writes it once (14.5.2.3), or refuses it."""
 _SECURITY_ACCESS_DENIED: Final = 0x33
+_EXCEEDED_NUMBER_OF_ATTEMPTS: Final = 0x36
 _DROPPED: Final = frozenset({0x24, 0x70, 0x71, 0x73})
 """requestSequenceError, uploadDownloadNotAccepted, transferDataSuspended, wrongBlockSequenceCounter: no transfer is under way
 as the client knows it, and a new one begins at RequestDownload."""
@@ -118,7 +119,13 @@ class Programming:
             text = f"credential {settings.credential!r}: no hexadecimal digits after 'hex:'"
             raise Permanent(Reason.CONFIG_INVALID, text) from None
         key = await asyncio.to_thread(key_for, settings.algorithm, seed, raw, level)
-        await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+        try:
+            await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+        except RefusedForNow as error:
+            if error.code == _EXCEEDED_NUMBER_OF_ATTEMPTS:
+                # a key that is wrong is wrong the next time, and the device is locked for longer
+                raise Permanent(error.reason, error.detail) from error
+            raise
 
     async def _programming_session(self) -> None:
         """The boot loader's session: many a controller gets there by a reset, before or after its answer."""
@@ -143,9 +150,9 @@ class Programming:
         for start in range(1, _STARTS + 1):
             try:
                 return await self._download(image, number, before.copy(), progress)
-            except NegativeResponse as error:
-                if error.code not in _DROPPED or start == _STARTS:
-                    raise
+            except _PlaceLost as lost:
+                if start == _STARTS:
+                    raise lost.refusal from None
         raise AssertionError("the last start returns or raises")
 
     async def _download(self, image: Image, number: int, sent: _Sent, progress: Progress) -> _Sent:
@@ -179,11 +186,15 @@ class Programming:
         return size
 
     async def _ask_again(self, request: Request, echo: bytes) -> None:
-        """Ask, and the same again where no answer comes."""
+        """Ask, and the same again where no answer comes. Raises :class:`_PlaceLost` where the server dropped the transfer."""
         for sending in range(1, _SENDS + 1):
             try:
                 await self._client.ask(request, echo)
                 return
+            except NegativeResponse as error:
+                if error.code in _DROPPED:
+                    raise _PlaceLost(error) from error
+                raise
             except Transient as error:
                 if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR) or sending == _SENDS:
                     raise
@@ -204,6 +215,14 @@ class Programming:
                 Reason.VERIFY_FAILED,
                 f"{self._name}: the {what} routine {routine.routine:#06x} answered {found}, not {routine.ok}",
             )
+
+
+class _PlaceLost(Exception):
+    """The server dropped the transfer in its middle; ``refusal`` is what it said."""
+
+    def __init__(self, refusal: NegativeResponse) -> None:
+        super().__init__(refusal)
+        self.refusal = refusal
 
 
 class _Sent:

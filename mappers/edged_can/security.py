@@ -24,9 +24,19 @@ requestSeed subfunction. Raises ValueError for a secret or a seed that it cannot
 def key_for(algorithm: str, seed: bytes, secret: bytes, level: int) -> bytes:
     """The key. Blocks. Raises Permanent(CONFIG_INVALID) where the algorithm is not known or cannot use the secret."""
     try:
-        return bytes(_find(algorithm)(seed, secret, level))
+        key = _find(algorithm)(seed, secret, level)
     except ValueError as error:
-        raise Permanent(Reason.CONFIG_INVALID, f"security algorithm {algorithm!r}: {error}") from error
+        # a plug-in's text may hold what it was given
+        text = (
+            str(error)
+            if algorithm in BUILT_IN or algorithm not in known()
+            else "it cannot use its secret, or the seed"
+        )
+        raise Permanent(Reason.CONFIG_INVALID, f"security algorithm {algorithm!r}: {text}") from None
+    if not isinstance(key, bytes | bytearray):
+        text = f"security algorithm {algorithm!r} returned {type(key).__name__}, not bytes"
+        raise Permanent(Reason.PLUGIN_FAILED, text)
+    return bytes(key)
 
 
 def known() -> frozenset[str]:

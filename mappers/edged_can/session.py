@@ -32,7 +32,7 @@ from edged_can.config import Property, UdsConfig
 from edged_can.dbc import Signals, load
 from edged_can.frames import ceiling_bytes_per_s
 from edged_can.link import CanLink
-from edged_can.programming import EXTENDED_SESSION, Programming
+from edged_can.programming import DEFAULT_SESSION, EXTENDED_SESSION, Programming
 from edged_can.properties import decode, encode, text_of
 
 PROTOCOL: Final = "uds"
@@ -53,8 +53,13 @@ async def connected(device: Device, config: UdsConfig, link: CanLink, env: Env) 
         signals = await _signals(config)
         session = UdsSession(device, config, link, client, env, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
-        yield session
-        await session.rest()
+        try:
+            yield session
+        finally:
+            # also where the daemon is stopped in the middle: the controller must not wait for a tester that is gone
+            with suppress(TimeoutError):
+                async with asyncio.timeout(config.answer_s):
+                    await session.rest()
 
 
 class UdsSession:
@@ -120,6 +125,8 @@ class UdsSession:
         Raises Transient(NO_RESPONSE) where nobody answers any more, NegativeResponse for the reset.
         """
         await self.programming.reset()
+        # until then the boot loader may answer that has not reset yet
+        await asyncio.sleep(self._config.settle_s)
         if not self._config.version_did:
             await self._client.await_start(self._config.boot_s)
             return
@@ -174,12 +181,21 @@ class UdsSession:
             text = f"{desired.name!r} cannot be set; properties that can: {', '.join(able) or 'none'}"
             raise Permanent(Reason.REQUEST_INVALID, text)
         record = encode(prop, desired.value)
-        if prop.session == "extended":
-            await self._client.session(EXTENDED_SESSION)
-        if prop.security:
-            await self.programming.unlock()
-        await self._client.write(prop.did, record)
+        if prop.session == "default" and not prop.security:
+            await self._client.write(prop.did, record)
+        else:
+            await self._write_privileged(prop, record)
         return await self._report(prop)
+
+    async def _write_privileged(self, prop: Property, record: bytes) -> None:
+        """In a session that the polls for other properties must not keep alive: it is left again, and locked with it."""
+        await self._client.session(EXTENDED_SESSION)
+        try:
+            if prop.security:
+                await self.programming.unlock()
+            await self._client.write(prop.did, record)
+        finally:
+            await self._client.session(DEFAULT_SESSION)
 
     async def rest(self) -> None:
         """Leave the programming session, where that is still to be done: the controller need not answer."""

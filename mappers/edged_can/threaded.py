@@ -31,9 +31,14 @@ from edged_can.link import CanLink, Listener, again
 from edged_can.load import BusLoad
 from edged_can.transport import MESSAGE_BYTES, N_AS_S, Peer, Shape, Transport
 
+# at level debug they write every frame, keys and seeds in them
+for _library in ("can", "isotp"):
+    logging.getLogger(_library).setLevel(logging.WARNING)
+
 _POLL_S: Final = 0.1
 """How long a receive may last before the thread looks whether the link is being closed."""
 _LET_GO_S: Final = 3.0
+_KEPT_MESSAGES: Final = 64
 _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 32
 """7 ms at 500 kbit/s: another peer waits no longer for its flow control."""
@@ -81,16 +86,28 @@ class ThreadedLink:
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._peers: list[_ThreadedPeer] = []
         self._measured = 0
+        self._opening: asyncio.Task[None] | None = None
         self._listeners: dict[Listener, frozenset[tuple[int, bool]]] = {}
 
     async def open(self) -> None:
-        await asyncio.to_thread(self._open)
+        self._opening = asyncio.create_task(asyncio.to_thread(self._open))
+        await asyncio.shield(self._opening)
 
     async def close(self) -> None:
         """End the threads and close the bus, also where the caller is cancelled meanwhile."""
         self._closing.set()
         self._jobs.put(_nothing)
-        await asyncio.shield(asyncio.to_thread(self._close))
+        await asyncio.shield(self._close_after_opening())
+
+    async def _close_after_opening(self) -> None:
+        """A thread that was left opening the bus goes on when its caller is cancelled."""
+        if self._opening is not None:
+            await asyncio.wait([self._opening])
+        await asyncio.to_thread(self._close)
+
+    def speaks_to(self, response_id: int, extended: bool) -> bool:
+        """As :class:`~edged_can.link.CanLink`."""
+        return any(peer.key == (response_id, extended) for peer in tuple(self._peers))
 
     @asynccontextmanager
     async def transport(self, peer: Peer, shape: Shape) -> AsyncIterator[Transport]:
@@ -169,9 +186,19 @@ class ThreadedLink:
                 raise Permanent(Reason.CONFIG_INVALID, f"{self.bus}: {_first_line(error)}") from error
             raise not_opened(self.bus, _code(error), _first_line(error)) from error
         for name, body in (("receive", self._receive), ("send", self._work)):
-            thread = threading.Thread(target=body, name=f"{self.bus} {name}", daemon=True)
+            thread = threading.Thread(
+                target=self._guarded, args=(body,), name=f"{self.bus} {name}", daemon=True
+            )
             self._threads.append(thread)
             thread.start()
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        """Nobody sees a thread end: whatever a driver raises, who waits for the bus is told that it is gone."""
+        try:
+            body()
+        except Exception as error:  # noqa: BLE001 - the end of a thread, and a vendor's driver below it
+            self._log.exception("%s: a thread of the link ended", self.bus)
+            self._lose(lost(self.bus, None, f"its driver failed: {error!r}"))
 
     def _lock(self, path: str) -> None:
         """python-can opens a serial port whoever else has it."""
@@ -313,7 +340,7 @@ class _ThreadedPeer:
         self.key = peer.response_id, peer.extended_ids
         self._link = link
         self._peer = peer
-        self._arrived: deque[bytes] = deque()
+        self._arrived: deque[bytes] = deque(maxlen=_KEPT_MESSAGES)
         self._failure: Transient | None = None
         self._more = asyncio.Event()
         self._sent: asyncio.Future[None] | None = None

@@ -56,6 +56,7 @@ def device(address: str, device_id: str = "ecu", wiring: Wiring | None = None, *
         "extended_ids": wiring.extended,
         "answer_s": 0.4,
         "boot_s": 2.0,
+        "settle_s": 0,
         "security": {"algorithm": "xor", "credential": "ecu"},
         **CRC,
         **config,

@@ -107,6 +107,7 @@ class Site:
             "response_id": wiring.sends,
             "answer_s": 0.3,
             "boot_s": 2.0,
+            "settle_s": 0,
             "security": {"algorithm": "xor", "credential": "ecu"},
             **CRC,
             **self.table,

@@ -129,6 +129,21 @@ def test_the_mapper_flashes_the_server(
     assert controller.runs == b"1.2.0"
 
 
+def test_block_counters_go_round(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 blocks and more in a segment: after 0xFF comes 0x00 (ISO 14229-1, 14.5.2.2)."""
+    secret(monkeypatch, tmp_path)
+    name, controller, app = bus_name(), Controller(longest_block=18), make_app("1.2.0", (5000,))
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}")) as session:
+            await session.stage(await verified(app), quiet)
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert controller.counts.blocks == 313 and controller.counts.downloads == 1
+    assert all(controller.held(at, len(data)) == data for at, data in app)
+
+
 @pytest.mark.parametrize("wiring", WIRINGS.values(), ids=list(WIRINGS))
 def test_messages_of_any_length_go_to_and_fro(wiring: Wiring) -> None:
     """can-isotp's own transport layer, with its own threads, echoes what it gets."""

@@ -48,6 +48,9 @@ FAULTS = [
         "security.algorithm: found 'none-such'; allowed: add, aes-cmac",
     ),
     ({"security": {"credential": "../x"}}, "security.credential: found '../x'"),
+    ({"version_did": 0, "check": {"per": "never"}}, "check: found nothing that is looked at"),
+    ({"version_did": 0, "check": {"ok": ""}}, "check: found nothing that is looked at"),
+    ({"erase": {"parameters": ["crc32"]}}, "erase.parameters: found ['crc32']"),
     ({"properties": {}}, "properties: found {}; allowed: a list of tables"),
     ({"properties": [5]}, "properties[0]: found 5; allowed: a table"),
     ({"properties": [{"name": "a", "did": 1}]}, "properties[0].type: found nothing; this key is required"),
@@ -179,6 +182,7 @@ def test_properties_are_polled_and_set() -> None:
             told = await session.apply(Desired("pressure", 12.3, 1))
             assert told.value == pytest.approx(12.3) and controller.properties[0x0101] == b"\x00\x7b"
             assert (await session.apply(Desired("enabled", False, 1))).value is False
+            assert controller.session == 1 and not controller.unlocked
             for name_, says in (
                 ("gone", "cannot be set; properties that can: pressure, enabled"),
                 ("x", "cannot"),

@@ -94,6 +94,27 @@ def test_a_controller_that_starts_anew_for_its_programming_session(site: Site) -
     assert controller.counts.seeds == 1, "the first try was not the one that succeeded"
 
 
+@pytest.mark.parametrize("after_s", [0.005, 0.1, 0.3])
+def test_a_controller_that_resets_some_time_after_its_answer(site: Site, after_s: float) -> None:
+    """Until then it answers as it did: with the old version, or none."""
+    site.table = {"settle_s": 0.5}
+    controller = site.controller(resets_after_s=after_s)
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.resets == 1
+
+
+def test_a_wrong_key_that_locks_the_device_is_not_tried_again(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    controller = site.controller()
+    controller.tries = 2
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.FAILED and "exceedNumberOfAttempts (0x36)" in job.detail
+    assert controller.counts.wrong_keys == 1 and controller.counts.erased == 0
+
+
 def test_a_device_in_its_boot_loader_for_a_moment_has_not_drifted(site: Site) -> None:
     controller = site.controller(lingers_s=0.3, boot_s=0)
     site.watch = True
@@ -138,7 +159,7 @@ def test_another_controller_at_the_address_is_not_touched(site: Site) -> None:
     assert controller.counts.erased == controller.counts.seeds == 0
 
 
-def test_a_wrong_secret_ends_with_the_standards_word_and_one_try(
+def test_a_wrong_secret_ends_with_the_standards_word_and_one_try_each_way(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret(monkeypatch, tmp_path, "hex:00000001")

@@ -366,6 +366,7 @@ def test_a_cancelled_transfer_leaves_the_controller_in_its_default_session() -> 
             await asyncio.wait([task])
             assert task.cancelled() and controller.session == 2
         await soon(lambda: controller.session == 1)
+        assert controller.dtc_on and controller.talks
 
     with on_bus(bus, controller):
         asyncio.run(body())

@@ -90,9 +90,9 @@ class Controller:
 
     ``refuses_repeats``: a block that was repeated ends the transfer with requestSequenceError, as some do, in place of being
     acknowledged. ``slow_erase_s``: erasing takes so long, and the client is asked for time. ``endless``: it is asked for ever.
-    ``never_boots``: it stays in its boot loader; ``lingers_s``: it
-    is there for so long after a start, and answers. ``starts_anew_s``: it gets into its programming session by a start,
-    after it has answered, and hears nothing for so long. ``locked_for_s``: after three wrong keys.
+    ``never_boots``: it stays in its boot loader; ``lingers_s``: it is there for so long after a start, and answers.
+    ``starts_anew_s``: it gets into its programming session by a start, after it has answered, and hears nothing for so long.
+    ``resets_after_s``: from its answer to a reset to the reset. ``locked_for_s``: after three wrong keys.
     """
 
     hardware: bytes = b"ECU-7"
@@ -106,6 +106,7 @@ class Controller:
     boot_s: float = 0.02
     lingers_s: float = 0.0
     starts_anew_s: float = 0.0
+    resets_after_s: float = 0.0
     locked_for_s: float = 10.0
     s3_s: float = 5.0
     p2_star_s: float = 5.0
@@ -218,7 +219,10 @@ class Controller:
             raise Negative(0x12)
         if kind == PROGRAMMING and self.session == DEFAULT:
             raise Negative(0x22)
-        self._leave()
+        # what was turned off stays so between the other sessions; every change locks (10.2.1, 10.4.1)
+        self.unlocked, self.transfer, self.seed = False, None, None
+        if kind == DEFAULT:
+            self._leave()
         self.session = kind
         if kind == PROGRAMMING and self.starts_anew_s:
             self.deaf_until = time.monotonic() + self.starts_anew_s
@@ -230,6 +234,7 @@ class Controller:
         if data[0] & 0x7F not in (1, 3):
             raise Negative(0x12)
         yield from _unless_suppressed(data[0], bytes((0x51, data[0] & 0x7F)))
+        yield self.resets_after_s
         self.effects.effect("device.reset", self.boot)
 
     def boot(self) -> None:
@@ -705,7 +710,7 @@ def main() -> None:
     """``uds_server.py INTERFACE FLASH_FILE [WIRING]``: a controller whose flash is a file; counts go to FLASH_FILE.json."""
     interface, file = sys.argv[1], Path(sys.argv[2])
     wiring = Wiring(**json.loads(sys.argv[3])) if len(sys.argv) > 3 else Wiring()
-    controller = Controller(flash=bytearray(file.read_bytes()), boot_s=0.2)
+    controller = Controller(flash=bytearray(file.read_bytes()), boot_s=0.2, longest_block=1026)
     with OnBus(controller, KernelBus(interface), wiring) as server:
         seen = -1
         while not server.dead:
