@@ -7,6 +7,7 @@ as good. That the fault came about is asserted too.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pathlib import Path
 import can
 import pytest
 from can_kit import (
+    LINKS,
+    SPEC,
     bus_name,
     connected,
     device,
@@ -27,10 +30,11 @@ from can_kit import (
 )
 from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, reasons, settle, update
 from engine_kit import Publisher
-from uds_server import Controller, OnBus, make_app
+from uds_server import Controller, OnBus, Wiring, make_app
 
 from edged.domain.job import Job, State
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool, device_env
 from edged.testing.node import life
 
 APP = make_app("1.2.0", (1200, 600))
@@ -236,6 +240,33 @@ def test_bus_off_is_transient_and_says_so() -> None:
     assert 0 < server.controller.counts.written < 1800
 
 
+def test_a_bus_that_was_off_is_opened_anew_although_an_idle_device_held_it(
+    tmp_path: Path, releases: Publisher
+) -> None:
+    """The link is lost for all its users: also one that only waits has to let go of it."""
+    wirings = {"ecu": Wiring(), "idle": Wiring(receives=0x7E1, sends=0x7E9)}
+    site = Site(tmp_path / "state", releases, devices=wirings, watch=True)
+    controller, idle = site.controller(), site.controller()
+    other, offs = virtual(site.bus), []
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if controller.counts.blocks == 3 and not offs:
+            offs.append(True)
+            other.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
+        return [frame]
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller, wire), site.on(idle, device="idle"):
+        job = asyncio.run(body())
+    other.shutdown()
+    assert offs and job.state is State.SUCCEEDED, job.detail
+    assert controller.runs == b"2.0.0"
+
+
 def test_an_error_frame_explains_a_silence() -> None:
     bus = bus_name()
     other = virtual(bus)
@@ -370,6 +401,122 @@ def test_a_cancelled_transfer_leaves_the_controller_in_its_default_session() -> 
 
     with on_bus(bus, controller):
         asyncio.run(body())
+
+
+def test_a_daemon_that_is_stopped_in_the_middle_leaves_the_controller_in_its_default_session() -> None:
+    bus = bus_name()
+    controller = Controller()
+    half = asyncio.Event()
+
+    async def work() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(
+                await verified(APP), lambda phase, done, total: done * 2 > total and half.set()
+            )
+
+    async def body() -> None:
+        task = asyncio.create_task(work())
+        await half.wait()
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    with on_bus(bus, controller):
+        asyncio.run(body())
+    assert controller.session == 1 and controller.dtc_on and controller.talks
+
+
+@pytest.mark.parametrize("code", [0x70, 0x22, 0x31])
+def test_a_download_that_is_refused_costs_one_erase(code: int) -> None:
+    bus = bus_name()
+    controller = Controller(refuses_download=code)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with on_bus(bus, controller), pytest.raises(EdgedError, match=f"RequestDownload.*{code:#x}"):
+        asyncio.run(body())
+    assert controller.counts.erased == 1200
+
+
+def test_a_probe_leaves_a_transfer_on_the_same_bus_alone() -> None:
+    bus, pool = bus_name(), LinkPool(LINKS)
+    controller = Controller()
+    found: list[object] = []
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}", bus_share=0.2), pool) as session:
+            task = asyncio.create_task(session.stage(await verified(APP), quiet))
+            await soon(lambda: controller.counts.blocks >= 1)
+            assert SPEC.probe is not None
+            found.append(await SPEC.probe(f"can:virtual@{bus}", device_env("probe", pool)))
+            await task
+
+    with (
+        on_bus(bus, controller),
+        on_bus(bus, Controller(hardware=b"ECU-9"), Wiring(receives=0x7E1, sends=0x7E9)),
+    ):
+        asyncio.run(body())
+    assert "0x7e1" in found[0].detail and "0x7e0" not in found[0].detail  # type: ignore[attr-defined]
+    assert controller.counts.downloads == 2 and controller.counts.written == 1800
+
+
+def test_a_driver_that_breaks_down_is_a_lost_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody sees a thread end: it must not leave its users waiting."""
+
+    def broken(self: object, timeout: float | None = None) -> None:
+        raise RuntimeError("a driver's own")
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus_name()}", answer_s=20)) as session:
+            monkeypatch.setattr("can.interfaces.virtual.VirtualBus._recv_internal", broken)
+            await session.identify()
+
+    with pytest.raises(Transient, match="its driver failed: RuntimeError") as caught:
+        asyncio.run(body())
+    assert caught.value.reason is Reason.LINK_LOST
+
+
+def test_no_key_is_in_the_log_at_any_level(caplog: pytest.LogCaptureFixture) -> None:
+    bus = bus_name()
+    caplog.set_level(logging.DEBUG)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with on_bus(bus, Controller()) as server:
+        asyncio.run(body())
+    (key,) = [request[2:] for request in server.controller.heard if request[:2] == b"\x27\x02"]
+    said = caplog.text.lower()
+    assert key.hex() not in said and key.hex(" ") not in said
+
+
+def test_an_opening_that_is_cancelled_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, opened = can.interfaces.virtual.VirtualBus.__init__, []
+
+    def slow(self: object, *arguments: object, **options: object) -> None:
+        threading.Event().wait(0.4)
+        real(self, *arguments, **options)  # type: ignore[arg-type]
+        opened.append(self)
+
+    async def body() -> None:
+        env = device_env("x", LinkPool(LINKS))
+
+        async def use() -> None:
+            async with env.link(f"can:virtual@{bus_name()}"):
+                pass
+
+        task = asyncio.create_task(use())
+        await asyncio.sleep(0.1)
+        task.cancel()
+        await asyncio.wait([task])
+
+    monkeypatch.setattr("can.interfaces.virtual.VirtualBus.__init__", slow)
+    asyncio.run(body())
+    (bus,) = opened
+    assert not bus._open, "the bus was left open"
 
 
 def test_a_message_is_not_finished_for_a_dead_reader() -> None:

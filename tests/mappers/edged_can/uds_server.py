@@ -92,7 +92,8 @@ class Controller:
     acknowledged. ``slow_erase_s``: erasing takes so long, and the client is asked for time. ``endless``: it is asked for ever.
     ``never_boots``: it stays in its boot loader; ``lingers_s``: it is there for so long after a start, and answers.
     ``starts_anew_s``: it gets into its programming session by a start, after it has answered, and hears nothing for so long.
-    ``resets_after_s``: from its answer to a reset to the reset. ``locked_for_s``: after three wrong keys.
+    ``resets_after_s``: from its answer to a reset to the reset. ``refuses_download``: with this code.
+    ``locked_for_s``: after three wrong keys.
     """
 
     hardware: bytes = b"ECU-7"
@@ -107,6 +108,7 @@ class Controller:
     lingers_s: float = 0.0
     starts_anew_s: float = 0.0
     resets_after_s: float = 0.0
+    refuses_download: int = 0
     locked_for_s: float = 10.0
     s3_s: float = 5.0
     p2_star_s: float = 5.0
@@ -371,6 +373,8 @@ class Controller:
     def _download(self, data: bytes) -> Iterator[bytes | float]:
         if not self.unlocked:
             raise Negative(0x33)
+        if self.refuses_download:
+            raise Negative(self.refuses_download)
         address, length = self._extent(data[1:])
         if data[0]:
             raise Negative(0x31)
