@@ -84,6 +84,8 @@ async def _stage(port: str, data: bytes) -> Took:
         "sequence": ["extended_session", "programming_session", "security_access"],
         "security": {"algorithm": "bench"},
         "check": {"parameters": ["crc32"]},
+        # the peer does not wait for controllers that reset either
+        "settle_s": 0,
     }
     device = Device(
         id="ecu",

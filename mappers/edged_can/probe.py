@@ -20,17 +20,18 @@ _UNKNOWN: Final = "unknown"
 
 async def probe(link: CanLink) -> Identity | None:
     """The first that answers; all that do stand in its detail, by request identifier. Raises Transient(LINK_LOST)."""
-    found = {
-        request_id: told
-        for request_id, response_id in _IDENTIFIERS
-        # a session of ours would take the answers for its own, and break off what it is sending
-        if not link.speaks_to(response_id, False)
-        and (told := await _ask(link, request_id, response_id)) is not None
-    }
-    if not found:
+    found: dict[int, Mapping[str, str]] = {}
+    detail = {"protocol": "uds"}
+    for request_id, response_id in _IDENTIFIERS:
+        if link.speaks_to(response_id, False):
+            # it would take the answers for its own, and break off what it is sending
+            detail[f"{request_id:#x}"] = "a session of this node is open, so it was not asked"
+        elif (told := await _ask(link, request_id, response_id)) is not None:
+            found[request_id] = told
+            detail[f"{request_id:#x}"] = _line(told)
+    if len(detail) == 1:
         return None
-    first = next(iter(found.values()))
-    detail = {"protocol": "uds"} | {f"{request_id:#x}": _line(told) for request_id, told in found.items()}
+    first = next(iter(found.values()), {"hardware": _UNKNOWN})
     return Identity(f"uds:{first['hardware']}", first.get("serial"), detail)
 
 

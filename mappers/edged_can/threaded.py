@@ -38,6 +38,7 @@ for _library in ("can", "isotp"):
 _POLL_S: Final = 0.1
 """How long a receive may last before the thread looks whether the link is being closed."""
 _LET_GO_S: Final = 3.0
+_STUCK_S: Final = 3.0
 _KEPT_MESSAGES: Final = 64
 _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 32
@@ -86,6 +87,9 @@ class ThreadedLink:
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._peers: list[_ThreadedPeer] = []
         self._measured = 0
+        # a serial port with a limit asks twice before each write, which costs more than the write; see _ThreadedPeer.send
+        self._send_limit_s = None if bus.interface == "slcan" else N_AS_S
+        self.turns = 0
         self._opening: asyncio.Task[None] | None = None
         self._listeners: dict[Listener, frozenset[tuple[int, bool]]] = {}
 
@@ -149,6 +153,10 @@ class ThreadedLink:
     @property
     def errors(self) -> BusErrors:
         return self._errors
+
+    def lose_stuck(self) -> None:
+        """The sending thread does not come back from its driver."""
+        self._lose(queue_full(self.bus, self._errors))
 
     def in_thread(self, job: Callable[[], None]) -> None:
         """Have the sending thread do ``job``, in order."""
@@ -284,6 +292,7 @@ class ThreadedLink:
                 self._jobs.get(timeout=wait_s)()
             while not self._jobs.empty():
                 self._jobs.get()()
+            self.turns += 1
             waits = [wait for peer in self._peers if (wait := peer.turn()) is not None]
             wait_s = min(waits, default=None)
 
@@ -311,7 +320,7 @@ class ThreadedLink:
             if self._lost is not None:
                 raise again(self._lost)
             try:
-                bus.send(message, timeout=N_AS_S)
+                bus.send(message, timeout=self._send_limit_s)
                 break
             except (can.CanError, OSError) as error:
                 code = _code(error)
@@ -366,9 +375,14 @@ class _ThreadedPeer:
         self._sent = sent
         self._link.in_thread(lambda: self._logic.send(message))
         try:
+            while not sent.done():
+                turns = self._link.turns
+                await asyncio.wait([sent], timeout=_STUCK_S)
+                if not sent.done() and self._link.turns == turns:
+                    self._link.lose_stuck()
             await sent
         finally:
-            if sent.cancelled():
+            if not sent.done() or sent.cancelled():
                 self._link.in_thread(self._logic.stop_sending)
             self._sent = None
 

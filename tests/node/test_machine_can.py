@@ -176,7 +176,9 @@ def test_it_flashes_through_the_kernels_isotp_inside_the_sandbox(site: Site) -> 
 def test_it_reports_and_says_who_is_there(site: Site) -> None:
     guest = site.guest
     found = guest.json("edged", "mapper", "probe", "can:vcan0", "--json", timeout_s=120)
-    assert "uds:ECU-7, runs 2.0.0" in json.dumps(found), found
+    assert "a session of this node is open" in json.dumps(found), found
+    asked = guest.json("edged", "mapper", "probe", "--device", PLAIN, "--json", timeout_s=120)
+    assert asked["identity"]["hardware_id"] == "uds:ECU-7" and "2.0.0" in json.dumps(asked), asked
     eventually(
         lambda: "pressure" in json.dumps(guest.json("edged", "twin", "get", PLAIN, "--json")), 60, "a report"
     )

@@ -175,7 +175,7 @@ class SlcanAdapter:
             while not self._stop.is_set():
                 if not select.select([self._master], [], [], 0.05)[0]:
                     continue
-                for byte in os.read(self._master, 4096):
+                for byte in os.read(self._master, 256):
                     if byte == 0x0D:
                         self._command(bytes(line))
                         line.clear()

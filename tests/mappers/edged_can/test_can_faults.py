@@ -458,7 +458,8 @@ def test_a_probe_leaves_a_transfer_on_the_same_bus_alone() -> None:
         on_bus(bus, Controller(hardware=b"ECU-9"), Wiring(receives=0x7E1, sends=0x7E9)),
     ):
         asyncio.run(body())
-    assert "0x7e1" in found[0].detail and "0x7e0" not in found[0].detail  # type: ignore[attr-defined]
+    assert "uds:ECU-9" in found[0].detail["0x7e1"]  # type: ignore[attr-defined]
+    assert "a session of this node" in found[0].detail["0x7e0"]  # type: ignore[attr-defined]
     assert controller.counts.downloads == 2 and controller.counts.written == 1800
 
 

@@ -157,6 +157,41 @@ def test_an_adapter_that_is_pulled_out_is_a_lost_link() -> None:
     assert caught.value.reason is Reason.LINK_LOST
 
 
+def test_a_driver_that_does_not_return_is_a_lost_link_and_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A write that ends when its port is closed, and not before."""
+    monkeypatch.setattr("edged_can.threaded._STUCK_S", 0.3)
+    monkeypatch.setattr("edged_can.threaded._LET_GO_S", 0.3)
+    name, closed, sent = bus_name(), threading.Event(), 0
+    real_send, real_shutdown = (
+        can.interfaces.virtual.VirtualBus.send,
+        can.interfaces.virtual.VirtualBus.shutdown,
+    )
+
+    def send(self: Any, message: can.Message, timeout: float | None = None) -> None:
+        nonlocal sent
+        sent += message.arbitration_id == 0x7E0
+        if sent > 60 and not closed.wait(20):
+            raise AssertionError("nobody closed the port")
+        real_send(self, message, timeout)
+
+    def shutdown(self: Any) -> None:
+        closed.set()
+        real_shutdown(self)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=20)) as session:
+            await session.stage(await verified(APP), quiet)
+
+    with on_bus(name, Controller()) as server:
+        monkeypatch.setattr("can.interfaces.virtual.VirtualBus.send", send)
+        monkeypatch.setattr("can.interfaces.virtual.VirtualBus.shutdown", shutdown)
+        with pytest.raises(Transient, match="the queue for sending stays full") as caught:
+            asyncio.run(body())
+    assert caught.value.reason is Reason.LINK_LOST and server.controller.counts.blocks < 7
+
+
 def test_an_adapter_has_one_owner() -> None:
     async def body(port: str) -> None:
         async with device_env("x", LinkPool(LINKS)).link(f"can:slcan@{port}@500000"):
