@@ -115,6 +115,7 @@ def test_plugins_are_found(unpacked: Path) -> None:
     assert {(p.group, p.name) for p in own.entry_points} == {
         ("console_scripts", "edged"),
         ("edged.plugins", "can"),
+        ("edged.plugins", "mqtt"),
         ("edged.plugins", "uart"),
     }
 
