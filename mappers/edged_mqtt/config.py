@@ -182,7 +182,7 @@ class MqttConfig:
     - ``component``: ``"fw"`` or ``"sw"``: which of the protocol's two packages its releases are.
     - ``title``: what it calls its firmware; empty: the release's name.
     - ``checksum``: the algorithm that it is given one of.
-    - ``hardware_key``: the attribute in which it tells its hardware; empty: its credential says who it is.
+    - ``hardware_key``: the attribute in which it tells its hardware at each connection; empty: its credential says who it is.
     - ``report_s``: so long may it take to say what it runs. ``silence_s``: it is silent in a download for so long at most.
       ``install_s``: from the last chunk to the new version.
     - ``rounds``: so often may it fetch one image. ``largest_chunk_bytes``: of what it may ask for at once; 0: the image.

@@ -152,6 +152,8 @@ class MqttSession:
         self._pins.clear()
         self._requests.clear()
         self._ahead = None
+        # another board may have been given the same credential
+        self._values.pop(self._config.hardware_key, None)
         self._told.reconnected()
         self._wake()
 
