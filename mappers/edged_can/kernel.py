@@ -1,7 +1,8 @@
 """An interface of the kernel: its own ISO-TP (linux/can/isotp.h) carries messages, raw frames come through python-can.
 
 What comes is on the event loop's watch of descriptors; a message is sent by one call in a thread. There is no Python for each
-frame of a message. The raw socket hears only what somebody listens to, unless a session is to keep to a share of the bus: then it has to see all of it.
+frame of a message. The raw socket hears only what somebody listens to, unless a session is to keep to a share of the bus:
+then it has to see all of it.
 """
 
 from __future__ import annotations
