@@ -577,8 +577,7 @@ class SmpSession:
         """The first state that is another than ``before`` (any, where that was settled); else the last that was told within
         ``boot_s``, None where none was. ``is_heard``: else what still answers has not heard that it should reset."""
         loop = asyncio.get_running_loop()
-        self._lines.clear()
-        self._first_lines.clear()
+        self._forget_lines()
         self._heard_banner = False
         await self._client.silence(self._config.quiet_s)
         end, state = loop.time() + self._config.boot_s, None
@@ -602,7 +601,11 @@ class SmpSession:
     def _forget_lines_of_before(self) -> None:
         """Without a banner nobody knows which image said what was heard until now."""
         if not self._heard_banner:
-            self._lines.clear()
+            self._forget_lines()
+
+    def _forget_lines(self) -> None:
+        self._lines.clear()
+        self._first_lines.clear()
 
     # -- properties
 
@@ -701,7 +704,7 @@ class SmpSession:
     def _hear(self, line: str) -> None:
         if _BANNER.search(line):
             self._heard_banner = True
-            self._lines.clear()
+            self._forget_lines()
         self._lines.append(line)
         if line and len(self._first_lines) < _EVIDENCE_LINES:
             self._first_lines.append(line)
