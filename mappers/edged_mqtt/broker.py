@@ -140,6 +140,9 @@ class Broker:
                 async with self._connected() as client:
                     wait_s = FIRST_RETRY_S
                     async for message in client.messages:
+                        if message.retain:
+                            self.count("retained")
+                            continue
                         self._received(str(message.topic), message.payload)
             except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
                 self._fault = self._meaning(exc)
@@ -231,7 +234,8 @@ class BrokerSeat:
 
     def __init__(self, broker: Broker, prefix: str, guest: Guest) -> None:
         # both sides use the same topic for attributes: what this node says must not come back to it (v5 3.8.3.1)
-        options = SubscribeOptions(qos=1, noLocal=True)
+        # nor what the broker kept: it is no sign of life, whoever said it may be long gone
+        options = SubscribeOptions(qos=1, noLocal=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
         self.filters = [(f"{prefix}/{topic}", options) for topic in SUBSCRIBED]
         self._broker = broker
         self._prefix = prefix

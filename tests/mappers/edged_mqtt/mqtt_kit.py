@@ -65,6 +65,7 @@ class PullingDevice:
     byte by byte as it came. ``boots``: it comes up with what it was offered; False: with what it ran before. ``reboots``: it
     loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
+    ``retains``: the broker is to keep what it says.
     ``tries_again``: it asks anew after a failure. ``next_chunk``: which one it asks for in place of the next.
     """
 
@@ -95,6 +96,7 @@ class PullingDevice:
     repeats: bool = False
     naive: bool = False
     tries_again: bool = False
+    retains: bool = False
     next_chunk: Callable[[int], int] = lambda chunk: chunk
 
     def __post_init__(self) -> None:
@@ -209,7 +211,10 @@ class PullingDevice:
         self._number = self._number % 65535 + 1
         data = payload.encode() if isinstance(payload, str) else payload
         properties = b"\0" if self.protocol == 5 else b""
-        self._send(0x32, _text(self.prefix + topic) + struct.pack(">H", self._number) + properties + data)
+        self._send(
+            0x32 | self.retains,
+            _text(self.prefix + topic) + struct.pack(">H", self._number) + properties + data,
+        )
 
     def report(self, **values: Any) -> None:
         self.publish("v1/devices/me/telemetry", json.dumps(values))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import subprocess
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
 from edged.config import LinkSettings
 from edged.domain.job import State
+from edged.errors import Reason
 from edged.supervisor import UnitState
 from edged.testing.conformance import Subject
 from edged.testing.node import TestNode, life
@@ -115,6 +117,43 @@ def test_the_vendors_client_goes_through_a_bridge_to_updated(tmp_path: Path, chu
 
     with broker.running(), bridge.running():
         asyncio.run(run())
+
+
+def test_what_a_broker_retained_is_no_device(tmp_path: Path) -> None:
+    plant = Plant(tmp_path / "plant")
+    plant.publish("1.0.0", size=20_000)
+    broker = Mosquitto(tmp_path)
+    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1")
+    device = PullingDevice(broker.port, prefix="devices/pump-1/", retains=True)
+
+    async def run() -> None:
+        device.start()
+        await device.connected.wait()
+        async with asyncio.timeout(20):
+            while "current_fw_version" not in await asyncio.to_thread(_retained, broker):
+                await asyncio.sleep(0.05)
+        await device.stop()
+        async with life(plant.config, plant.plugins) as node:
+            await listening(node)
+            await node.want("pump-1", "pump@1.0.0")
+            async with asyncio.timeout(20):
+                while not (jobs := await node.jobs("pump-1")) or jobs[0].waiting is None:
+                    await asyncio.sleep(0.02)
+            assert jobs[0].waiting.reason is Reason.DEVICE_ABSENT
+            device.start()
+            try:
+                assert (await node.ended("pump-1")).state is State.SUCCEEDED, "a live message was not heard"
+            finally:
+                await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
+def _retained(broker: Mosquitto) -> str:
+    """What the broker gives to whoever subscribes now."""
+    asked = ["mosquitto_sub", "-p", str(broker.port), "-t", "devices/#", "-W", "1", "--retained-only"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout
 
 
 def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tmp_path: Path) -> None:
