@@ -15,6 +15,9 @@ LEFT_OUT="aiohttp cryptography pip tzdata pygments markdown-it-py"
 
 cache=.cache/deb
 mkdir -p "$cache" dist
+# one at a time: each clears away what another would have fetched at that moment
+exec 9>"$cache/lock"
+flock 9
 stage=$(mktemp -d "$cache/stage.XXXXXX")
 trap 'rm -rf "$stage"' EXIT INT TERM
 
