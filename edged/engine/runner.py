@@ -517,9 +517,19 @@ class JobRunner:
             evidence = health.evidence
             if not health.healthy:
                 raise Permanent(Reason.HEALTH_FAILED, f"expected {check.pattern!r}, saw {evidence!r}")
+            if await self._left_it(session):
+                return
         if isinstance(session, SupportsTrial):
             await self._call(session.confirm)
         await self._succeed(release, evidence)
+
+    async def _left_it(self, session: Session) -> bool:
+        """One slot, and a device that told what it runs: whether it tells otherwise by now. It went back by itself, and the
+        next step says so."""
+        if isinstance(session, SupportsTrial) or self._view is None or not self._view.runs_new:
+            return False
+        await self._ask_device()
+        return self._view.runs_new is False
 
     async def _succeed(self, release: VerifiedRelease, evidence: str) -> None:
         device, component = self.job.device, self.job.component

@@ -337,3 +337,18 @@ def test_the_end_of_the_daemon_is_not_the_end_of_the_job(place: Place, twist: Tw
 
     asyncio.run(first())
     asyncio.run(second())
+
+
+def test_a_device_that_goes_back_during_its_health_check_has_not_passed(place: Place) -> None:
+    device = place.device()
+    begun = [bytes(slot) for slot in device.slots]
+
+    async def goes_back(session: Any, real: Any, *args: Any) -> Any:
+        health = await real(*args)
+        device.slots[0][:] = begun[0]
+        return health
+
+    _twist(place, check_health=goes_back)
+    job = _deploy(place)
+    assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
+    assert "runs another image" in job.detail
