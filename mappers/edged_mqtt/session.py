@@ -124,12 +124,13 @@ class MqttSession:
         self._full = False
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._pins: OrderedDict[str, Offer] = OrderedDict()
-        self._healthy_from = 0.0
+        self._proved: tuple[str | None, str | None] = None, None
         self._pending: dict[str, Reported] = {}
         self._report_news = _News()
         self._news = _News()
         self._arrivals = 0
         self._asked_version = False
+        self._unoffered = 0
         self._why_away = "it has not connected yet"
         self._tokens, self._filled_at = MESSAGES_AT_ONCE, self._loop.time()
         self.traits = SessionTraits(
@@ -148,13 +149,14 @@ class MqttSession:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self._arrivals += 1
         self._asked_version = False
+        self._unoffered = 0
         self._sizes.clear()
         self._pins.clear()
         self._requests.clear()
         self._ahead = None
         # another board may have been given the same credential
         self._values.pop(self._config.hardware_key, None)
-        self._told.reconnected()
+        self._told.reconnected(self._loop.time())
         self._wake()
 
     def left(self, why: str) -> None:
@@ -184,7 +186,7 @@ class MqttSession:
 
     def _wanted(self, request: ChunkRequest) -> bool:
         if self._offer is None:
-            raise Misbehaved("not_offered", "it asked for a chunk and is offered nothing", "NOT_FOUND")
+            return self._not_offered(request)
         ahead, self._ahead = self._ahead, None
         given = (
             ahead is not None
@@ -196,6 +198,15 @@ class MqttSession:
         self._news.set()
         self._full = len(self._requests) >= MOST_REQUESTS
         return not self._full
+
+    def _not_offered(self, request: ChunkRequest) -> bool:
+        """It goes on by itself after a cut, and will hear of the offer: one that asks on and on is stopped."""
+        self._unoffered += 1
+        if self._unoffered > tb.STRAY:
+            raise Misbehaved("not_offered", "it asks for chunks and is offered nothing", "NOT_FOUND")
+        self._env.count("stray_request")
+        self.seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
+        return self._has_room()
 
     def _said(self, topic: str, payload: bytes) -> None:
         """A message that is no request for a chunk. Raises ValueError where it cannot be read."""
@@ -210,7 +221,7 @@ class MqttSession:
 
     def _reported(self, values: Mapping[str, JsonValue], *, is_attribute: bool) -> None:
         now = self._loop.time()
-        self._told.take(self._config.component, values)
+        self._told.take(self._config.component, values, now)
         for name, value in values.items():
             if name not in self._values and len(self._values) >= MOST_PENDING:
                 self._env.count("too_many_names")
@@ -296,21 +307,34 @@ class MqttSession:
     # -- edged.api.SupportsHealth
 
     async def check_health(self, check: HealthCheck) -> Health:
-        """``property``: what the device reports as ``query``, since it said that it runs the image.
+        """``property``: what the device reports as ``query``, since it said that it runs the image; on each connection anew.
 
-        Raises Permanent(UNSUPPORTED) for another kind of check.
+        Raises Permanent(UNSUPPORTED) for another kind of check, Transient(NO_RESPONSE) where it is there, and has not said
+        again what it runs.
         """
         if check.kind != "property":
             raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: property")
         pattern, deadline, seen = re.compile(check.pattern), self._loop.time() + check.timeout_s, ""
         while True:
-            told_at, told = self._values.get(check.query, (-1.0, None))
-            if told_at >= self._healthy_from:
-                seen = f"{check.query}={_text(told)}"[:_EVIDENCE_CHARS]
+            told = self._told
+            if told.version is not None and self._is_another:
+                return Health(False, f"it runs {told.title} {told.version} by now"[:_EVIDENCE_CHARS])
+            at, value = self._values.get(check.query, (-1.0, None))
+            if at >= told.since and not self._is_another:
+                seen = f"{check.query}={_text(value)}"[:_EVIDENCE_CHARS]
                 if pattern.search(seen):
                     return Health(True, seen)
             if not await self._news.wait(deadline):
-                return Health(False, seen)
+                break
+        if self._is_another and self.seat.present:
+            text = f"{self._device.id} came back, and did not say what it runs"
+            raise Transient(Reason.NO_RESPONSE, text)
+        return Health(False, seen)
+
+    @property
+    def _is_another(self) -> bool:
+        """Whether the device does not say (any more) that it runs what it ran when it was last looked at."""
+        return self._proved[1] is not None and (self._told.title, self._told.version) != self._proved
 
     # -- edged.api.SupportsFirmware
 
@@ -325,6 +349,7 @@ class MqttSession:
             self._asked_version = True
             self._require()
         told, title = self._told, self._config.title
+        self._proved = told.title, told.version
         name = None if title and told.title in (None, title) else told.title
         return Slots((Slot(name="firmware", active=True, runs=told.version, runs_name=name),))
 
@@ -342,6 +367,7 @@ class MqttSession:
             return
         transfer = _Transfer(self, offer, image, progress)
         self._offer = offer
+        self._told.offered()
         self._requests.clear()
         self._ahead = None
         try:
@@ -426,6 +452,7 @@ class _Transfer:
         self._whole_at: float | None = None
         self._failed_at: float | None = None
         self._left_at: float | None = None
+        self._updated_at: float | None = None
 
     async def run(self) -> None:
         """Until the device runs the image. Raises as :meth:`MqttSession.stage`."""
@@ -450,20 +477,24 @@ class _Transfer:
         self._news = told.news
         self._moved_at = self._loop.time()
         if told.runs(self._offer):
-            self._session._healthy_from = max(
-                (at for at, _ in self._session._values.values()), default=self._loop.time()
-            )
+            self._session._proved = told.title, told.version
             self._progress(Phase.VERIFY, self._offer.size_bytes, self._offer.size_bytes)
             return True
         if told.failures > self._failures:
             self._failed()
         if told.state in tb.BOOTING:
             self._has_all()
-        elif told.state == tb.UPDATED and self._whole_at is not None:
-            self._session._env.count("wrong_version")
-            text = f"it says {tb.UPDATED} and runs {told.title} {told.version}"
-            raise Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}, not {self._wanted}")
+        elif self._whole_at is not None and (told.state == tb.UPDATED or self._updated_at is not None):
+            if told.names_version and told.version is not None:
+                raise self._is_wrong()
+            # its version may come in a message of its own
+            self._updated_at = self._updated_at or self._loop.time()
         return False
+
+    def _is_wrong(self) -> Permanent:
+        self._session._env.count("wrong_version")
+        text = f"it says {tb.UPDATED} and runs {self._told.title} {self._told.version}"
+        return Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}, not {self._wanted}")
 
     @property
     def _wanted(self) -> str:
@@ -479,7 +510,7 @@ class _Transfer:
     def _failed(self) -> None:
         self._session._env.count("device_failed")
         self._failures = self._told.failures
-        self._whole_at = None
+        self._whole_at = self._updated_at = None
         self._failed_at = self._loop.time() if self._told.state == tb.FAILED else None
         if self._failures - self._failed_before >= self._config.rounds:
             raise self._broken()
@@ -502,7 +533,7 @@ class _Transfer:
             length = max(0, min(size, self._offer.size_bytes - offset))
             self._check_size(length)
             if self._download.ask(offset, length):
-                self._whole_at = None
+                self._whole_at = self._updated_at = None
         except Misbehaved as exc:
             self._session._stop(exc)
             raise Permanent(Reason.DEVICE_ERROR, f"{self._device}: {exc}") from exc
@@ -595,6 +626,8 @@ class _Transfer:
             return self._left_at + BOOT_S
         if self._failed_at is not None:
             return self._failed_at + min(AFTER_FAILURE_S, self._config.silence_s)
+        if self._updated_at is not None:
+            return self._updated_at + self._config.report_s
         if self._whole_at is not None:
             return self._whole_at + self._config.install_s
         return self._moved_at + self._config.silence_s
@@ -605,13 +638,15 @@ class _Transfer:
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
         if self._failed_at is not None:
             raise self._broken()
+        if self._updated_at is not None:
+            raise self._is_wrong()
         if self._whole_at is not None:
             runs = f"{self._told.title} {self._told.version}"
             text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted} whole"
             raise Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}")
         self._session._env.count("silent")
-        if not self._download.sent_bytes and not self._session.seat.sees_leaving:
-            # on a broker one that sleeps and one that is not interested look alike
+        if not self._download.sent_bytes:
+            # one that sleeps and one that is not interested look alike, on any wire
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: it does not ask for what it is offered")
         at = self._download.acknowledged_bytes
         text = f"silent for {self._config.silence_s:g} s, with {at} of {self._offer.size_bytes} bytes"

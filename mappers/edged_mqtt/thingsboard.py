@@ -146,9 +146,10 @@ def checksum(algorithm: str) -> Hash:
 
 @dataclass(slots=True)
 class Told:
-    """What a device said of its firmware, as far as it is still true. ``news`` rises with each report; ``awaits`` is the
-    version of an image that it was given whole: it may boot that without another word. ``failures`` counts how often it said
-    FAILED, ``error`` is why it did so last."""
+    """What a device said of its firmware, as far as it is still true: nothing of a former connection is. ``news`` rises with
+    each report; ``awaits`` is the version of an image that it was given whole: it may boot that without another word.
+    ``failures`` counts how often it said FAILED, ``error`` is why it did so last. ``since``: from that time on (of the loop's
+    clock) what it says is the word of what it runs. ``names_version``: its last word on its state came with the version."""
 
     title: str | None = None
     version: str | None = None
@@ -157,9 +158,12 @@ class Told:
     awaits: str | None = None
     failures: int = 0
     error: str = ""
+    since: float = 0.0
+    names_version: bool = True
+    _arrived_at: float | None = None
 
-    def take(self, component: str, values: Mapping[str, JsonValue]) -> bool:
-        """Read a report; False where it says nothing of the firmware."""
+    def take(self, component: str, values: Mapping[str, JsonValue], now: float) -> bool:
+        """Read a report that came at ``now``; False where it says nothing of the firmware."""
         found = {
             key: values[name]
             for key, name in (
@@ -179,8 +183,13 @@ class Told:
             # counted here: the next word may come before anybody has looked
             self.failures += 1
             self.error = str(found.get("error", ""))
+        if found.get("version", self.version) != self.version:
+            # what a connection's first word names has run since it was made, unless an image was offered meanwhile
+            self.since = now if self._arrived_at is None else self._arrived_at
+            self._arrived_at = None
         for key in found.keys() - {"error"}:
             setattr(self, key, found[key])
+        self.names_version = "version" in found or (self.names_version and "state" not in found)
         if self.state in (UPDATED, FAILED) or self.version == self.awaits:
             self.awaits = None
         self.news += 1
@@ -191,11 +200,15 @@ class Told:
         """Whether it may run something else any time."""
         return self.state in BOOTING or self.awaits is not None
 
-    def reconnected(self) -> None:
-        """It is on another connection: one that was about to boot may run anything now."""
-        if self.is_booting:
-            self.title = self.version = self.state = self.awaits = None
-            self.news += 1
+    def reconnected(self, now: float) -> None:
+        """It is on another connection: it may have booted anything meanwhile, or be another board."""
+        self.title = self.version = self.state = self.awaits = None
+        self._arrived_at = now
+        self.news += 1
+
+    def offered(self) -> None:
+        """It may become something else on this connection."""
+        self._arrived_at = None
 
     def runs(self, offer: Offer) -> bool:
         """Whether it says that it runs ``offer``, and is not about to boot something else."""

@@ -65,7 +65,7 @@ class PullingDevice:
     byte by byte as it came. ``boots``: it comes up with what it was offered; False: with what it ran before. ``reboots``: it
     loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
-    ``retains``: the broker is to keep what it says.
+    ``on_whole``: what it does with a whole image in place of installing it. ``retains``: the broker is to keep what it says.
     ``tries_again``: it asks anew after a failure. ``next_chunk``: which one it asks for in place of the next.
     """
 
@@ -90,6 +90,7 @@ class PullingDevice:
     shared: dict[str, Any] = field(default_factory=dict)
     deleted: list[str] = field(default_factory=list)
     on_chunk: Callable[[int], None] | None = None
+    on_whole: Callable[[], None] | None = None
     delay_s: float = 0.0
     every_s: float = 0.0
     asks_again: bool = True
@@ -160,7 +161,7 @@ class PullingDevice:
         ):
             self._subscribe(self.prefix + topic)
         self.report(**self.values)
-        self._say()
+        self.say()
         if self._round and not self.asks_again:
             await self._listen(reader)
         keys = ("title", "version", "size", "checksum", "checksum_algorithm")
@@ -183,7 +184,7 @@ class PullingDevice:
             await asyncio.sleep(self.every_s)
             self.report(**self.values)
             if self.repeats:
-                self._say()
+                self.say()
 
     async def _packet(self, reader: asyncio.StreamReader) -> tuple[int, bytes]:
         first = (await reader.readexactly(1))[0]
@@ -219,7 +220,7 @@ class PullingDevice:
     def report(self, **values: Any) -> None:
         self.publish("v1/devices/me/telemetry", json.dumps(values))
 
-    def _say(self, state: str | None = None, **more: Any) -> None:
+    def say(self, state: str | None = None, **more: Any) -> None:
         kind = self.component
         told: dict[str, Any] = {f"current_{kind}_title": self.title, f"current_{kind}_version": self.version}
         if state is not None:
@@ -262,7 +263,7 @@ class PullingDevice:
     def _begin(self) -> None:
         self.flash.clear()
         self._chunk = 0
-        self._say("DOWNLOADING")
+        self.say("DOWNLOADING")
         self.ask()
 
     def ask(self) -> None:
@@ -291,22 +292,25 @@ class PullingDevice:
             self._install()
 
     def _install(self) -> None:
-        self._say("DOWNLOADED")
+        if self.on_whole is not None:
+            self.on_whole()
+            return
+        self.say("DOWNLOADED")
         if hashlib.sha256(self.flash).hexdigest() != self._offer["checksum"]:
-            self._say("FAILED", **{f"{self.component}_error": "checksum"})
+            self.say("FAILED", **{f"{self.component}_error": "checksum"})
             if self.tries_again:
                 self._round += 1
                 self._begin()
             return
-        self._say("VERIFIED")
-        self._say("UPDATING")
+        self.say("VERIFIED")
+        self.say("UPDATING")
         if self.boots:
             self.version, self.title = self._offer["version"], self._offer["title"]
         if self.reboots and self._writer is not None:
             with suppress(OSError):
                 self._writer.transport.abort()
             return
-        self._say("UPDATED")
+        self.say("UPDATED")
 
     def holds(self, address: int, length: int) -> bytes:
         return bytes(self.flash[address : address + length])

@@ -224,14 +224,30 @@ def test_no_client_gets_more_than_its_rounds(asked: list[tuple[int, int]], round
 def test_a_device_that_may_boot_something_else_runs_nothing_for_sure() -> None:
     offer = tb.Offer("fw", "pump", "2", 1, "", "SHA256")
     told = tb.Told()
-    assert not told.take("fw", {"temperature": 1})
-    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2", "fw_state": "UPDATING"})
+    assert not told.take("fw", {"temperature": 1}, 1.0)
+    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2", "fw_state": "UPDATING"}, 2.0)
     assert not told.runs(offer)
-    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2"})
+    told.take("fw", {"current_fw_title": "pump", "current_fw_version": "2"}, 3.0)
     assert told.runs(offer)
-    told.take("fw", {"current_fw_title": "valve", "current_fw_version": "2"})
+    told.take("fw", {"current_fw_title": "valve", "current_fw_version": "2"}, 4.0)
     assert not told.runs(offer)
     told = tb.Told("pump", "1", awaits="2")
     assert not told.runs(tb.Offer("fw", "pump", "1", 1, "", "SHA256")), "it has another image whole"
-    told.reconnected()
+    told.reconnected(5.0)
     assert told.version is None
+
+
+def test_since_when_a_device_speaks_for_what_it_runs() -> None:
+    told = tb.Told()
+    told.reconnected(1.0)
+    told.take("fw", {"current_fw_version": "1"}, 2.0)
+    assert told.since == 1.0, "what it said first on a connection is of what it runs there"
+    told.take("fw", {"current_fw_version": "1"}, 3.0)
+    assert told.since == 1.0
+    told.take("fw", {"current_fw_version": "2"}, 4.0)
+    assert told.since == 4.0
+    told.reconnected(5.0)
+    assert (told.title, told.version) == (None, None)
+    told.offered()
+    told.take("fw", {"current_fw_version": "2"}, 6.0)
+    assert told.since == 6.0, "it was another until then, and did not say which"

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from mqtt_kit import PullingDevice
 from mqtt_node import IMAGE_BYTES, Plant, deployed, image_bytes
@@ -276,3 +277,146 @@ async def _until(node: TestNode, name: str, value: object) -> None:
     async with asyncio.timeout(20):
         while await node.reported("pump-1", name) != value:
             await asyncio.sleep(0.02)
+
+
+SELF_TEST = HealthSettings(kind="property", query="self_test", pattern="self_test=passed", timeout_s=3)
+
+
+async def _reboots(device: PullingDevice, version: str, away_s: float = 0.1) -> None:
+    await device.unplug()
+    device.version = version
+    await asyncio.sleep(away_s)
+    await device.plug()
+    await device.connected.wait()
+
+
+def test_an_image_that_goes_back_by_itself_has_not_the_old_ones_health(plant: Plant) -> None:
+    """It says that it is up, crashes, and the boot loader goes back: what passes the check is the old application."""
+    plant.health = SELF_TEST
+    device = pump(plant, values={"self_test": "passed"}, asks_again=False)
+    crashes: list[asyncio.Task[None]] = []
+
+    async def crash() -> None:
+        device.values = {}
+        device.version = "2.0.0"
+        device.say("UPDATED")
+        await asyncio.sleep(0.3)
+        await _reboots(device, "1.0.0")
+        device.report(self_test="passed")
+
+    def whole() -> None:
+        crashes.append(asyncio.create_task(crash()))
+
+    device.on_whole = whole
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            job = await deployed(node, "pump@2.0.0")
+            assert crashes, "it did not crash"
+            assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail
+            assert "it runs pump 1.0.0 by now" in job.detail
+            assert await node.reported("pump-1") == {"name": "pump", "version": "1.0.0"}
+
+    asyncio.run(run())
+
+
+def test_health_that_was_reported_before_the_update_is_none(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device boots for longer than a session waits, so another one looks at what it reported."""
+    monkeypatch.setattr("edged_mqtt.session.BOOT_S", 0.3)
+    plant.health = SELF_TEST
+    device = pump(plant, values={"self_test": "passed"})
+    boots: list[asyncio.Task[None]] = []
+
+    def whole() -> None:
+        device.values = {}
+        device.say("UPDATING")
+        boots.append(asyncio.create_task(_reboots(device, device.shared["fw_version"], 1.5)))
+
+    device.on_whole = whole
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            job = await deployed(node, "pump@2.0.0")
+            assert boots, "it did not boot"
+            assert job.reason is Reason.HEALTH_FAILED, (job.state, job.detail)
+            assert job.state is State.REVERTED and device.version == "1.0.0", job.detail
+
+    asyncio.run(run())
+
+
+def test_what_was_said_on_another_connection_is_not_believed(plant: Plant) -> None:
+    """It goes back while it is away, and takes its time to say so."""
+    plant.devices[0].config["report_s"] = 3.0
+    device = pump(plant, asks_again=False)
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            assert (await deployed(node, "pump@2.0.0")).state is State.SUCCEEDED
+            says, device.say = device.say, lambda *_, **__: None  # type: ignore[method-assign]
+            await _reboots(device, "1.0.0")
+            await node.want("pump-1", "pump@2.0.0")
+            asyncio.get_running_loop().call_later(1, says)
+            async with node.sessions["pump-1"].lease(5) as lease:
+                slots = await lease.session.slots()  # type: ignore[attr-defined]
+                assert slots.active.runs == "1.0.0"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "1.0.0"])
+def test_a_state_may_come_in_a_message_before_the_version(plant: Plant, version: str) -> None:
+    plant.devices[0].config["report_s"] = 2.0
+    device = pump(plant)
+
+    async def boot() -> None:
+        device.version = version if device.shared["fw_version"] == "2.0.0" else "1.0.0"
+        device.report(fw_state="UPDATED")
+        await asyncio.sleep(0.5)
+        device.report(current_fw_title="pump")
+        device.report(current_fw_version=device.version)
+
+    boots: list[asyncio.Task[None]] = []
+    device.on_whole = lambda: boots.append(asyncio.create_task(boot()))
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            job = await deployed(node, "pump@2.0.0")
+            assert boots, "it did not boot"
+            if version == "2.0.0":
+                assert job.state is State.SUCCEEDED, job.detail
+            else:
+                assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
+                assert "it says UPDATED and runs pump 1.0.0, not pump 2.0.0" in job.detail
+
+    asyncio.run(run())
+
+
+def test_a_device_that_does_not_ask_for_what_it_is_offered_uses_up_no_attempt(plant: Plant) -> None:
+    """It sleeps, on a connection that nobody closed."""
+    plant.devices[0].config["silence_s"] = 0.3
+    plant.engine = attrs.evolve(plant.engine, max_attempts=2)
+    device = pump(plant)
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            ask, device.ask = device.ask, lambda: None  # type: ignore[method-assign]
+            device.asks_again = False
+            begun = device.say
+            device.say = lambda state=None, **more: None if state else begun(**more)  # type: ignore[method-assign]
+            await node.want("pump-1", "pump@2.0.0")
+            await asyncio.sleep(4)
+            (job, *_) = await node.jobs("pump-1")
+            assert (job.state, job.attempts) == (State.STAGING, 0), job.detail
+            assert job.waiting is None or job.waiting.reason is Reason.DEVICE_ABSENT
+            device.ask, device.say, device.asks_again = ask, begun, True  # type: ignore[method-assign]
+            ended = await node.ended("pump-1")
+            assert (ended.state, device.version) == (State.SUCCEEDED, "2.0.0"), ended.detail
+
+    asyncio.run(run())
