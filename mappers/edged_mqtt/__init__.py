@@ -31,7 +31,7 @@ from edged_mqtt.wire import Credential, Proof, Seat, Wire
 NAME = "mqtt-thingsboard"
 PROTOCOL = "thingsboard"
 LINGER_S = 60.0
-"""Longer than a device's session rests after an error: its connection, and what is known of it, stay meanwhile."""
+"""Longer than a device's session rests after an error: the listener, and what is known of the device, stay meanwhile."""
 PROBE_S = 5.0
 """So long is a device on a broker listened for."""
 

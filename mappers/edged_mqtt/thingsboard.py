@@ -203,7 +203,7 @@ class Told:
     def reconnected(self, now: float) -> None:
         """It is on another connection: it may have booted anything meanwhile, or be another board."""
         self.title = self.version = self.state = self.awaits = None
-        self._arrived_at = now
+        self.since = self._arrived_at = now
         self.news += 1
 
     def offered(self) -> None:

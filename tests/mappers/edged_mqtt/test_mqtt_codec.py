@@ -247,7 +247,7 @@ def test_since_when_a_device_speaks_for_what_it_runs() -> None:
     told.take("fw", {"current_fw_version": "2"}, 4.0)
     assert told.since == 4.0
     told.reconnected(5.0)
-    assert (told.title, told.version) == (None, None)
+    assert (told.title, told.version, told.since) == (None, None, 5.0)
     told.offered()
     told.take("fw", {"current_fw_version": "2"}, 6.0)
     assert told.since == 6.0, "it was another until then, and did not say which"

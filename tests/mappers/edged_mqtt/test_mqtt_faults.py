@@ -342,6 +342,7 @@ def test_a_chunk_that_nobody_offered_is_not_given(plant: Plant) -> None:
             async with asyncio.timeout(10):
                 while "error: NOT_FOUND" not in device.log:
                     await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)
             assert device.log.count("connected") == before, "it asked once, and was thrown out"
             for _ in range(20):
                 device.ask()
