@@ -330,7 +330,27 @@ class JobRunner:
 
     async def _ask_device(self) -> None:
         session, firmware = await self._firmware_session()
-        self._active, self._view = await self._call(self._look, session, firmware)
+        self._active, view = await self._call(self._look, session, firmware)
+        self._view = view
+        if self.job.state is State.READY and view.slot_count == 1 and view.runs_new:
+            await self._check_name()
+
+    async def _check_name(self) -> None:
+        """A version alone does not tell two firmwares apart that have the same: a device that tells no name may run the other.
+
+        Raises ``Refused(UNSUPPORTED)`` where our record says so.
+        """
+        if self._active is None or self._active.runs_name is not None:
+            return
+        twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
+        reported = twin.reported.get(self.job.component)
+        release = release_of(reported.value) if reported else None
+        if release is not None and release.partition("@")[0] != self._release.facts.name:
+            raise Refused(
+                Reason.UNSUPPORTED,
+                f"{self._device.id} runs {release} by our record and tells no name, so it cannot be told whether it runs "
+                f"{self.job.release}; give that release another version",
+            )
 
     async def _look(self, session: Session, firmware: SupportsFirmware) -> tuple[Slot | None, View]:
         slots = expect(Slots, await firmware.slots())

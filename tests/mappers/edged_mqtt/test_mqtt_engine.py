@@ -279,6 +279,24 @@ async def _until(node: TestNode, name: str, value: object) -> None:
             await asyncio.sleep(0.02)
 
 
+def test_two_names_with_one_version_are_two_where_the_device_tells_no_name(plant: Plant) -> None:
+    plant.publisher.add("1.0.0", image_bytes("valve"), name="valve", models=("pump",), protocol="thingsboard")
+    plant.publisher.publish()
+    plant.devices[0].config["title"] = "works"
+    device = pump(plant, title="works")
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await _first(node)
+            job = await deployed(node, "valve@1.0.0")
+            assert (job.state, job.reason) == (State.FAILED, Reason.UNSUPPORTED), job.detail
+            assert "runs pump@1.0.0 by our record and tells no name" in job.detail
+            assert not device.written
+            assert await node.reported("pump-1") == {"name": "pump", "version": "1.0.0"}
+
+    asyncio.run(run())
+
+
 SELF_TEST = HealthSettings(kind="property", query="self_test", pattern="self_test=passed", timeout_s=3)
 
 
