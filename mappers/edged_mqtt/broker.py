@@ -1,7 +1,7 @@
 """Devices on a broker: one connection of this node, each device's topics below a prefix of its own.
 
 A broker tells neither who sent a message nor who is there: that a device writes only below its own prefix is the broker's to
-enforce (``edged mapper acl``), and a device that is silent is not known to be gone. All of aiomqtt is in this file.
+enforce (docs/mqtt.md has a list for mosquitto), and a device that is silent is not known to be gone. All of aiomqtt is here.
 
 One task reads the connection for as long as it lives: an iterator that is cancelled loses a message.
 """
@@ -41,6 +41,12 @@ MOST_OUTGOING: Final = 256
 """So many messages wait for the broker at most."""
 MOST_RESTING: Final = 256
 """Messages of one device that wait for its session; what comes beyond is lost, as if the network had lost it."""
+HELD_S: Final = 60.0
+"""What a device says while no session has its seat waits for one so long: what a broker kept comes before the sessions do."""
+MOST_HELD_BYTES: Final = 4 * 1024 * 1024
+_OVERHEAD_BYTES: Final = 256
+_REPORTS: Final = SUBSCRIBED[0].removesuffix("#")
+_STEMS: Final = tuple(f"/{topic.removesuffix('#')}" for topic in SUBSCRIBED)
 
 
 @asynccontextmanager
@@ -53,6 +59,7 @@ async def open_broker(address: BrokerAddress, config: BrokerConfig, env: Env) ->
     context = await asyncio.to_thread(client_context, config, env) if config.tls else None
     broker = Broker(address, config, password, context, env.count, env.log)
     pump = asyncio.create_task(broker.run(), name=f"mqtt {address}")
+    pump.add_done_callback(broker.ended)
     try:
         await broker.first(pump)
         yield broker
@@ -102,6 +109,8 @@ class Broker:
         self._before: set[str] = set()
         self._up = asyncio.Event()
         self._fault: Transient | Permanent | None = None
+        self._over = False
+        self._held = _Held()
 
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
@@ -110,6 +119,8 @@ class Broker:
     @asynccontextmanager
     async def seat(self, name: str, credential: Credential, guest: Guest) -> AsyncIterator[BrokerSeat]:
         """See :meth:`edged_mqtt.wire.Wire.seat`. The broker checks credentials."""
+        if self._over:
+            raise self._fault or Transient(Reason.DEVICE_ABSENT, f"{self.address} is not read any more")
         if name in self._seats:
             raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
         seat = BrokerSeat(self, name, guest)
@@ -117,6 +128,8 @@ class Broker:
         self._seats[name] = seat
         try:
             await self.subscribe(seat.filters)
+            for topic, payload in self._held.take(name, asyncio.get_running_loop().time()):
+                seat.received(topic, payload)
             yield seat
         finally:
             del self._seats[name]
@@ -135,6 +148,7 @@ class Broker:
     async def run(self) -> None:
         """Keep the connection, and give each message to the device's seat."""
         wait_s = FIRST_RETRY_S
+        loop = asyncio.get_running_loop()
         while True:
             try:
                 async with self._connected() as client:
@@ -143,18 +157,33 @@ class Broker:
                         if message.retain:
                             self.count("retained")
                             continue
-                        self._received(str(message.topic), message.payload)
+                        # in a callback of its own: what goes wrong with one message must not end the others' connection
+                        loop.call_soon(self._received, client, str(message.topic), message.payload)
             except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
                 self._fault = self._meaning(exc)
                 if not self._up.is_set():
                     return  # whoever opens the link is told, and tries again
                 self._log.warning("broker lost", extra={"detail": self._fault.detail})
                 self.count("broker_lost")
-            self._before |= self.present
-            for seat in list(self._seats.values()):
-                seat.lost(f"the broker at {self._where} is not there")
+            self._lost()
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, LONGEST_RETRY_S)
+
+    def _lost(self) -> None:
+        self._held = _Held()
+        self._before |= self.present
+        for seat in list(self._seats.values()):
+            seat.lost(f"the broker at {self._where} is not there")
+
+    def ended(self, pump: asyncio.Task[None]) -> None:
+        """Nothing is read any more. Unless the link was closed, or never open, nobody would notice."""
+        self._over = True
+        exc = None if pump.cancelled() else pump.exception()
+        if exc is not None:
+            self._fault = Transient(Reason.DEVICE_ABSENT, f"{self.address} is not read any more: {exc!r}")
+            self._log.error("broker not read any more", exc_info=exc)
+            self.count("broker_lost")
+            self._lost()
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[aiomqtt.Client]:
@@ -204,11 +233,22 @@ class Broker:
             return Permanent(Reason.CONFIG_INVALID, f"{text}; see user and credential in the [[link]] table")
         return Transient(Reason.DEVICE_ABSENT, text)
 
-    def _received(self, topic: str, payload: object) -> None:
-        for cut in (topic.find("/v1/devices/me/"), topic.find("/v2/")):
-            if cut > 0 and (seat := self._seats.get(topic[:cut])) is not None:
-                seat.received(topic[cut + 1 :], payload if isinstance(payload, bytes) else b"")
-                return
+    def _received(self, client: aiomqtt.Client, topic: str, payload: object) -> None:
+        if client is not self._client:
+            return  # that connection was lost meanwhile, and what waited of it with it
+        # the last place where it can be cut: a prefix may have levels that look like the protocol's, the rest cannot
+        cut = max(map(topic.rfind, _STEMS))
+        if cut <= 0:
+            return
+        prefix, rest = topic[:cut], topic[cut + 1 :]
+        data = payload if isinstance(payload, bytes) else b""
+        if (seat := self._seats.get(prefix)) is not None:
+            seat.received(rest, data)
+            return
+        now = asyncio.get_running_loop().time()
+        # a request for a chunk is made again, what a device runs it may say but once
+        if rest.startswith(_REPORTS) and not self._held.put(prefix, rest, data, now):
+            self.count("dropped")
 
     async def subscribe(self, filters: list[tuple[str, SubscribeOptions]]) -> None:
         """Also on the connections that follow."""
@@ -224,6 +264,46 @@ class Broker:
             await self._client.publish(topic, payload, qos)
         except (aiomqtt.MqttError, TimeoutError) as exc:
             raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
+
+
+class _Held:
+    """Messages for seats that nobody has yet, by prefix: bounded in number, bytes and time."""
+
+    def __init__(self) -> None:
+        self._messages: dict[str, deque[tuple[float, str, bytes]]] = {}
+        self._bytes = 0
+
+    def put(self, prefix: str, topic: str, payload: bytes, now: float) -> bool:
+        """Whether there was room."""
+        size = _held_bytes(topic, payload)
+        if self._bytes + size > MOST_HELD_BYTES:
+            for name in list(self._messages):
+                self._forget(name, now)
+        waiting = self._messages.get(prefix, ())
+        if self._bytes + size > MOST_HELD_BYTES or len(waiting) >= MOST_RESTING:
+            return False
+        self._messages.setdefault(prefix, deque()).append((now, topic, payload))
+        self._bytes += size
+        return True
+
+    def take(self, prefix: str, now: float) -> list[tuple[str, bytes]]:
+        """What waits for ``prefix`` and is not too old."""
+        self._forget(prefix, now)
+        found = self._messages.pop(prefix, ())
+        self._bytes -= sum(_held_bytes(topic, payload) for _, topic, payload in found)
+        return [(topic, payload) for _, topic, payload in found]
+
+    def _forget(self, prefix: str, now: float) -> None:
+        waiting = self._messages.get(prefix)
+        while waiting and now - waiting[0][0] > HELD_S:
+            _, topic, payload = waiting.popleft()
+            self._bytes -= _held_bytes(topic, payload)
+        if not waiting:
+            self._messages.pop(prefix, None)
+
+
+def _held_bytes(topic: str, payload: bytes) -> int:
+    return _OVERHEAD_BYTES + len(topic) + len(payload)
 
 
 class BrokerSeat:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5, sha256, sha384, sha512
 from typing import Any, Final, Protocol
@@ -43,6 +43,8 @@ PAST_THE_END: Final = 8
 """So often may a client ask for what is behind the image's end."""
 STRAY: Final = 8
 """So often may it ask under a number that belongs to another image, or for the other component."""
+DEEPEST: Final = 32
+"""So many objects and lists may lie in one another: what is read must also be written again, from deeper in the stack."""
 _MOST_DIGITS: Final = 9
 _CHUNK = re.compile(r"v2/(fw|sw)/request/([0-9A-Za-z_-]{1,32})/chunk/([0-9]{1,9})")
 _NUMBER = re.compile(r"[0-9]{1,32}")
@@ -287,16 +289,41 @@ class Download:
 
 
 def encoded(value: JsonValue) -> bytes:
-    """JSON."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    """JSON. Raises ValueError for what nests too deep, or has half a surrogate pair in a text."""
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("JSON within JSON within JSON") from None
 
 
 def _decoded(payload: bytes) -> Any:
-    """Raises ValueError for what is no JSON."""
+    """JSON in UTF-8 (RFC 8259, 8.1). Raises ValueError for what is none, nests deeper than ``DEEPEST``, or cannot be encoded
+    again."""
+    text = payload.decode("utf-8-sig")
     try:
-        return json.loads(payload)
+        found = json.loads(text)
     except RecursionError:
         raise ValueError("JSON within JSON within JSON") from None
+    if text.count("[") + text.count("{") > DEEPEST:
+        _require_flat(found)
+    if "\\u" in text:
+        encoded(found)
+    return found
+
+
+def _require_flat(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [child for one in level for child in _children(one)]
+        if not level:
+            return
+    raise ValueError(f"JSON that nests deeper than {DEEPEST}")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def reported(payload: bytes) -> Iterator[tuple[str, JsonValue]]:

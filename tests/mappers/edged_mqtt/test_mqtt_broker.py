@@ -1,15 +1,20 @@
-"""Devices on a real broker: Debian's mosquitto, with mount points, passwords, certificates, restarts and access lists."""
+"""Devices on a real broker, Debian's mosquitto: plain, with TLS through a bridge, restarted in the middle, and with messages
+that it kept."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import subprocess
-from contextlib import AsyncExitStack
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import aiomqtt
 import pytest
 from broker_kit import Mosquitto
 from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
@@ -17,10 +22,14 @@ from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
 from edged.config import LinkSettings
 from edged.domain.job import State
-from edged.errors import Reason
+from edged.errors import Reason, Transient
 from edged.supervisor import UnitState
 from edged.testing.conformance import Subject
 from edged.testing.node import TestNode, life
+from edged_mqtt import broker as subject
+from edged_mqtt.broker import Broker, open_broker
+from edged_mqtt.config import BrokerAddress, BrokerConfig
+from edged_mqtt.wire import Credential, Proof, Seat
 
 FIRST = [(0, bytes(range(256)) * 64)]
 SECOND = [(0, bytes(range(255, -1, -1)) * 64)]
@@ -186,4 +195,170 @@ def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tm
                 await device.stop()
 
     with broker.running():
+        asyncio.run(run())
+
+
+# -- the broker's connection alone
+
+
+class Env:
+    """What a link is given."""
+
+    def __init__(self) -> None:
+        self.counted: Counter[str] = Counter()
+        self.log = logging.LoggerAdapter(logging.getLogger("test"), {})
+
+    def count(self, event: str) -> None:
+        self.counted[event] += 1
+
+
+class Guest:
+    """Remembers what it hears, and fails at ``bad``."""
+
+    def __init__(self, bad: bytes = b"") -> None:
+        self.heard_all: list[tuple[str, bytes]] = []
+        self.bad = bad
+        self.news = asyncio.Event()
+
+    def seated(self, seat: Seat) -> None:
+        assert not self.heard_all
+
+    def arrived(self) -> None:
+        self.news.set()
+
+    def left(self, why: str) -> None:
+        assert why
+
+    def heard(self, topic: str, payload: bytes) -> bool:
+        self.heard_all.append((topic, payload))
+        self.news.set()
+        if payload == self.bad:
+            raise RuntimeError("a fault of the guest")
+        return True
+
+    async def until(self, count: int) -> list[tuple[str, bytes]]:
+        async with asyncio.timeout(10):
+            while len(self.heard_all) < count:
+                self.news.clear()
+                await self.news.wait()
+        return self.heard_all
+
+
+TOKEN = Credential(Proof.TOKEN, "pump")
+TELEMETRY = "v1/devices/me/telemetry"
+
+
+@asynccontextmanager
+async def connected(port: int, client_id: str = "") -> AsyncIterator[tuple[Broker, Env]]:
+    env = Env()
+    address, config = BrokerAddress("127.0.0.1", port), BrokerConfig(client_id=client_id)
+    async with open_broker(address, config, env) as broker:  # type: ignore[arg-type]
+        yield broker, env
+
+
+async def say(port: int, *messages: tuple[str, bytes]) -> None:
+    async with aiomqtt.Client("127.0.0.1", port) as client:
+        for topic, payload in messages:
+            await client.publish(topic, payload, qos=1)
+
+
+def test_a_fault_at_one_message_does_not_end_the_connection_of_all(tmp_path: Path) -> None:
+    broken: list[dict[str, Any]] = []
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: broken.append(context))
+        async with connected(broker.port) as (link, env):
+            bad, good = Guest(bad=b"bad"), Guest()
+            async with link.seat("a", TOKEN, bad), link.seat("b", TOKEN, good):
+                await say(
+                    broker.port,
+                    (f"a/{TELEMETRY}", b"bad"),
+                    (f"a/{TELEMETRY}", b"1"),
+                    (f"b/{TELEMETRY}", b"2"),
+                )
+                assert await bad.until(2) == [(TELEMETRY, b"bad"), (TELEMETRY, b"1")]
+                assert await good.until(1) == [(TELEMETRY, b"2")]
+                assert not env.counted
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+    assert [str(context["exception"]) for context in broken] == ["a fault of the guest"]
+
+
+def test_levels_of_a_prefix_may_look_like_those_of_the_protocol(tmp_path: Path) -> None:
+    topics = ["v2/fw/request/v2/chunk/0", "v2/sw/request/1/chunk/7", TELEMETRY, "v1/devices/me/rpc/request/1"]
+
+    async def run() -> None:
+        async with connected(broker.port) as (link, _), AsyncExitStack() as stack:
+            for prefix in ("line/v2/fw/pump", "v2/fw/request", "x/v1/devices/me", "plain"):
+                guest = Guest()
+                await stack.enter_async_context(link.seat(prefix, TOKEN, guest))
+                await say(broker.port, *((f"{prefix}/{topic}", b"1") for topic in topics))
+                assert await guest.until(len(topics)) == [(topic, b"1") for topic in topics], prefix
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
+def test_what_the_broker_kept_waits_for_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as soon as the broker is there, before any session has its seat."""
+
+    async def run() -> None:
+        async with connected(broker.port, "node-1") as (link, _), link.seat("a", TOKEN, Guest()):
+            pass
+        await say(
+            broker.port,
+            *((f"a/{TELEMETRY}", b"%d" % number) for number in range(3)),
+            ("a/v2/fw/request/1/chunk/0", b""),
+        )
+        async with connected(broker.port, "node-1") as (link, env):
+            await held(link, "a", 3)
+            guest = Guest()
+            async with link.seat("a", TOKEN, guest) as seat:
+                assert guest.heard_all == [(TELEMETRY, b"%d" % number) for number in range(3)]
+                assert seat.present
+            # and what is too old is not said of a device that may be gone
+            await say(broker.port, (f"a/{TELEMETRY}", b"old"))
+            await held(link, "a", 1)
+            monkeypatch.setattr(subject, "HELD_S", -1.0)
+            guest = Guest()
+            async with link.seat("a", TOKEN, guest):
+                assert not guest.heard_all
+            # nor does it fill the memory
+            monkeypatch.setattr(subject, "HELD_S", 60.0)
+            monkeypatch.setattr(subject, "MOST_HELD_BYTES", 1000)
+            await say(broker.port, *((f"a/{TELEMETRY}", bytes(200)) for _ in range(4)))
+            async with asyncio.timeout(10):
+                while env.counted["dropped"] < 2:
+                    await asyncio.sleep(0.01)
+            await held(link, "a", 2)
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
+async def held(link: Broker, prefix: str, count: int) -> None:
+    async with asyncio.timeout(10):
+        while len(link._held._messages.get(prefix, ())) != count:
+            await asyncio.sleep(0.01)
+
+
+def test_where_nothing_is_read_any_more_nobody_is_there(tmp_path: Path) -> None:
+    async def fails() -> None:
+        raise RuntimeError("a fault of the reader")
+
+    async def run() -> None:
+        async with connected(broker.port) as (link, env), link.seat("a", TOKEN, guest := Guest()) as seat:
+            await say(broker.port, (f"a/{TELEMETRY}", b"1"))
+            await guest.until(1)
+            pump = asyncio.create_task(fails())
+            await asyncio.wait([pump])
+            link.ended(pump)
+            assert not seat.present
+            assert env.counted["broker_lost"] == 1
+            with pytest.raises(Transient, match="not read any more.*a fault of the reader"):
+                async with link.seat("b", TOKEN, Guest()):
+                    pass
+
+    with Mosquitto(tmp_path).running() as broker:
         asyncio.run(run())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -180,6 +181,26 @@ def test_no_message_breaks_the_rules(topic: str, payload: bytes) -> None:
             read()
         except (ValueError, tb.Misbehaved) as exc:
             assert str(exc)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["[" * 200 + "]" * 200, '{"a":' * 33 + "1" + "}" * 33, "[" * 100_000, '"\\ud800"', '"\ud800"'],
+    ids=["lists", "objects", "unclosed", "half a pair", "half a pair in its bytes"],
+)
+def test_what_could_not_be_written_again_is_not_read(value: str) -> None:
+    payload = b'{"x":%b}' % value.encode(errors="surrogatepass")
+    with pytest.raises(ValueError, match="nests|JSON within|Expecting|surrogates|decode"):
+        list(tb.reported(payload))
+
+
+def test_what_nests_a_little_is_read() -> None:
+    flat: dict[str, Any] = {f"k{number}": [{}] for number in range(100)}
+    deep: Any = 1
+    for _ in range(tb.DEEPEST - 2):
+        deep = [deep]
+    found = dict(tb.reported(json.dumps({**flat, "deep": deep, "pair": "\U0001f600"}).encode()))
+    assert found == {**flat, "deep": deep, "pair": "\U0001f600"}
 
 
 def test_answers_to_attribute_requests() -> None:
