@@ -38,6 +38,13 @@ STRANGERS: Final = 512
 FIRST_PACKET_BYTES: Final = 4096
 LARGEST_PACKET_BYTES: Final = 128 * 1024
 """From a device: attributes and telemetry. What a device is told of as its limit is half of it."""
+PACKETS_AT_ONCE: Final = 64
+"""So many packets of one client are handled before the loop looks at others."""
+CONTROL_PER_S: Final = 50.0
+CONTROL_AT_ONCE: Final = 500.0
+"""Packets of a client that are no messages: pings, subscriptions. A session bounds the messages."""
+CONTROL_BYTES: Final = 256
+"""A larger one counts once more for each of these."""
 TAKEOVERS: Final = 4
 TAKEOVER_S: Final = 30.0
 """So often, within so long, may one credential take its own place."""
@@ -263,7 +270,9 @@ class EndpointSeat:
             whole = True
         finally:
             connection.streaming = False
-            if not whole:
+            if whole:
+                connection.go_on_soon()
+            else:
                 connection.abort("a message broke off")
 
     def tell(self, topic: str, payload: bytes) -> None:
@@ -308,6 +317,7 @@ class Connection(asyncio.Protocol):
         self._watch: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._why = "its connection was closed"
+        self._control, self._control_at = CONTROL_AT_ONCE, self._heard_at
 
     # -- asyncio.Protocol
 
@@ -344,6 +354,7 @@ class Connection(asyncio.Protocol):
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
         self._room = None
+        self.go_on_soon()
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
@@ -376,7 +387,11 @@ class Connection(asyncio.Protocol):
         """The session takes more."""
         if self._resting:
             self._resting = False
-            self._loop.call_soon(self._go_on)
+            self.go_on_soon()
+
+    def go_on_soon(self) -> None:
+        """What it sent is looked at again, unless something else stands in the way."""
+        self._loop.call_soon(self._go_on)
 
     def end(self, code: Code) -> None:
         """Say why, and close; a client that does not read is cut off soon after."""
@@ -402,39 +417,60 @@ class Connection(asyncio.Protocol):
     def _look(self) -> None:
         """Silence beyond one and a half times the keep-alive (v5 3.1.2.10), or no CONNECT in time."""
         silent_s = self._loop.time() - self._heard_at
-        # a client whose bytes are not read because it sent too many is not silent
-        if self._resting or silent_s < self._silence_s:
-            left_s = self._silence_s if self._resting else self._silence_s - silent_s
+        # a client whose bytes are not read because it sent too many is not silent, nor one that has a long message to read
+        unread = self._resting or (self.streaming and not self._transport.is_reading())
+        if unread or silent_s < self._silence_s:
+            left_s = self._silence_s if unread else self._silence_s - silent_s
             self._watch = self._loop.call_later(max(left_s, 0.05), self._look)
             return
         self._endpoint.count("keep_alive_missed" if self._greeted else "connect_missed")
         self._why = f"nothing was heard of it for {silent_s:.0f} s"
         self.end(Code.KEEP_ALIVE)
 
+    @property
+    def _waits(self) -> bool:
+        """Whether no packet is handled now: its session has enough, the answer would fall into a message that is being
+        written, or it does not read answers."""
+        return self._resting or self.streaming or self._room is not None
+
     def _go_on(self) -> None:
-        if not self._over:
+        if not self._over and not self._waits:
             self._heard_at = self._loop.time()
             self._transport.resume_reading()
             self._work()
 
     def _work(self) -> None:
         try:
-            while not self._over and not self._resting and self._buffer:
-                if not self._greeted and self._buffer[0] != Kind.CONNECT << 4:
-                    raise Malformed("the first packet is no CONNECT", Code.PROTOCOL_ERROR)
-                found = packets.frame(self._buffer, self._most_bytes)
-                if found is None:
+            for _ in range(PACKETS_AT_ONCE):
+                if self._over or not self._buffer:
                     return
-                first, begin, end = found
-                body = bytes(self._buffer[begin:end])
-                del self._buffer[:end]
-                self._packet(first, body)
+                if self._waits:
+                    if len(self._buffer) > LARGEST_PACKET_BYTES:
+                        self._transport.pause_reading()
+                    return
+                if not self._next():
+                    return
+            self._transport.pause_reading()
+            self.go_on_soon()
         except Malformed as exc:
             self._endpoint.count("malformed")
             self._why = f"it does not keep to MQTT: {exc}"
             if not self._greeted and exc.code is Code.UNSUPPORTED_VERSION:
                 self._transport.write(packets.connack(packets.V3, exc.code, 0))
             self.end(exc.code)
+
+    def _next(self) -> bool:
+        """Handle one packet; False where it is not there whole. Raises ``Malformed``."""
+        if not self._greeted and self._buffer[0] != Kind.CONNECT << 4:
+            raise Malformed("the first packet is no CONNECT", Code.PROTOCOL_ERROR)
+        found = packets.frame(self._buffer, self._most_bytes)
+        if found is None:
+            return False
+        first, begin, end = found
+        body = bytes(self._buffer[begin:end])
+        del self._buffer[:end]
+        self._packet(first, body)
+        return True
 
     def _packet(self, first: int, body: bytes) -> None:
         kind = first >> 4
@@ -447,7 +483,18 @@ class Connection(asyncio.Protocol):
         handler = _HANDLERS.get(first)
         if handler is None:
             raise Malformed(f"a packet that begins with {first:#04x}", Code.PROTOCOL_ERROR)
-        handler(self, body)
+        if self._may_control(len(body)):
+            handler(self, body)
+            return
+        self._endpoint.count("flooded")
+        self._why = "it sent too many packets that are no messages"
+        self.end(Code.TOO_MUCH)
+
+    def _may_control(self, size: int) -> bool:
+        now = self._loop.time()
+        filled = min(CONTROL_AT_ONCE, self._control + (now - self._control_at) * CONTROL_PER_S)
+        self._control, self._control_at = filled - 1 - size // CONTROL_BYTES, now
+        return self._control >= 0
 
     def _hello(self, hello: Connect) -> None:
         self.version = hello.version

@@ -417,6 +417,114 @@ def test_a_client_that_does_not_read_fills_no_memory(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def _subscribe(filters: int) -> bytes:
+    body = b"\0\1" + b"\0\1a\0" * filters
+    return b"\x82" + bytes([len(body) & 0x7F | 0x80, len(body) >> 7 & 0x7F | 0x80, len(body) >> 14]) + body
+
+
+@pytest.mark.parametrize("blob", [b"\xc0\0" * 60_000, _subscribe(30_000) * 3], ids=["pings", "filters"])
+def test_a_flood_of_packets_that_are_no_messages_is_cut_off(tmp_path: Path, blob: bytes) -> None:
+    """Long before it is handled: nobody waits for it, and its answers fill no memory."""
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port), AsyncExitStack() as stack:
+            await stack.enter_async_context(endpoint.seat("pump-1", TOKEN, guest := Guest()))
+            client = await dial(port)
+            client.writer.write(connect_packet() + blob)
+            answers = await client.closed()
+            assert len(answers) <= 4 + 2 * subject.CONTROL_AT_ONCE
+            assert env.counted["flooded"] == 1
+            await guest.until("too many packets that are no messages")
+            client = await dial(port)
+            client.writer.write(connect_packet() + b"\xc0\0" * 400 + _subscribe(100)[:1] + b"\x06\0\1\0\1a\1")
+            assert await client.read(4 + 800 + 5) == b"\x20\2\0\0" + b"\xd0\0" * 400 + b"\x90\3\0\1\1"
+
+    asyncio.run(run())
+
+
+def test_many_packets_of_one_client_let_others_in_between(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                await client.read(4)
+                client.writer.write(b"\x30\4\0\1ax" * 5000)
+                async with asyncio.timeout(10):
+                    most = before = 0
+                    while len(guest.messages) < 5000:
+                        await asyncio.sleep(0)
+                        most = max(most, len(guest.messages) - before)
+                        before = len(guest.messages)
+                assert most <= 2 * subject.PACKETS_AT_ONCE
+
+    asyncio.run(run())
+
+
+def test_an_answer_does_not_fall_into_a_long_message(tmp_path: Path) -> None:
+    async def run() -> None:
+        more = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"a" * 1000
+            await more.wait()
+            yield b"b" * 1000
+
+        async with (
+            listening(tmp_path) as (endpoint, _, port),
+            endpoint.seat("pump-1", TOKEN, guest := Guest()) as seat,
+        ):
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            await client.read(4)
+            sending = asyncio.create_task(seat.stream("x", 2000, parts()))
+            head = await client.read(6)
+            assert await client.read(1000) == b"a" * 1000
+            client.writer.write(b"\xc0\0" + b"\x32\6\0\1a\0\1x")
+            (connection,) = endpoint._connections
+            async with asyncio.timeout(10):
+                while len(connection._buffer) < 10:
+                    await asyncio.sleep(0.01)
+            assert not guest.messages
+            more.set()
+            await sending
+            assert head == b"\x30\xd3\x0f\0\1x"
+            assert await client.read(1000 + 2 + 4) == b"b" * 1000 + b"\xd0\0" + b"\x40\2\0\1"
+            assert guest.messages == [("a", b"x")]
+
+    asyncio.run(run())
+
+
+def test_a_client_that_does_not_read_is_not_read(tmp_path: Path) -> None:
+    """Else its acknowledgements would fill the memory; and it loses nothing."""
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                await client.read(4)
+                client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.5):
+                        while True:
+                            await seat.send("x", bytes(65536))
+                client.writer.write(b"\x32\6\0\1a\0\1x" * 50_000)
+                (connection,) = endpoint._connections
+                async with asyncio.timeout(10):
+                    while connection._transport.is_reading():
+                        await asyncio.sleep(0.01)
+                assert not guest.messages
+                client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+                async with asyncio.timeout(30):
+                    while len(guest.messages) < 50_000:
+                        await client.reader.read(2**20)
+
+    asyncio.run(run())
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.binary(max_size=64), max_size=12), st.booleans(), st.sampled_from([4, 5]))
 def test_no_bytes_break_the_endpoint(tmp_path: Path, parts: list[bytes], greets: bool, version: int) -> None:
