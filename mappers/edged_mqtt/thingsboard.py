@@ -47,6 +47,7 @@ DEEPEST: Final = 32
 """So many objects and lists may lie in one another: what is read must also be written again, from deeper in the stack."""
 _MOST_DIGITS: Final = 9
 _CHUNK = re.compile(r"v2/(fw|sw)/request/([0-9A-Za-z_-]{1,32})/chunk/([0-9]{1,9})")
+_OPENING = re.compile(r"[\[{]")
 _NUMBER = re.compile(r"[0-9]{1,32}")
 
 
@@ -304,7 +305,7 @@ def _decoded(payload: bytes) -> Any:
         found = json.loads(text)
     except RecursionError:
         raise ValueError("JSON within JSON within JSON") from None
-    if text.count("[") + text.count("{") > DEEPEST:
+    if len(_OPENING.findall(text)) > DEEPEST:
         _require_flat(found)
     if "\\u" in text:
         encoded(found)
