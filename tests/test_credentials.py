@@ -67,7 +67,10 @@ def test_metadata_and_image_are_fetched_with_it(tmp_path: Path) -> None:
             assert "let-me-in" not in process.stderr.read()
 
 
-def test_without_it_the_daemon_goes_on_and_says_what_is_missing(tmp_path: Path) -> None:
+def test_without_it_the_daemon_goes_on_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
     publisher = published(tmp_path / "publisher")
     with serving(publisher.repo, Guarded) as url:
         place = named(Place(tmp_path / "node", publisher, repository=url))

@@ -169,7 +169,7 @@ def ask(place: Place, method: str, target: str, body: bytes | None = None) -> tu
             b'{"address": "x:y"}',
             409,
             "conflict",
-            "no mapper 'warp'; mappers: fake",
+            "no mapper 'warp'; mappers: can-uds, fake, ",
         ),
         (
             "POST",

@@ -379,12 +379,12 @@ class Upgrades:
 
     async def _watch(self, operation: Operation) -> Operation | Outcome:
         seen = await self._not_healthy(operation)
-        if not seen:
-            return _ended(operation, "ok", None, f"{operation.to_version} runs")
         installed = await self._apt.installed()
         if installed.whole and installed.version != operation.to_version:
             detail = f"somebody else has installed {installed.version} meanwhile, which stays"
             return _ended(operation, "failed", Why.INTERRUPTED, detail)
+        if not seen:
+            return _ended(operation, "ok", None, f"{operation.to_version} runs")
         return replace(operation, phase=Phase.REVERTING, reason=Why.HEALTH_FAILED.value, detail=seen)
 
     async def _not_healthy(self, operation: Operation) -> str:

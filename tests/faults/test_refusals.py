@@ -159,7 +159,7 @@ def test_another_model_and_another_protocol(tmp_path: Path, board: tuple[Bench, 
     site, node = _site(tmp_path, bench)
     for version, draft in (
         ("9.0.0", {"models": ("valve",), "protocol": bench.protocol}),
-        ("9.1.0", {"models": ("pump",), "protocol": "smp"}),
+        ("9.1.0", {"models": ("pump",), "protocol": "ymodem"}),
         ("9.2.0", {"models": ("pump",), "hardware_ids": ("avr:1e9801",)}),
     ):
         release.add(site.repository, bench.images["1.0.0"], release.Draft("other", version, **draft))  # type: ignore[arg-type]

@@ -128,7 +128,7 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
     assert job is not None
     world.check(job)
     assert {"store.commit", "device.erase", "device.block", "device.reset"} <= set(counting.names)
-    fired = 0
+    planned = fired = 0
     for number, effect in enumerate(counting.names, 1):
         torn = effect in ("device.erase", "device.block")
         for when in When if torn else (When.BEFORE, When.AFTER):
@@ -136,10 +136,10 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
             cuts: list[str] = []
             while effect not in cuts and len(cuts) < TRIES:
                 cuts.append(_cut_and_end(World(next(folders), begin, name), Faults(number, when)))
-            # checkpoints are due by the clock: a run may have one less, and then the last effects are not there
-            assert effect in cuts or "" in cuts, f"the cut {when} effect {number} fired at {cuts}"
+            planned += 1
             fired += effect in cuts
-    assert fired >= 2 * len(counting.names) - 4
+    # checkpoints are due by the clock: a run may have one less or more, and then an effect has another number
+    assert fired >= planned - 4, f"{fired} of {planned} cuts fired where they were to"
 
 
 @pytest.mark.parametrize("seed", range(6))
