@@ -34,7 +34,13 @@ REFUSE_S: Final = 0.5
 FAREWELL_S: Final = 2.0
 """After a last packet the connection is cut off so late, also where the client does not read."""
 STRANGERS: Final = 512
-"""Connections without a credential at a time: hundreds of devices come back at once when the power does."""
+"""Connections without a credential at a time, in TLS's handshake or after it: hundreds of devices come back at once when the
+power does."""
+STRANGERS_OF_ONE: Final = 256
+"""The same from one address: it may be a router with many behind it, but must leave room for others."""
+ACCEPT_AGAIN_S: Final = 1.0
+"""Where the system has no descriptor left, as in asyncio's own listener."""
+BACKLOG: Final = 256
 FIRST_PACKET_BYTES: Final = 4096
 LARGEST_PACKET_BYTES: Final = 128 * 1024
 """From a device: attributes and telemetry. What a device is told of as its limit is half of it."""
@@ -67,28 +73,22 @@ async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) 
         )
     context = await asyncio.to_thread(server_context, config, env) if config.certificate else None
     endpoint = Endpoint(f"mqtt:{address}", config.connections, env.count, env.log)
-    loop = asyncio.get_running_loop()
-    limit_s = CONNECT_S if context else None
     try:
-        server = await loop.create_server(
-            endpoint.connection,
-            address.host,
-            address.port,
-            ssl=context,
-            ssl_handshake_timeout=limit_s,
-            backlog=256,
-            start_serving=False,
-        )
+        # not asyncio's listener: that one begins TLS with whoever comes, before anybody is asked
+        family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+        listener = socket.create_server((address.host, address.port), family=family, backlog=BACKLOG)
     except OSError as exc:
         reason = Reason.LINK_BUSY if exc.errno in _BUSY else Reason.DEVICE_ABSENT
         raise Transient(reason, f"cannot listen at {address}: {exc.strerror or exc}") from exc
-    try:
-        # only here: a listener that was cancelled while it started would stay open
-        await server.start_serving()
-        yield endpoint
-    finally:
-        server.close()
-        await endpoint.close()
+    with listener:
+        listener.setblocking(False)
+        accepting = asyncio.create_task(endpoint.accept(listener, context), name=f"mqtt {address}")
+        try:
+            yield endpoint
+        finally:
+            accepting.cancel()
+            await asyncio.wait([accepting])
+            await endpoint.close()
 
 
 def server_context(config: ListenConfig, env: Env) -> ssl.SSLContext:
@@ -123,13 +123,13 @@ class Endpoint:
         self.address = address
         self.count = count
         self.log = log
-        self.closing = False
         self._most = most
         self._seats: dict[bytes, EndpointSeat] = {}
         self._names: set[str] = set()
         self._memories: dict[str, dict[str, object]] = {}
         self._connections: set[Connection] = set()
         self._strangers: set[Connection] = set()
+        self._greeting: set[asyncio.Task[None]] = set()
 
     # -- for sessions
 
@@ -160,13 +160,53 @@ class Endpoint:
 
     # -- for connections
 
-    def connection(self) -> Connection:
-        """A protocol for the next connection."""
-        return Connection(self)
+    async def accept(self, listener: socket.socket, context: ssl.SSLContext | None) -> None:
+        """Let clients in, for ever; TLS begins only with those for whom there is room."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, peer = await loop.sock_accept(listener)
+            except OSError as exc:
+                self.log.warning("cannot accept", extra={"detail": str(exc)})
+                self.count("connection_refused")
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
+            # where somebody waits already, accepting is no pause for the loop
+            await asyncio.sleep(0)
+            connection = Connection(self, str(peer[0]))
+            if not self._admit(connection):
+                sock.close()
+                continue
+            task = asyncio.create_task(self._greet(connection, sock, context))
+            self._greeting.add(task)
+            task.add_done_callback(self._greeting.discard)
 
-    def admit(self, connection: Connection) -> bool:
+    async def _greet(
+        self, connection: Connection, sock: socket.socket, context: ssl.SSLContext | None
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        limit_s = CONNECT_S if context else None
+        try:
+            sock.setblocking(False)
+            await loop.connect_accepted_socket(
+                lambda: connection, sock, ssl=context, ssl_handshake_timeout=limit_s
+            )
+        except OSError:
+            # ssl.SSLError and a time-out are such, too
+            self.count("tls_failed")
+            self.forget(connection)
+        except asyncio.CancelledError:
+            self.forget(connection)
+            raise
+
+    def _admit(self, connection: Connection) -> bool:
         """Whether there is room for one more."""
-        if self.closing or len(self._connections) >= self._most or len(self._strangers) >= STRANGERS:
+        of_one = sum(stranger.host == connection.host for stranger in self._strangers)
+        if (
+            len(self._connections) >= self._most
+            or len(self._strangers) >= STRANGERS
+            or of_one >= STRANGERS_OF_ONE
+        ):
             self.count("connection_refused")
             return False
         self._connections.add(connection)
@@ -196,7 +236,13 @@ class Endpoint:
 
     async def close(self) -> None:
         """End all connections."""
-        self.closing = True
+        # a task that was cancelled before it began would leave its socket open
+        await asyncio.sleep(0)
+        greeting = list(self._greeting)
+        for task in greeting:
+            task.cancel()
+        if greeting:
+            await asyncio.wait(greeting)
         ending = [connection.ended for connection in self._connections]
         for connection in list(self._connections):
             connection.end(Code.SHUTTING_DOWN)
@@ -300,7 +346,8 @@ class Connection(asyncio.Protocol):
     """One connection of a client. Everything happens in the loop's callbacks; a client that does not read, or that sends more
     than its session takes, stops only itself."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, host: str) -> None:
+        self.host = host
         self.version = packets.V3
         self.streaming = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -324,9 +371,6 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        if not self._endpoint.admit(self):
-            self.abort("no room")
-            return
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._heard_at = self._loop.time()

@@ -369,6 +369,61 @@ def test_strangers_do_not_use_up_all_connections(tmp_path: Path, monkeypatch: py
     asyncio.run(run())
 
 
+def test_who_does_not_end_the_handshake_has_no_more_room_than_other_strangers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "STRANGERS", 5)
+    monkeypatch.setattr(subject, "CONNECT_S", 1.0)
+    authority = Authority(tmp_path)
+    certificate, _ = authority.issue("node")
+    context = ssl.create_default_context(cafile=authority.ca)
+
+    async def run() -> None:
+        config = ListenConfig(certificate=str(certificate), key_credential="node.key")
+        async with (
+            listening(tmp_path, config) as (endpoint, env, port),
+            endpoint.seat("pump-1", TOKEN, Guest()),
+        ):
+            strangers = [await dial(port) for _ in range(8)]
+            for one in strangers[5:]:
+                assert await one.closed() == b""
+            assert env.counted["connection_refused"] == 3
+            for one in strangers[:5]:
+                await one.closed()
+            assert env.counted["tls_failed"] == 5
+            client = await dial(port, context)
+            client.writer.write(connect_packet())
+            assert await client.read(4) == b"\x20\2\0\0"
+            # in the handshake when the listener ends
+            await dial(port)
+            async with asyncio.timeout(10):
+                while not endpoint._greeting:
+                    await asyncio.sleep(0.01)
+        assert not endpoint._connections
+
+    asyncio.run(run())
+
+
+def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "STRANGERS_OF_ONE", 3)
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, env, port),
+            endpoint.seat("pump-1", TOKEN, Guest()),
+        ):
+            strangers = [await dial(port) for _ in range(5)]
+            for one in strangers[3:]:
+                assert await one.closed() == b""
+            assert env.counted["connection_refused"] == 2
+            other = Client(*await asyncio.open_connection("127.0.0.1", port, local_addr=("127.0.0.2", 0)))
+            _DIALLED.append(other)
+            other.writer.write(connect_packet())
+            assert await other.read(4) == b"\x20\2\0\0"
+
+    asyncio.run(run())
+
+
 def test_a_client_that_sends_more_than_its_session_takes_waits_and_loses_nothing(tmp_path: Path) -> None:
     async def run() -> None:
         async with listening(tmp_path) as (endpoint, _, port):
