@@ -54,6 +54,10 @@ CONTROL_BYTES: Final = 256
 TAKEOVERS: Final = 4
 TAKEOVER_S: Final = 30.0
 """So often, within so long, may one credential take its own place."""
+FIRST_REST_S: Final = 1.0
+LONGEST_REST_S: Final = 60.0
+FORGIVEN_S: Final = 600.0
+"""Who was thrown out for what it did is not let in for so long; twice as long each time, until it was good for a while."""
 
 _BUSY: Final = frozenset({errno.EADDRINUSE})
 
@@ -126,6 +130,7 @@ class Endpoint:
         self._most = most
         self._seats: dict[bytes, EndpointSeat] = {}
         self._names: set[str] = set()
+        self._rests: dict[str, _Rest] = {}
         self._memories: dict[str, dict[str, object]] = {}
         self._connections: set[Connection] = set()
         self._strangers: set[Connection] = set()
@@ -147,7 +152,7 @@ class Endpoint:
             raise Permanent(
                 Reason.CONFIG_INVALID, f"{name} and {self._seats[key].name} have the same credential"
             )
-        seat = EndpointSeat(name, credential, guest)
+        seat = EndpointSeat(name, credential, guest, self._rests.setdefault(name, _Rest()))
         guest.seated(seat)
         self._seats[key] = seat
         self._names.add(name)
@@ -156,7 +161,7 @@ class Endpoint:
         finally:
             del self._seats[key]
             self._names.discard(name)
-            seat.expel("its session ended")
+            seat.dismiss("its session ended")
 
     # -- for connections
 
@@ -164,6 +169,8 @@ class Endpoint:
         """Let clients in, for ever; TLS begins only with those for whom there is room."""
         loop = asyncio.get_running_loop()
         while True:
+            # where somebody waits already, accepting is no pause for the loop
+            await asyncio.sleep(0)
             try:
                 sock, peer = await loop.sock_accept(listener)
             except OSError as exc:
@@ -171,8 +178,6 @@ class Endpoint:
                 self.count("connection_refused")
                 await asyncio.sleep(ACCEPT_AGAIN_S)
                 continue
-            # where somebody waits already, accepting is no pause for the loop
-            await asyncio.sleep(0)
             connection = Connection(self, str(peer[0]))
             if not self._admit(connection):
                 sock.close()
@@ -250,13 +255,32 @@ class Endpoint:
             await asyncio.wait(ending, timeout=FAREWELL_S + 1)
 
 
+class _Rest:
+    """How long one device that was thrown out must stay away."""
+
+    def __init__(self) -> None:
+        self._length_s = 0.0
+        self._until = 0.0
+
+    def begin(self, now: float) -> None:
+        forgiven = now - self._until > FORGIVEN_S
+        self._length_s = (
+            FIRST_REST_S if forgiven else min(max(2 * self._length_s, FIRST_REST_S), LONGEST_REST_S)
+        )
+        self._until = now + self._length_s
+
+    def lasts(self, now: float) -> bool:
+        return now < self._until
+
+
 class EndpointSeat:
     """One device's place; see :class:`~edged_mqtt.wire.Seat`."""
 
     sees_leaving = True
     largest_bytes = packets.MOST_REMAINING_BYTES - 1024
 
-    def __init__(self, name: str, credential: Credential, guest: Guest) -> None:
+    def __init__(self, name: str, credential: Credential, guest: Guest, rest: _Rest) -> None:
+        self.rest = rest
         self.name = name
         self.credential = credential
         self.guest = guest
@@ -331,6 +355,12 @@ class EndpointSeat:
             self._connection.resume()
 
     def expel(self, why: str) -> None:
+        if self._connection is not None:
+            self.rest.begin(asyncio.get_running_loop().time())
+        self.dismiss(why)
+
+    def dismiss(self, why: str) -> None:
+        """End the device's connection, which did nothing wrong."""
         connection = self._connection
         if connection is not None:
             self.stand(connection, why)
@@ -545,6 +575,9 @@ class Connection(asyncio.Protocol):
         seat = self._endpoint.find(hello, common_name(self._transport.get_extra_info("peercert")))
         if seat is None:
             self._refuse_later("login_refused", Code.BAD_CREDENTIAL)
+            return
+        if seat.rest.lasts(self._loop.time()):
+            self._refuse_later("must_rest", Code.BUSY)
             return
         if not seat.may_sit(self._loop.time()):
             self._refuse_later("two_sessions", Code.BUSY)

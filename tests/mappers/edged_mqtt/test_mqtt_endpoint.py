@@ -280,6 +280,44 @@ def test_the_newest_connection_has_the_place_and_two_that_fight_for_it_are_told_
     asyncio.run(run())
 
 
+def test_who_was_thrown_out_rests_longer_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "FIRST_REST_S", 0.2)
+    monkeypatch.setattr(subject, "REFUSE_S", 0.01)
+
+    async def refused(port: int) -> int:
+        """How often, until it is let in."""
+        for times in range(1000):
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            answer = await client.read(4)
+            if answer == b"\x20\2\0\0":
+                return times
+            assert answer == b"\x20\2\0\3"
+        raise AssertionError("never")
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            loop = asyncio.get_running_loop()
+            for rest_s in (0.2, 0.4, 0.8):
+                # the next session of the same device does not forget it
+                async with endpoint.seat("pump-1", TOKEN, Guest()) as seat:
+                    await refused(port)
+                    begun = loop.time()
+                    seat.expel("it did something")
+                    await refused(port)
+                    assert loop.time() - begun >= rest_s
+            assert env.counted["must_rest"] >= 1
+            # that a session ends is nobody's fault
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                assert await refused(port) == 0
+            rest = subject._Rest()
+            for now in (1000.0, 1010.0, 1020.0, 5000.0):
+                rest.begin(now)
+            assert rest.lasts(5000.1) and not rest.lasts(5000.3)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(
     ("packets", "event"),
     [
