@@ -49,6 +49,8 @@ PACKETS_AT_ONCE: Final = 64
 CONTROL_PER_S: Final = 50.0
 CONTROL_AT_ONCE: Final = 500.0
 """Packets of a client that are no messages: pings, subscriptions. A session bounds the messages."""
+MOST_HEAD_BYTES: Final = 128
+"""Of a message: its topic, and what stands before that."""
 CONTROL_BYTES: Final = 256
 """A larger one counts once more for each of these."""
 TAKEOVERS: Final = 4
@@ -277,7 +279,6 @@ class EndpointSeat:
     """One device's place; see :class:`~edged_mqtt.wire.Seat`."""
 
     sees_leaving = True
-    largest_bytes = packets.MOST_REMAINING_BYTES - 1024
 
     def __init__(self, name: str, credential: Credential, guest: Guest, rest: _Rest) -> None:
         self.rest = rest
@@ -290,6 +291,11 @@ class EndpointSeat:
     @property
     def present(self) -> bool:
         return self._connection is not None
+
+    @property
+    def largest_bytes(self) -> int:
+        most = packets.MOST_PACKET_BYTES if self._connection is None else self._connection.largest_bytes
+        return max(most - MOST_HEAD_BYTES, 0)
 
     def may_sit(self, now: float) -> bool:
         """Whether to let a connection in. The newest wins, since an old one may be dead without anybody knowing; but two that
@@ -379,6 +385,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, endpoint: Endpoint, host: str) -> None:
         self.host = host
         self.version = packets.V3
+        self.largest_bytes = packets.MOST_PACKET_BYTES
         self.streaming = False
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._endpoint = endpoint
@@ -445,7 +452,12 @@ class Connection(asyncio.Protocol):
 
     def publish(self, topic: str, payload: bytes) -> None:
         """A message with QoS 0: on one connection nothing is lost, and what a lost connection held is asked for again."""
-        self.write(packets.publish_head(topic.encode(), len(payload), self.version) + payload)
+        head = packets.publish_head(topic.encode(), len(payload), self.version)
+        if len(head) + len(payload) > self.largest_bytes:
+            # as if it had been sent, v5 3.1.2.11.4
+            self._endpoint.count("too_large_for_it")
+            return
+        self.write(head + payload)
 
     @property
     def is_full(self) -> bool:
@@ -529,7 +541,7 @@ class Connection(asyncio.Protocol):
         except Malformed as exc:
             self._endpoint.count("malformed")
             self._why = f"it does not keep to MQTT: {exc}"
-            if not self._greeted and exc.code is Code.UNSUPPORTED_VERSION:
+            if not self._greeted and exc.code in (Code.UNSUPPORTED_VERSION, Code.BAD_CLIENT_ID):
                 self._transport.write(packets.connack(packets.V3, exc.code, 0))
             self.end(exc.code)
 
@@ -586,7 +598,9 @@ class Connection(asyncio.Protocol):
         self._endpoint.known(self)
         self._most_bytes = LARGEST_PACKET_BYTES
         self._mind_keep_alive(hello.keep_alive_s)
-        self.write(packets.connack(self.version, Code.SUCCESS, LARGEST_PACKET_BYTES))
+        self.largest_bytes = hello.most_bytes
+        assigned = "" if hello.client_id else seat.name
+        self.write(packets.connack(self.version, Code.SUCCESS, LARGEST_PACKET_BYTES, assigned))
         seat.sit(self)
 
     def _mind_keep_alive(self, keep_alive_s: int) -> None:

@@ -18,6 +18,13 @@ MOST_REMAINING_BYTES: Final = 268_435_455
 """What a Variable Byte Integer can say (v5 1.5.5)."""
 
 
+MOST_PACKET_BYTES: Final = MOST_REMAINING_BYTES + 5
+_MAXIMUM_PACKET_SIZE: Final = 0x27
+_FIXED_BYTES: Final = {0x11: 4, 0x21: 2, _MAXIMUM_PACKET_SIZE: 4, 0x22: 2, 0x19: 1, 0x17: 1}
+_TEXTS: Final = {0x26: 2, 0x15: 1, 0x16: 1}
+"""Properties of CONNECT (v5 3.1.2.11): of how many bytes, or of how many strings or binaries."""
+
+
 class Kind(IntEnum):
     """Control packet types (v5 2.1.2)."""
 
@@ -42,6 +49,7 @@ class Code(IntEnum):
     PROTOCOL_ERROR = 0x82
     IMPLEMENTATION = 0x83
     UNSUPPORTED_VERSION = 0x84
+    BAD_CLIENT_ID = 0x85
     BAD_CREDENTIAL = 0x86
     NOT_AUTHORIZED = 0x87
     BUSY = 0x89
@@ -54,7 +62,13 @@ class Code(IntEnum):
     NO_QOS = 0x9B
 
 
-_RETURN_CODES: Final = {Code.SUCCESS: 0, Code.UNSUPPORTED_VERSION: 1, Code.BUSY: 3, Code.BAD_CREDENTIAL: 4}
+_RETURN_CODES: Final = {
+    Code.SUCCESS: 0,
+    Code.UNSUPPORTED_VERSION: 1,
+    Code.BAD_CLIENT_ID: 2,
+    Code.BUSY: 3,
+    Code.BAD_CREDENTIAL: 4,
+}
 """The same in v3 (3.2.2.3), where there is one; 5 is "not authorized"."""
 
 
@@ -68,13 +82,14 @@ class Malformed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Connect:
-    """CONNECT (v5 3.1). ``keep_alive_s`` 0: the client asks for none."""
+    """CONNECT (v5 3.1). ``keep_alive_s`` 0: the client asks for none. ``most_bytes``: its Maximum Packet Size."""
 
     version: int
     client_id: str
     keep_alive_s: int
     user: str | None
     password: bytes | None
+    most_bytes: int = MOST_PACKET_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +159,26 @@ class _Reader:
         raise Malformed("a length of more than four bytes")
 
     def skip_properties(self) -> None:
-        """Properties (v5 2.2.2): none that a client sends changes what this endpoint does."""
+        """Properties (v5 2.2.2): only one of CONNECT's changes what this endpoint does."""
         self.take(self.number())
+
+    def largest_packet(self) -> int:
+        """The Maximum Packet Size among the properties of CONNECT."""
+        reader, most = _Reader(self.take(self.number())), None
+        while not reader.done:
+            kind = reader.byte()
+            if kind in _FIXED_BYTES:
+                value = int.from_bytes(reader.take(_FIXED_BYTES[kind]), "big")
+                if kind == _MAXIMUM_PACKET_SIZE:
+                    if most is not None or not value:
+                        raise Malformed("a Maximum Packet Size of 0, or two of them", Code.PROTOCOL_ERROR)
+                    most = value
+                continue
+            if kind not in _TEXTS:
+                raise Malformed(f"property {kind:#04x} in CONNECT")
+            for _ in range(_TEXTS[kind]):
+                reader.binary()
+        return MOST_PACKET_BYTES if most is None else min(most, MOST_PACKET_BYTES)
 
 
 def _text(data: bytes) -> str:
@@ -178,7 +211,8 @@ def frame(buffer: bytes | bytearray, most_bytes: int) -> tuple[int, int, int] | 
 
 
 def parse_connect(body: bytes) -> Connect:
-    """The body of a CONNECT. Raises :class:`Malformed`, with ``UNSUPPORTED_VERSION`` for another protocol."""
+    """The body of a CONNECT. Raises :class:`Malformed`, with ``UNSUPPORTED_VERSION`` for another protocol, and
+    ``BAD_CLIENT_ID`` for a client of v3 that wants a session kept and has no name (v3 3.1.3.1)."""
     reader = _Reader(body)
     name, version = reader.binary(), reader.byte()
     if (name, version) not in ((b"MQTT", V3), (b"MQTT", V5)):
@@ -188,9 +222,10 @@ def parse_connect(body: bytes) -> Connect:
         raise Malformed("a reserved flag is set")
     if flags & 0x40 and not flags & 0x80 and version == V3:
         raise Malformed("a password without a user name")
-    if version == V5:
-        reader.skip_properties()
+    most_bytes = reader.largest_packet() if version == V5 else MOST_PACKET_BYTES
     client_id = reader.text()
+    if version == V3 and not client_id and not flags & 0x02:
+        raise Malformed("no client identifier, and no clean session", Code.BAD_CLIENT_ID)
     if flags & 0x04:
         if version == V5:
             reader.skip_properties()
@@ -200,7 +235,7 @@ def parse_connect(body: bytes) -> Connect:
     password = reader.binary() if flags & 0x40 else None
     if not reader.done:
         raise Malformed("bytes after the end of CONNECT")
-    return Connect(version, client_id, keep_alive_s, user, password)
+    return Connect(version, client_id, keep_alive_s, user, password, most_bytes)
 
 
 def parse_publish(first: int, body: bytes, version: int) -> Publish:
@@ -266,14 +301,17 @@ def length_bytes(length: int) -> bytes:
     return bytes(out)
 
 
-def connack(version: int, code: Code, most_bytes: int) -> bytes:
-    """CONNACK (v5 3.2) without a session. To v5 it says what this server does not do, and how large a packet may be."""
+def connack(version: int, code: Code, most_bytes: int, assigned: str = "") -> bytes:
+    """CONNACK (v5 3.2) without a session. To v5 it says what this server does not do, how large a packet may be, and the
+    identifier that was ``assigned`` to a client without one (v5 3.2.2.3.7)."""
     if version != V5:
         return _packet(Kind.CONNACK << 4, bytes([0, _RETURN_CODES.get(code, 5)]))
     properties = b""
     if code is Code.SUCCESS:
         # Maximum QoS, Retain Available, Maximum Packet Size, Wildcard, Subscription Identifier and Shared Subscription
         properties = struct.pack(">BBBBBI", 0x24, 1, 0x25, 0, 0x27, most_bytes) + bytes([0x29, 0, 0x2A, 0])
+        if assigned:
+            properties += b"\x12" + len(assigned.encode()).to_bytes(2, "big") + assigned.encode()
     return _packet(Kind.CONNACK << 4, bytes([0, code]), length_bytes(len(properties)), properties)
 
 

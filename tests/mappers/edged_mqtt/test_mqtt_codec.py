@@ -69,6 +69,11 @@ def test_a_message_comes_back_as_it_was_sent(topic: str, payload: bytes, version
         (b"\0\4MQTT\4\3\0\0\0\0", packets.Code.MALFORMED),
         (b"\0\4MQTT\4\x42\0\0\0\0\0\1x", packets.Code.MALFORMED),
         (b"\0\4MQTT\4\2\0\0\0\0more", packets.Code.MALFORMED),
+        (b"\0\4MQTT\4\0\0\0\0\0", packets.Code.BAD_CLIENT_ID),
+        (b"\0\4MQTT\5\2\0\0\5\x27\0\0\0\0\0\0", packets.Code.PROTOCOL_ERROR),
+        (b"\0\4MQTT\5\2\0\0\x0a\x27\0\0\1\0\x27\0\0\1\0\0\0", packets.Code.PROTOCOL_ERROR),
+        (b"\0\4MQTT\5\2\0\0\2\x99\0\0\0", packets.Code.MALFORMED),
+        (b"\0\4MQTT\5\2\0\0\2\x27\0\0\0", packets.Code.MALFORMED),
         (b"\0\4MQTT\4\x82\0\0\0\0\0\2\xff\xff", packets.Code.MALFORMED),
     ],
 )
@@ -82,6 +87,13 @@ def test_a_connect_with_a_will_and_properties() -> None:
     body = b"\0\4MQTT\5\xc6\0\x3c\5\x11\0\0\0\x0a\0\2id\0\0\1w\0\2by\0\5token\0\6secret"
     found = packets.parse_connect(body)
     assert found == packets.Connect(5, "id", 60, "token", b"secret")
+
+
+def test_a_connect_says_how_large_a_packet_it_takes() -> None:
+    properties = b"\x26\0\1a\0\1b\x27\0\0\1\0\x15\0\1m\x11\0\0\0\x0a"
+    body = b"\0\4MQTT\5\2\0\x3c" + bytes([len(properties)]) + properties + b"\0\2id"
+    assert packets.parse_connect(body) == packets.Connect(5, "id", 60, None, None, 256)
+    assert packets.parse_connect(b"\0\4MQTT\4\2\0\0\0\0").most_bytes == packets.MOST_PACKET_BYTES
 
 
 def test_a_packet_that_is_too_large_is_refused_before_it_is_there() -> None:

@@ -345,6 +345,39 @@ def test_who_does_not_keep_to_the_protocol_is_cut_off(tmp_path: Path, packets: b
     asyncio.run(run())
 
 
+def test_a_client_is_sent_no_packet_larger_than_it_takes_and_is_told_its_name(tmp_path: Path) -> None:
+    hello = b"\0\4MQTT\5\x82\0\x3c\5\x27\0\0\1\0\0\0\0\5token"
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, env, port),
+            endpoint.seat("pump-1", TOKEN, Guest()) as seat,
+        ):
+            client = await dial(port)
+            client.writer.write(bytes([0x10, len(hello)]) + hello)
+            answer = await client.read(2)
+            assert (await client.read(answer[1])).endswith(b"\x12\0\6pump-1")
+            assert seat.largest_bytes == 128
+            await seat.send("x", bytes(256 - 6))
+            seat.tell("x", bytes(256 - 7))
+            assert await client.read(256) == b"\x30\xfd\1\0\1x\0" + bytes(249)
+            assert env.counted["too_large_for_it"] == 1
+            client.writer.write(b"\xc0\0")
+            assert await client.read(2) == b"\xd0\0"
+
+    asyncio.run(run())
+
+
+def test_a_session_to_keep_needs_a_name(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port), endpoint.seat("pump-1", TOKEN, Guest()):
+            client = await dial(port)
+            client.writer.write(b"\x10\x13\0\4MQTT\4\x80\0\x3c\0\0\0\5token")
+            assert await client.closed() == b"\x20\2\0\2"
+
+    asyncio.run(run())
+
+
 def test_an_older_protocol_is_told_so(tmp_path: Path) -> None:
     async def run() -> None:
         async with listening(tmp_path) as (endpoint, _, port), endpoint.seat("pump-1", TOKEN, Guest()):
