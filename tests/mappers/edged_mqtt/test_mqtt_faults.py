@@ -186,7 +186,8 @@ def test_a_wire_with_one_fault_delivers(plant: Plant, fault: Fault, state: State
             assert wire.fired, "the fault did not fire"
             assert job.state is state, job.detail
             right(job, device)
-            assert device.written <= 3 * IMAGE_BYTES
+            # on a busy machine an impatient device asks again for what is on its way
+            assert device.written <= 6 * IMAGE_BYTES
 
     asyncio.run(run())
 
