@@ -26,7 +26,7 @@ demo:
 test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
 	$(BIN)/python -m pytest $(AT_A_TIME)
-	.venv-floors/bin/python -m pytest -q $(AT_A_TIME) -m "not slow" --ignore=tests/mappers -p no:cacheprovider
+	.venv-floors/bin/python -m pytest -q $(AT_A_TIME) -m "not slow" --ignore=tests/mappers/edged_uart --ignore=tests/mappers/edged_mqtt -p no:cacheprovider
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
