@@ -83,14 +83,17 @@ Check = Callable[[Subject], Awaitable[None]]
 
 
 class _Halfway:
-    """A progress that fires once the half of what is to be written has been."""
+    """A progress that fires once the half of what is to be written has been, and does ``then`` at that very moment: a device
+    that pulls may have the rest before another task gets its turn."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()
+        self.then: Callable[[], object] = lambda: None
 
     def __call__(self, phase: Phase, done_bytes: int, total_bytes: int) -> None:
-        if phase is Phase.WRITE and done_bytes * 2 >= total_bytes:
+        if phase is Phase.WRITE and done_bytes * 2 >= total_bytes and not self.reached.is_set():
             self.reached.set()
+            self.then()
 
 
 def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
@@ -139,8 +142,8 @@ async def _interrupt(subject: Subject, segments: list[tuple[int, bytes]]) -> Bas
     async with _connected(subject) as session:
         await session.identify()
         task = asyncio.ensure_future(_firmware(session).stage(await _image(segments), halfway))
+        halfway.then = task.cancel
         await halfway.reached.wait()
-        task.cancel()
         done, _ = await asyncio.wait([task], timeout=CANCEL_S)
         assert done, f"stage did not end within {CANCEL_S} s of its cancellation"
         return asyncio.CancelledError() if task.cancelled() else task.exception()
