@@ -8,7 +8,7 @@ AT_A_TIME := -n 2 --dist loadfile
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
-	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some ten minutes"
+	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some twenty minutes"
 	@echo "make test-node  the package on real Debian systems: containers, machines, power cuts; as root, some thirty minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
