@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edged.config import (
     Config,
@@ -157,6 +157,30 @@ def until_cut(life: Coroutine[Any, Any, Job], faults: Faults) -> Job | None:
             assert other is None, f"something else than the cut came out: {other!r}"
         assert faults.fired, "a cut came out that did not fire"
     return None if faults.fired else job
+
+
+class CutWorld(Protocol):
+    """A node and its device, over as many lives as it takes."""
+
+    def live(self, faults: Faults) -> Job | None: ...
+
+    def check(self, job: Job) -> None: ...
+
+
+def cut_and_end(world: CutWorld, cut: Faults) -> str:
+    """One cut, and a life without any that ends well; the effect that was cut."""
+    world.live(cut)
+    job = world.live(Faults())
+    assert job is not None
+    world.check(job)
+    return cut.fired
+
+
+def through_cuts(world: CutWorld, cuts: Iterable[Faults]) -> None:
+    """A life for each of ``cuts``, until one ends before its cut, and where none did a life without any; it ends well."""
+    job = next((job for cut in cuts if (job := world.live(cut)) is not None), None) or world.live(Faults())
+    assert job is not None
+    world.check(job)
 
 
 async def check_store(node: TestNode, device: str, floor: int) -> None:

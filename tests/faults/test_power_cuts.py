@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_kit import IMAGE_BYTES, Place, Publisher, check_store, until_cut
+from engine_kit import IMAGE_BYTES, Place, Publisher, check_store, cut_and_end, through_cuts, until_cut
 
 from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE
@@ -131,18 +131,9 @@ def test_one_cut_at_every_effect(tmp_path: Path, publisher: Publisher, name: str
     for number, effect in enumerate(names, 1):
         for when in When if effect == "device.page" else (When.BEFORE, When.AFTER):
             assert any(
-                _cut_and_end(World(next(folders), publisher, scenario), Faults(number, when)) == effect
+                cut_and_end(World(next(folders), publisher, scenario), Faults(number, when)) == effect
                 for _ in range(TRIES)
             ), f"the cut {when} effect {number} did not fire where it should"
-
-
-def _cut_and_end(world: World, cut: Faults) -> str:
-    """One cut, and a life without any that ends well; the effect that was cut."""
-    world.live(cut)
-    job = world.live(Faults())
-    assert job is not None
-    world.check(job)
-    return cut.fired
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -151,12 +142,7 @@ def test_several_cuts_in_a_row(tmp_path: Path, publisher: Publisher, seed: int) 
     dice = random.Random(seed)
     scenario = SCENARIOS[dice.choice(sorted(SCENARIOS))]
     world = World(tmp_path / "state", publisher, scenario, watch=True)
-    job = None
-    for _ in range(dice.randint(2, 5)):
-        job = world.live(Faults(dice.randint(1, 30), dice.choice(list(When))))
-        if job is not None:
-            break
-    job = job or world.live(Faults())
-    assert job is not None
-    world.check(job)
+    through_cuts(
+        world, (Faults(dice.randint(1, 30), dice.choice(list(When))) for _ in range(dice.randint(2, 5)))
+    )
     assert world.cuts >= 1

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from can_kit import bus_name, secret
 from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, settle
+from engine_kit import cut_and_end, through_cuts, until_cut
 from uds_server import Controller
 
 from edged.clock import SystemClock
@@ -23,7 +24,7 @@ from edged.domain.reconcile import FIRMWARE, firmware_value
 from edged.store import audit, jobs, twins
 from edged.store.database import Store
 from edged.store.node_key import NodeKey
-from edged.testing.faults import Faults, PowerCut, When
+from edged.testing.faults import Faults, When
 from edged.testing.node import TestNode, life
 
 TRIES = 5
@@ -66,17 +67,10 @@ class World:
         before = self.controller
         self.controller = Controller(flash=before.flash, counts=before.counts, effects=faults, boot_s=0)
         self.site.bus = bus_name()
-        job = None
-        try:
-            with alive(self.site, self.controller):
-                job = asyncio.run(self._live(faults))
-        except (PowerCut, BaseExceptionGroup) as error:
-            if isinstance(error, BaseExceptionGroup):
-                _, other = error.split(PowerCut)
-                assert other is None, f"something else than the cut came out: {other!r}"
-            assert faults.fired, "a cut came out that did not fire"
+        with alive(self.site, self.controller):
+            job = until_cut(self._live(faults), faults)
         self.cuts += faults.dead
-        return None if faults.dead else job
+        return job
 
     async def _live(self, faults: Faults) -> Job:
         async with life(self.site.config, self.site.plugins, faults=faults) as node:
@@ -109,15 +103,6 @@ class World:
             assert report.intact, report.reason
 
 
-def _cut_and_end(world: World, cut: Faults) -> str:
-    """One cut, and a life without any that ends well; the effect that was cut."""
-    world.live(cut)
-    job = world.live(Faults())
-    assert job is not None
-    world.check(job)
-    return cut.fired
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -135,7 +120,7 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
             folders = (tmp_path / f"{number}-{when}-{turn}" for turn in range(TRIES))
             cuts: list[str] = []
             while effect not in cuts and len(cuts) < TRIES:
-                cuts.append(_cut_and_end(World(next(folders), begin, name), Faults(number, when)))
+                cuts.append(cut_and_end(World(next(folders), begin, name), Faults(number, when)))
             planned += 1
             fired += effect in cuts
     # checkpoints are due by the clock: a run may have one less or more, and then an effect has another number
@@ -146,12 +131,7 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
 def test_several_cuts_in_a_row(tmp_path: Path, begin: Site, seed: int) -> None:
     dice = random.Random(seed)
     world = World(tmp_path / "state", begin, dice.choice(sorted(SCENARIOS)))
-    job = None
-    for _ in range(dice.randint(2, 4)):
-        job = world.live(Faults(dice.randint(1, 24), dice.choice(list(When))))
-        if job is not None:
-            break
-    job = job or world.live(Faults())
-    assert job is not None
-    world.check(job)
+    through_cuts(
+        world, (Faults(dice.randint(1, 24), dice.choice(list(When))) for _ in range(dice.randint(2, 4)))
+    )
     assert world.cuts >= 1

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from engine_kit import cut_and_end, through_cuts, until_cut
 from mqtt_kit import PullingDevice
 from mqtt_node import Plant, image_bytes
 
@@ -20,7 +21,7 @@ from edged.config import HealthSettings
 from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE, firmware_value
 from edged.store import audit, twins
-from edged.testing.faults import Faults, PowerCut, When
+from edged.testing.faults import Faults, When
 from edged.testing.node import TestNode, life
 
 SIZE = 20_000
@@ -64,16 +65,9 @@ class World:
 
     def live(self, faults: Faults) -> Job | None:
         """One life; the ended job, or None where the power was cut."""
-        job = None
-        try:
-            job = asyncio.run(self._live(faults))
-        except (PowerCut, BaseExceptionGroup) as error:
-            if isinstance(error, BaseExceptionGroup):
-                _, other = error.split(PowerCut)
-                assert other is None, f"something else than the cut came out: {other!r}"
-            assert faults.fired, "a cut came out that did not fire"
+        job = until_cut(self._live(faults), faults)
         self.cuts += faults.dead
-        return None if faults.dead else job
+        return job
 
     async def _live(self, faults: Faults) -> Job:
         device = PullingDevice(self.plant.port, "token-of-pump-1", version=self.runs_now, chunk_bytes=4096)
@@ -139,15 +133,6 @@ async def _fall(device: PullingDevice) -> None:
     await device.plug()
 
 
-def _cut_and_end(world: World, cut: Faults) -> str:
-    """One cut, and a life without any that ends well; the effect that was cut."""
-    world.live(cut)
-    job = world.live(Faults())
-    assert job is not None
-    world.check(job)
-    return cut.fired
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "step"), [("good", 1), ("bad", 2)])
@@ -164,7 +149,7 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Path, name: str, step: i
     for number in range(1, len(counting.names) + 1, step):
         for when in (When.BEFORE, When.AFTER):
             cut = Faults(number, when)
-            fired.add(_cut_and_end(World(tmp_path / f"{number}-{when}", begin, name), cut))
+            fired.add(cut_and_end(World(tmp_path / f"{number}-{when}", begin, name), cut))
     assert "store.commit" in fired
 
 
@@ -172,12 +157,8 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Path, name: str, step: i
 def test_several_cuts_in_a_row_and_a_device_that_falls(tmp_path: Path, begin: Path, seed: int) -> None:
     dice = random.Random(seed)
     world = World(tmp_path / "plant", begin, dice.choice(sorted(SCENARIOS)), falls=dice.randint(1, 4))
-    job = None
-    for _ in range(dice.randint(2, 4)):
-        job = world.live(Faults(dice.randint(1, 12), dice.choice([When.BEFORE, When.AFTER])))
-        if job is not None:
-            break
-    job = job or world.live(Faults())
-    assert job is not None
-    world.check(job)
+    moments = [When.BEFORE, When.AFTER]
+    through_cuts(
+        world, (Faults(dice.randint(1, 12), dice.choice(moments)) for _ in range(dice.randint(2, 4)))
+    )
     assert world.cuts >= 1

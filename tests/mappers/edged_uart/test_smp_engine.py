@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import Publisher, check_store, until_cut
+from engine_kit import Publisher, check_store, through_cuts, until_cut
 from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, VERSION_IS, Node, identifies_as
 from smp_server import HANGS, SmpServer, body_of, make_image
 
@@ -300,14 +300,9 @@ def test_several_cuts_in_a_row(tmp_path: Path, two_releases: Node, seed: int) ->
     dice = random.Random(seed)
     world = scene(tmp_path, two_releases, dice.random() < 0.6)
     with world.server:
-        job = None
-        for _ in range(dice.randint(2, 4)):
-            job = world.live(Faults(dice.randint(2, 30), dice.choice(list(When))))
-            if job is not None:
-                break
-        job = job or world.live(Faults())
-        assert job is not None
-        world.check(job)
+        through_cuts(
+            world, (Faults(dice.randint(2, 30), dice.choice(list(When))) for _ in range(dice.randint(2, 4)))
+        )
         assert world.cuts
 
 
