@@ -94,10 +94,10 @@ def probe(context: Context, words: tuple[str, ...], device_id: str | None, as_js
 
 
 def _show_all(found: dict[str, Any], as_json: bool) -> None:
-    if not found["answers"] and not as_json:
-        for name, problem in found["problems"].items():
-            echo(f"{name}: {problem}", err=True)
     if not found["answers"]:
+        if not as_json:
+            for name, problem in found["problems"].items():
+                echo(f"{name}: {problem}", err=True)
         others = ", ".join(found["not_asked"])
         _nobody(
             f"nobody answers at {found['address']}"

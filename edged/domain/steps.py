@@ -67,6 +67,11 @@ class View:
     confirmed: bool = True
     pending: bool = False
 
+    @property
+    def kept_old(self) -> bool:
+        """Two slots: it runs what it ran before the job, and the next reset does not change that."""
+        return self.slot_count > 1 and self.runs_new is False and not self.pending
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -189,7 +194,7 @@ def _reverting(job: Job, facts: Facts) -> Step:
     if device is None:
         return Do.ASK_DEVICE
     if device.slot_count > 1:
-        if device.runs_new is False and not device.pending:
+        if device.kept_old:
             if _never_ran(job):
                 return Move(State.FAILED, "ended", job.reason, job.detail)
             return Move(State.REVERTED, "reverted", job.reason, job.detail)

@@ -217,7 +217,7 @@ class JobRunner:
             case State.SUCCEEDED:
                 # also where nothing was left to send
                 job = replace(job, done_bytes=job.total_bytes)
-            case State.FAILED if job.touched and not self._runs_old_image:
+            case State.FAILED if job.touched and not (self._view is not None and self._view.kept_old):
                 effects += (self._report(None, "job"),)
         self._view = None if move.to is not State.STAGING else self._view
         await self._ledger.commit(job, move.event, *effects, detail=move.detail)
@@ -225,12 +225,6 @@ class JobRunner:
     @property
     def _one_slot(self) -> bool:
         return self._view is None or self._view.slot_count == 1
-
-    @property
-    def _runs_old_image(self) -> bool:
-        """Two slots, and the device has just said that it did not leave what it ran."""
-        view = self._view
-        return view is not None and view.slot_count > 1 and view.runs_new is False and not view.pending
 
     def _report(self, release: str | None, source: str) -> Effect:
         value = firmware_value(release) if release else None

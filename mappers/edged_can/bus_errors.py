@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from edged.errors import Reason, Transient
@@ -35,7 +35,6 @@ class BusErrors:
     bus: CanAddress
     count: int = 0
     newest: str = ""
-    _off: str = field(default="", init=False)
 
     def saw(self, error_class: int, data: bytes) -> Transient | None:
         """Take an error frame; the failure where it says that the controller has left the bus."""

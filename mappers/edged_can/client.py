@@ -129,19 +129,20 @@ class UdsClient:
         request = Request(services.WriteDataByIdentifier, data=echo + record)
         await self.ask(request, echo, about=f" {did:#06x}")
 
-    async def tester_present(self) -> None:
-        """TesterPresent (10.6), answered."""
-        await self.ask(services.TesterPresent.make_request(), b"\x00")
+    async def is_there(self) -> None:
+        """TesterPresent (10.6): return when the server answers, also where it has another opinion of testers.
+
+        Raises Transient.
+        """
+        with suppress(NegativeResponse):
+            await self.ask(services.TesterPresent.make_request(), b"\x00")
 
     async def await_start(self, timeout_s: float) -> None:
         """Return when the server answers, which may be starting. Raises Transient(NO_RESPONSE), Transient(LINK_LOST)."""
         deadline = self._loop.time() + timeout_s
         while True:
             try:
-                await self.tester_present()
-                return
-            except NegativeResponse:
-                # it is there, and has another opinion of testers
+                await self.is_there()
                 return
             except Transient as error:
                 if error.reason is Reason.LINK_LOST or self._loop.time() > deadline:

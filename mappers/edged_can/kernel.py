@@ -26,6 +26,7 @@ from edged_can.bus_errors import FULL, BusErrors, lost, not_opened, queue_full
 from edged_can.frames import Frame, wire_s
 from edged_can.link import CanLink, Listener, again
 from edged_can.load import BusLoad, gap_s
+from edged_can.messages import to_frame, to_message
 from edged_can.transport import N_AS_S, Peer, Shape, Transport
 
 _EXTENDED_ID: Final = 0x80000000
@@ -83,7 +84,7 @@ async def opened(bus: CanAddress, log: logging.LoggerAdapter[logging.Logger]) ->
 
 
 class KernelLink:
-    """See :class:`edged_can.link.CanLink`. Opening and closing a socket of the kernel does not block."""
+    """See :class:`edged_can.link.CanLink`. Opening a socket does not block; one of ISO-TP is closed in a thread."""
 
     exclusive = False
     kernel = True
@@ -160,13 +161,7 @@ class KernelLink:
 
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
-        message = can.Message(
-            arbitration_id=frame.id,
-            data=frame.data,
-            is_extended_id=frame.extended,
-            is_fd=frame.fd,
-            bitrate_switch=frame.fd,
-        )
+        message = to_message(frame)
         try:
             async with asyncio.timeout(N_AS_S):
                 # select() calls a socket writable whose device's queue is full: there is nothing to wait for but time
@@ -230,7 +225,7 @@ class KernelLink:
         key = message.arbitration_id, message.is_extended_id
         for listener, ids in self._listeners.items():
             if key in ids:
-                listener.put(Frame(key[0], bytes(message.data), key[1], message.is_fd))
+                listener.put(to_frame(message))
 
 
 class _KernelPeer:

@@ -41,10 +41,7 @@ async def _ask(link: CanLink, request_id: int, response_id: int) -> Mapping[str,
     async with link.transport(config.peer, config.shape) as transport:
         client = UdsClient(transport, Timing(_ANSWER_S, _ANSWER_S), f"{request_id:#x}")
         try:
-            await client.tester_present()
-        except NegativeResponse:
-            # it is there, and has another opinion of testers
-            pass
+            await client.is_there()
         except Transient as error:
             if error.reason in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
                 return None

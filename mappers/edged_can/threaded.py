@@ -29,6 +29,7 @@ from edged_can.bus_errors import FULL, BusErrors, lost, not_opened, queue_full
 from edged_can.frames import Frame, wire_s
 from edged_can.link import CanLink, Listener, again
 from edged_can.load import BusLoad
+from edged_can.messages import to_frame, to_message
 from edged_can.transport import MESSAGE_BYTES, N_AS_S, Peer, Shape, Transport
 
 # at level debug they write every frame, keys and seeds in them
@@ -263,8 +264,7 @@ class ThreadedLink:
         key = message.arbitration_id, message.is_extended_id
         for listener, ids in self._listeners.items():
             if key in ids:
-                frame = Frame(key[0], bytes(message.data), key[1], message.is_fd)
-                self.in_loop(listener.put, frame)
+                self.in_loop(listener.put, to_frame(message))
         for peer in tuple(self._peers):
             if peer.key == key:
                 self.in_thread(lambda peer=peer: peer.feed(message))  # type: ignore[misc]
@@ -297,15 +297,8 @@ class ThreadedLink:
             wait_s = min(waits, default=None)
 
     def _send_one(self, frame: Frame, sent: asyncio.Future[None]) -> None:
-        message = can.Message(
-            arbitration_id=frame.id,
-            data=frame.data,
-            is_extended_id=frame.extended,
-            is_fd=frame.fd,
-            bitrate_switch=frame.fd,
-        )
         try:
-            self.transmit(message)
+            self.transmit(to_message(frame))
         except Transient as error:
             self.in_loop(_fail, sent, error)
         else:

@@ -309,7 +309,6 @@ def _held_bytes(topic: str, payload: bytes) -> int:
 class BrokerSeat:
     """One device's topics; see :class:`~edged_mqtt.wire.Seat`."""
 
-    sees_leaving = False
     largest_bytes = LARGEST_BYTES
 
     def __init__(self, broker: Broker, prefix: str, guest: Guest) -> None:

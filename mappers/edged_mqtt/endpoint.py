@@ -278,8 +278,6 @@ class _Rest:
 class EndpointSeat:
     """One device's place; see :class:`~edged_mqtt.wire.Seat`."""
 
-    sees_leaving = True
-
     def __init__(self, name: str, credential: Credential, guest: Guest, rest: _Rest) -> None:
         self.rest = rest
         self.name = name

@@ -370,13 +370,14 @@ class MqttSession:
         self._told.offered()
         self._requests.clear()
         self._ahead = None
+        is_given = False
         try:
             await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
             await transfer.run()
-        except BaseException:
-            self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
-            raise
+            is_given = True
         finally:
+            if not is_given:
+                self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             self._offer = None
             self._requests.clear()
             self._ahead = None

@@ -78,11 +78,6 @@ class Seat(Protocol):
         ...
 
     @property
-    def sees_leaving(self) -> bool:
-        """Whether the wire notices that a device goes away. A broker does not tell."""
-        ...
-
-    @property
     def largest_bytes(self) -> int:
         """So large may the payload of one message to the device be."""
         ...

@@ -77,20 +77,24 @@ def _spec(
 @asynccontextmanager
 async def _connect(device: Device, env: Env, make: MakeLoader) -> AsyncIterator[UartSession]:
     config = device.config if isinstance(device.config, UartConfig) else UartConfig()
-    async with env.link(device.address) as link:
-        if not isinstance(link, SerialLink):
-            raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
+    async with _port(device, env) as link:
         session = UartSession(device, config, link, make(link, config))
         yield session
         await session.rest()
 
 
 @asynccontextmanager
-async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
-    config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
+async def _port(device: Device, env: Env) -> AsyncIterator[SerialLink]:
     async with env.link(device.address) as link:
         if not isinstance(link, SerialLink):
             raise Permanent(Reason.UNSUPPORTED, f"{device.address}: {device.mapper} needs a {SCHEME}: link")
+        yield link
+
+
+@asynccontextmanager
+async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
+    config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
+    async with _port(device, env) as link:
         await link.keep_lines()
         yield SmpSession(device, config, link, env.log)
 
