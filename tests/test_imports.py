@@ -147,7 +147,7 @@ def test_firmware_knows_nothing_of_the_daemon() -> None:
 
 @pytest.mark.parametrize("mapper", sorted(MAPPERS))
 def test_mappers_come_through_the_door(mapper: str) -> None:
-    assert set(graph()[mapper]) <= {"edged.api", "edged.errors", "edged_firmware"}
+    assert set(graph()[mapper]) <= {"edged.api", "edged.errors", "edged.tables", "edged_firmware"}
 
 
 def test_nobody_but_the_entry_point_names_a_mapper() -> None:
@@ -165,6 +165,11 @@ def test_the_domain_is_pure() -> None:
                 if (unit(target) if target.split(".")[0] in PACKAGES else target.split(".")[0]) not in allowed
             }
             assert not foreign, f"{name(path)} imports {foreign}"
+
+
+def test_tables_are_pure() -> None:
+    (path,) = (path for module, path in sources() if module == "edged.tables")
+    assert {target.split(".")[0] for target in imported("edged.tables", path)} <= PURE
 
 
 @pytest.mark.parametrize("one", ["edged.store", "edged.engine", "edged.domain"])

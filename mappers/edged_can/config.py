@@ -5,19 +5,27 @@ The keys stand best in ``[model.config]``: devices of one kind differ in their i
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import typing
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
 
+from edged.tables import (
+    Rule,
+    flag,
+    key,
+    list_of,
+    number,
+    one_of,
+    printable,
+    read,
+    refuse,
+    some_of,
+    table,
+    tables,
+    text,
+    whole,
+)
 from edged_can.transport import FRAME_BYTES, MESSAGE_BYTES, Peer, Shape
-
-_HEX: Final = re.compile(r"(?:[0-9a-fA-F]{2})*")
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-_SIGNAL: Final = re.compile(r"\w+\.\w+")
-_CREDENTIAL: Final = re.compile(r"|[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
 
 SEQUENCE: Final = (
     "default_session",
@@ -32,71 +40,13 @@ SEQUENCE: Final = (
 FIELDS: Final = ("format", "address", "length", "crc32", "sha256")
 TYPES: Final = ("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "f32", "f64", "bool", "text", "hex")
 
-Holds = Callable[[Any], bool]
-Rule = tuple[str, Holds]
-
-
-def _whole(low: int, high: int) -> Rule:
-    return f"a whole number from {low} to {high}", lambda value: _is_whole(value) and low <= value <= high
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or isinstance(value, float)
-
-
-def _number(low: float, high: float) -> Rule:
-    return (
-        f"a number from {low:g} to {high:g}",
-        lambda value: _is_number(value) and low <= value <= high,
-    )
-
-
-def _flag() -> Rule:
-    return "true or false", lambda value: isinstance(value, bool)
-
-
-def _one_of(*choices: object) -> Rule:
-    return " or ".join(map(repr, choices)), lambda value: not isinstance(value, bool) and value in choices
-
-
-def _text(pattern: re.Pattern[str], allowed: str) -> Rule:
-    return allowed, lambda value: isinstance(value, str) and bool(pattern.fullmatch(value))
-
-
-def _some_of(*choices: str) -> Rule:
-    return (
-        f"a list of {', '.join(map(repr, choices))}, each once",
-        lambda value: (
-            isinstance(value, list) and all(one in choices for one in value) and len(set(value)) == len(value)
-        ),
-    )
-
-
-def _texts(pattern: re.Pattern[str], allowed: str) -> Rule:
-    return (
-        f"a list of {allowed}",
-        lambda value: (
-            isinstance(value, list) and all(isinstance(one, str) and pattern.fullmatch(one) for one in value)
-        ),
-    )
-
-
-def _key(default: Any, rule: Rule) -> Any:
-    """A field with its default and what is allowed."""
-    return field(default=default, metadata={"rule": rule})
-
-
-_ID: Final = _whole(0, 0x1FFFFFFF)
-_BYTE_OR_NONE: Final[Rule] = (
-    "a whole number from 0 to 255, or false",
-    lambda value: value is False or (_is_whole(value) and 0 <= value <= 255),
-)
-_DID: Final = _whole(0, 0xFFFF)
-_PART: Final = _some_of(*FIELDS)
+_NAME: Final = r"[A-Za-z_][A-Za-z0-9_.-]{0,63}"
+_ANY: Final = number(-1e18, 1e18)
+_ID: Final = whole(0, 0x1FFFFFFF)
+_BYTE: Final = whole(0, 255)
+_BYTE_OR_NONE: Final = _BYTE | False
+_DID: Final = whole(0, 0xFFFF)
+_SIGNALS: Final = list_of(text(r"\w+\.\w+", "MESSAGE.SIGNAL"), "texts MESSAGE.SIGNAL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +61,10 @@ class Routine:
     - ``ok``: how its routineStatusRecord must begin, in hexadecimal digits; empty: it is not looked at.
     """
 
-    routine: int = _key(0xFF00, _DID)
-    parameters: tuple[str, ...] = _key((), _PART)
-    per: str = _key("segment", _one_of("segment", "image", "never"))
-    ok: str = _key("", _text(_HEX, "pairs of hexadecimal digits, or nothing"))
+    routine: int = key(0xFF00, _DID)
+    parameters: tuple[str, ...] = key((), some_of(*FIELDS))
+    per: str = key("segment", one_of("segment", "image", "never"))
+    ok: str = key("", text(r"(?:[0-9a-fA-F]{2})*", "pairs of hexadecimal digits, or nothing"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +76,11 @@ class Security:
     - ``credential``: the file in ``/etc/edged/credentials`` with the algorithm's secret; empty: it needs none.
     """
 
-    level: int = _key(
-        1, ("an odd number from 1 to 125", lambda v: _is_whole(v) and 1 <= v <= 125 and v % 2 == 1)
+    level: int = key(
+        1, Rule("an odd number from 1 to 125", lambda value: _BYTE.holds(value) and value in range(1, 126, 2))
     )
-    algorithm: str = _key("xor", _text(_NAME, "the name of an algorithm"))
-    credential: str = _key("", _text(_CREDENTIAL, "the name of a file, or empty"))
+    algorithm: str = key("xor", text(_NAME, "the name of an algorithm"))
+    credential: str = key("", text(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", "the name of a file") | "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +92,16 @@ class Property:
     ``security``: after SecurityAccess.
     """
 
-    name: str = _key("", _text(_NAME, "letters, digits, '_', '.', '-', at most 64"))
-    did: int = _key(0, _DID)
-    type: str = _key("", _one_of(*TYPES, *(f"{name}le" for name in TYPES if name[1:] in ("16", "32", "64"))))
-    scale: float = _key(1.0, ("a number but 0", lambda v: _is_number(v) and v != 0))
-    offset: float = _key(0.0, _number(-1e18, 1e18))
-    unit: str = _key("", ("a text", lambda v: isinstance(v, str)))
-    poll_s: float = _key(10.0, _number(0, 86_400))
-    writable: bool = _key(False, _flag())
-    session: str = _key("default", _one_of("default", "extended"))
-    security: bool = _key(False, _flag())
+    name: str = key("", text(_NAME, "letters, digits, '_', '.', '-', at most 64"))
+    did: int = key(0, _DID)
+    type: str = key("", one_of(*TYPES, *(f"{name}le" for name in TYPES if name[1:] in ("16", "32", "64"))))
+    scale: float = key(1.0, Rule("a number but 0", lambda value: _ANY.holds(value) and value != 0))
+    offset: float = key(0.0, _ANY)
+    unit: str = key("", printable())
+    poll_s: float = key(10.0, number(0, 86_400))
+    writable: bool = key(False, flag())
+    session: str = key("default", one_of("default", "extended"))
+    security: bool = key(False, flag())
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,48 +127,48 @@ class UdsConfig:
       every ``signals_s``; ``commands``: which can be set, by a frame.
     """
 
-    request_id: int = _key(0x7E0, _ID)
-    response_id: int = _key(0x7E8, _ID)
-    extended_ids: bool = _key(False, _flag())
-    target_address: int | bool = _key(False, _BYTE_OR_NONE)
-    source_address: int | bool = _key(False, _BYTE_OR_NONE)
-    fd: bool = _key(False, _flag())
-    frame_bytes: int = _key(64, _one_of(*FRAME_BYTES))
-    padding: int | bool = _key(0xCC, _BYTE_OR_NONE)
-    block_size: int = _key(0, _whole(0, 255))
-    st_min: int = _key(
+    request_id: int = key(0x7E0, _ID)
+    response_id: int = key(0x7E8, _ID)
+    extended_ids: bool = key(False, flag())
+    target_address: int | bool = key(False, _BYTE_OR_NONE)
+    source_address: int | bool = key(False, _BYTE_OR_NONE)
+    fd: bool = key(False, flag())
+    frame_bytes: int = key(64, one_of(*FRAME_BYTES))
+    padding: int | bool = key(0xCC, _BYTE_OR_NONE)
+    block_size: int = key(0, whole(0, 255))
+    st_min: int = key(
         0,
-        (
+        Rule(
             "0 to 127 (ms), or 241 to 249 (100 to 900 us)",
-            lambda v: _is_whole(v) and (0 <= v <= 127 or 241 <= v <= 249),
+            lambda value: _BYTE.holds(value) and (value <= 127 or 241 <= value <= 249),
         ),
     )
-    block_bytes: int = _key(MESSAGE_BYTES, _whole(8, MESSAGE_BYTES))
-    bus_share: float = _key(1.0, _number(0.05, 1))
-    answer_s: float = _key(1.0, _number(0.05, 60))
-    pending_s: float = _key(120.0, _number(1, 3600))
-    boot_s: float = _key(10.0, _number(0.1, 600))
-    settle_s: float = _key(0.5, _number(0, 60))
-    hardware_did: int = _key(0xF191, _whole(1, 0xFFFF))
-    version_did: int = _key(0xF189, _DID)
-    serial_did: int = _key(0xF18C, _DID)
-    sequence: tuple[str, ...] = _key(
+    block_bytes: int = key(MESSAGE_BYTES, whole(8, MESSAGE_BYTES))
+    bus_share: float = key(1.0, number(0.05, 1))
+    answer_s: float = key(1.0, number(0.05, 60))
+    pending_s: float = key(120.0, number(1, 3600))
+    boot_s: float = key(10.0, number(0.1, 600))
+    settle_s: float = key(0.5, number(0, 60))
+    hardware_did: int = key(0xF191, whole(1, 0xFFFF))
+    version_did: int = key(0xF189, _DID)
+    serial_did: int = key(0xF18C, _DID)
+    sequence: tuple[str, ...] = key(
         ("extended_session", "dtc_off", "communication_off", "programming_session", "security_access"),
-        _some_of(*SEQUENCE),
+        some_of(*SEQUENCE),
     )
-    precondition_routine: int = _key(0x0203, _DID)
-    address_bytes: int = _key(4, _whole(1, 5))
-    length_bytes: int = _key(4, _whole(1, 4))
-    data_format: int = _key(0, _whole(0, 255))
-    reset: int = _key(1, _whole(1, 0x7F))
-    erase: Routine = Routine(0xFF00, ("format", "address", "length"))
-    check: Routine = Routine(0xFF01, (), "image", "00")
-    security: Security = Security()
-    properties: tuple[Property, ...] = ()
-    dbc: str = _key("", ("the path of a file, or empty", lambda v: isinstance(v, str)))
-    signals: tuple[str, ...] = _key((), _texts(_SIGNAL, "texts MESSAGE.SIGNAL"))
-    signals_s: float = _key(1.0, _number(0, 3600))
-    commands: tuple[str, ...] = _key((), _texts(_SIGNAL, "texts MESSAGE.SIGNAL"))
+    precondition_routine: int = key(0x0203, _DID)
+    address_bytes: int = key(4, whole(1, 5))
+    length_bytes: int = key(4, whole(1, 4))
+    data_format: int = key(0, whole(0, 255))
+    reset: int = key(1, whole(1, 0x7F))
+    erase: Routine = table(Routine(0xFF00, ("format", "address", "length")))
+    check: Routine = table(Routine(0xFF01, (), "image", "00"))
+    security: Security = table(Security())
+    properties: tuple[Property, ...] = tables(Property, required=("name", "did", "type"))
+    dbc: str = key("", text(r".*", "the path of a file, or empty"))
+    signals: tuple[str, ...] = key((), _SIGNALS)
+    signals_s: float = key(1.0, number(0, 3600))
+    commands: tuple[str, ...] = key((), _SIGNALS)
 
     @property
     def peer(self) -> Peer:
@@ -246,65 +196,19 @@ def _byte(value: int | bool) -> int | None:
     return None if value is False else int(value)
 
 
-def parse(table: Mapping[str, object]) -> UdsConfig:
+def parse(values: Mapping[str, object]) -> UdsConfig:
     """A device's table. Raises ValueError: a line for each fault, with key, what was found, what is allowed."""
-    faults: list[str] = []
-    config: UdsConfig = _read(UdsConfig(), table, "", faults)
-    if not faults:
-        faults = list(_together(config))
-    if faults:
-        raise ValueError("\n".join(faults))
+    config = read(UdsConfig, values)
+    refuse(_together(config))
     return config
 
 
-def _read(default: Any, table: object, path: str, faults: list[str]) -> Any:
-    """``default`` with what ``table`` says; every fault is told and reading goes on."""
-    if not isinstance(table, Mapping):
-        faults.append(f"{path.removesuffix('.')}: found {table!r}; allowed: a table")
-        return default
-    fields = {each.name: each for each in dataclasses.fields(default)}
-    found: dict[str, Any] = {}
-    for key, value in table.items():
-        if key not in fields:
-            faults.append(f"{path}{key}: found an unknown key; allowed: {', '.join(sorted(fields))}")
-        elif dataclasses.is_dataclass(getattr(default, key)):
-            found[key] = _read(getattr(default, key), value, f"{path}{key}.", faults)
-        elif key == "properties":
-            found[key] = _properties(value, f"{path}{key}", faults)
-        else:
-            found[key] = _checked(fields[key], value, f"{path}{key}", faults)
-    return dataclasses.replace(default, **found)
-
-
-def _checked(key: dataclasses.Field[Any], value: object, path: str, faults: list[str]) -> object:
-    allowed, holds = key.metadata["rule"]
-    if not holds(value):
-        faults.append(f"{path}: found {value!r}; allowed: {allowed}")
-        return key.default
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _properties(value: object, path: str, faults: list[str]) -> tuple[Property, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        faults.append(f"{path}: found {value!r}; allowed: a list of tables")
-        return ()
-    found = []
-    for number, table in enumerate(value):
-        here = f"{path}[{number}]."
-        one = _read(Property(), table, here, faults)
-        if isinstance(table, Mapping):
-            missing = [key for key in ("name", "did", "type") if key not in table]
-            faults += [f"{here}{key}: found nothing; this key is required" for key in missing]
-        found.append(one)
-    return tuple(found)
-
-
-def _together(config: UdsConfig) -> typing.Iterator[str]:
+def _together(config: UdsConfig) -> Iterator[str]:
     """What no single key can tell."""
     most = 0x1FFFFFFF if config.extended_ids else 0x7FF
-    for key in ("request_id", "response_id"):
-        if getattr(config, key) > most:
-            yield f"{key}: found {getattr(config, key):#x}; allowed: at most 0x7ff without extended_ids = true"
+    for name in ("request_id", "response_id"):
+        if getattr(config, name) > most:
+            yield f"{name}: found {getattr(config, name):#x}; allowed: at most 0x7ff without extended_ids = true"
     if config.request_id == config.response_id and config.target_address is False:
         yield f"response_id: found {config.response_id:#x}, which is request_id too; allowed: another one"
     if (config.target_address is False) != (config.source_address is False):
@@ -325,7 +229,7 @@ def _together(config: UdsConfig) -> typing.Iterator[str]:
         yield f"properties: found {name!r} twice; allowed: each name once"
 
 
-def _proofs(config: UdsConfig) -> typing.Iterator[str]:
+def _proofs(config: UdsConfig) -> Iterator[str]:
     """Checksums where there are some, and something that tells a good image from another."""
     unknown = {"crc32", "sha256"} & set(config.erase.parameters)
     if unknown:

@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, TypeVar
+
+from edged.tables import (
+    check,
+    flag,
+    key,
+    named_values,
+    one_of,
+    printable,
+    read,
+    rules_of,
+    seconds,
+    text,
+    whole,
+)
+
+T = TypeVar("T")
 
 SCHEME: Final = "mqtt"
 ALLOWED_ADDRESSES: Final = (
@@ -17,7 +33,10 @@ ALLOWED_ADDRESSES: Final = (
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _LEVEL = re.compile(r"[^\x00-\x20/+#$][^\x00-\x1f/+#]{0,127}")
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,126}")
+_ATTRIBUTE: Final = text(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,126}", "the name of an attribute")
+_FILE: Final = text(r"/[^\x00-\x1f]{0,4095}", "an absolute path") | ""
+_SECRET: Final = text(_NAME.pattern, "the name of a secret") | ""
+_UNIT: Final = text(r"[!-~]{1,32}", "a UCUM code")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +139,12 @@ class ListenConfig:
     - ``connections``: so many at a time.
     """
 
-    certificate: str = ""
-    key_credential: str = "mqtt-key"
-    client_ca: str = ""
-    client_certificates: str = "optional"
-    plain: bool = False
-    connections: int = 1024
+    certificate: str = key("", _FILE)
+    key_credential: str = key("mqtt-key", _SECRET)
+    client_ca: str = key("", _FILE)
+    client_certificates: str = key("optional", one_of("optional", "required"))
+    plain: bool = key(False, flag())
+    connections: int = key(1024, whole(1, 65_536))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +158,14 @@ class BrokerConfig:
     - ``keep_alive_s``: the broker is asked whether it is there so often.
     """
 
-    tls: bool = False
-    ca: str = ""
-    user: str = ""
-    credential: str = ""
-    certificate: str = ""
-    key_credential: str = "mqtt-client-key"
-    client_id: str = ""
-    keep_alive_s: int = 30
+    tls: bool = key(False, flag())
+    ca: str = key("", _FILE)
+    user: str = key("", printable())
+    credential: str = key("", _SECRET)
+    certificate: str = key("", _FILE)
+    key_credential: str = key("mqtt-client-key", _SECRET)
+    client_id: str = key("", printable())
+    keep_alive_s: int = key(30, whole(5, 3600))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,19 +176,20 @@ class LinkConfig:
 
     def listen(self) -> ListenConfig:
         """Raises ValueError for a key of the other kind."""
-        return ListenConfig(**self._only(_LISTEN, "a listener"))
+        return self._only(ListenConfig, "a listener")
 
     def broker(self) -> BrokerConfig:
         """Raises ValueError for a key of the other kind."""
-        return BrokerConfig(**self._only(_BROKER, "a broker"))
+        return self._only(BrokerConfig, "a broker")
 
-    def _only(self, checks: Mapping[str, _Check], what: str) -> dict[str, Any]:
-        extra = sorted(self.table.keys() - checks.keys())
+    def _only(self, record: type[T], what: str) -> T:
+        keys = rules_of(record)
+        extra = sorted(self.table.keys() - keys)
         if extra:
             raise ValueError(
-                f"{extra[0]}: found a key that {what} has not; allowed: {', '.join(sorted(checks))}"
+                f"{extra[0]}: found a key that {what} has not; allowed: {', '.join(sorted(keys))}"
             )
-        return dict(self.table)
+        return read(record, self.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,119 +210,27 @@ class MqttConfig:
     - ``units``: UCUM codes of what it reports, by name.
     """
 
-    proof: str = "token"
-    credential: str = ""
-    component: str = "fw"
-    title: str = ""
-    checksum: str = "SHA256"
-    hardware_key: str = ""
-    report_s: float = 10.0
-    silence_s: float = 30.0
-    install_s: float = 600.0
-    rounds: int = 3
-    largest_chunk_bytes: int = 0
-    confirm_s: float = 5.0
-    units: Mapping[str, str] = field(default_factory=dict, hash=False)
+    proof: str = key("token", one_of("token", "password", "certificate"))
+    credential: str = key("", _SECRET)
+    component: str = key("fw", one_of("fw", "sw"))
+    title: str = key("", printable())
+    checksum: str = key("SHA256", one_of("SHA256", "SHA384", "SHA512", "MD5", "CRC32"))
+    hardware_key: str = key("", _ATTRIBUTE | "")
+    report_s: float = key(10.0, seconds(0.1, 3600))
+    silence_s: float = key(30.0, seconds(0.1, 3600))
+    install_s: float = key(600.0, seconds(0.1, 604_800))
+    rounds: int = key(3, whole(1, 100))
+    largest_chunk_bytes: int = key(0, whole(0, 2**28))
+    confirm_s: float = key(5.0, seconds(0, 3600))
+    units: Mapping[str, str] = named_values(_ATTRIBUTE, _UNIT, "names and UCUM codes")
 
 
-_Check = tuple[str, Callable[[Any], bool]]
-
-
-def _one_of(*choices: str) -> _Check:
-    return " or ".join(map(repr, choices)), lambda value: value in choices
-
-
-def _number(low: float, high: float) -> _Check:
-    return (
-        f"a number of seconds from {low:g} to {high:g}",
-        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high,
-    )
-
-
-def _whole(low: int, high: int) -> _Check:
-    return (
-        f"a whole number from {low} to {high}",
-        lambda value: isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-    )
-
-
-def _is_text(value: Any, most: int = 255) -> bool:
-    return isinstance(value, str) and len(value) <= most and (value.isprintable() or not value)
-
-
-_FLAG: Final[_Check] = ("true or false", lambda value: isinstance(value, bool))
-_FILE: Final[_Check] = ("an absolute path, or empty", lambda v: _is_text(v) and (not v or v.startswith("/")))
-_TEXT: Final[_Check] = ("a text", _is_text)
-_SECRET: Final[_Check] = (
-    "the name of a secret",
-    lambda value: isinstance(value, str) and (not value or _NAME.fullmatch(value) is not None),
-)
-_UNITS: Final[_Check] = (
-    "a table of names and UCUM codes",
-    lambda value: (
-        isinstance(value, Mapping)
-        and all(_KEY.fullmatch(name) and _is_text(unit, 32) and unit for name, unit in value.items())
-    ),
-)
-
-_LISTEN: Final[dict[str, _Check]] = {
-    "certificate": _FILE,
-    "key_credential": _SECRET,
-    "client_ca": _FILE,
-    "client_certificates": _one_of("optional", "required"),
-    "plain": _FLAG,
-    "connections": _whole(1, 65_536),
-}
-_BROKER: Final[dict[str, _Check]] = {
-    "tls": _FLAG,
-    "ca": _FILE,
-    "user": _TEXT,
-    "credential": _SECRET,
-    "certificate": _FILE,
-    "key_credential": _SECRET,
-    "client_id": _TEXT,
-    "keep_alive_s": _whole(5, 3600),
-}
-_DEVICE: Final[dict[str, _Check]] = {
-    "proof": _one_of("token", "password", "certificate"),
-    "credential": _SECRET,
-    "component": _one_of("fw", "sw"),
-    "title": _TEXT,
-    "checksum": _one_of("SHA256", "SHA384", "SHA512", "MD5", "CRC32"),
-    "hardware_key": ("the name of an attribute, or empty", lambda v: v == "" or _is_key(v)),
-    "report_s": _number(0.1, 3600),
-    "silence_s": _number(0.1, 3600),
-    "install_s": _number(0.1, 604_800),
-    "rounds": _whole(1, 100),
-    "largest_chunk_bytes": _whole(0, 2**28),
-    "confirm_s": _number(0, 3600),
-    "units": _UNITS,
-}
-
-
-def _is_key(value: Any) -> bool:
-    return isinstance(value, str) and _KEY.fullmatch(value) is not None
-
-
-def _check(table: Mapping[str, object], checks: Mapping[str, _Check]) -> dict[str, Any]:
-    faults = [fault for key, value in table.items() if (fault := _fault(key, value, checks))]
-    if faults:
-        raise ValueError("\n".join(faults))
-    return dict(table)
-
-
-def _fault(key: str, value: object, checks: Mapping[str, _Check]) -> str:
-    if key not in checks:
-        return f"{key}: found an unknown key; allowed: {', '.join(sorted(checks))}"
-    allowed, holds = checks[key]
-    return "" if holds(value) else f"{key}: found {value!r:.200}; allowed: {allowed}"
-
-
-def parse_link(table: Mapping[str, object]) -> LinkConfig:
+def parse_link(values: Mapping[str, object]) -> LinkConfig:
     """A ``[[link]]`` table. Raises ValueError: a line for each fault."""
-    return LinkConfig(_check(table, {**_BROKER, **_LISTEN}))
+    check(values, rules_of(BrokerConfig) | rules_of(ListenConfig))
+    return LinkConfig(values)
 
 
-def parse_config(table: Mapping[str, object]) -> MqttConfig:
+def parse_config(values: Mapping[str, object]) -> MqttConfig:
     """A ``[device.config]`` table. Raises ValueError: a line for each fault."""
-    return MqttConfig(**_check(table, _DEVICE))
+    return read(MqttConfig, values)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from edged.api import JsonValue
-from edged_uart.config import BAUD, Checks, check_table, one_of, seconds, whole
+from edged.tables import key, list_of, named_tables, one_of, printable, read, seconds, text, whole
+from edged_uart.config import BAUD
 from edged_uart.smp_framing import LINE_BYTES
 
 ALL: Final = "*"
@@ -26,8 +27,8 @@ _TYPES: Final = ("text", "bytes", *_NUMBERS)
 class Setting:
     """A setting of the device as a property. Numbers are little-endian; ``bytes`` are told in hex."""
 
-    type: str = "text"
-    unit: str | None = None
+    type: str = key("text", one_of(*_TYPES))
+    unit: str | None = key(None, printable())
 
     def value(self, data: bytes) -> JsonValue:
         """What ``data`` means. Raises ValueError where it is not of this type."""
@@ -77,67 +78,24 @@ class SmpConfig:
       ``settings``: those that are reported and may be desired.
     """
 
-    baud: int = 115200
-    framing: str = "console"
-    line_bytes: int = LINE_BYTES
-    reset: str = "none"
-    window: int = 0
-    boot_loader: str = "tells"
-    answer_s: float = 2.0
-    erase_s: float = 25.0
-    quiet_s: float = 1.0
-    boot_s: float = 45.0
-    poll_s: float = 60.0
-    statistics: tuple[str, ...] = (ALL,)
-    settings: Mapping[str, Setting] = field(default_factory=dict)
+    baud: int = key(115200, BAUD)
+    framing: str = key("console", one_of("console", "raw", "cobs"))
+    line_bytes: int = key(LINE_BYTES, whole(16, 4096))
+    reset: str = key("none", one_of("none", "dtr"))
+    window: int = key(0, whole(0, 32))
+    boot_loader: str = key("tells", one_of("tells", "reverts"))
+    answer_s: float = key(2.0, seconds(0.05, 60))
+    erase_s: float = key(25.0, seconds(1, 600))
+    quiet_s: float = key(1.0, seconds(0, 60))
+    boot_s: float = key(45.0, seconds(1, 600))
+    poll_s: float = key(60.0, seconds(0, 86400))
+    statistics: tuple[str, ...] = key(
+        (ALL,), list_of(text(".+", "a name"), f"names of groups, or [{ALL!r}] for all")
+    )
+    settings: Mapping[str, Setting] = named_tables(Setting)
 
 
-def parse_smp(table: Mapping[str, object]) -> SmpConfig:
+def parse_smp(values: Mapping[str, object]) -> SmpConfig:
     """The table of a device that speaks SMP. Raises ValueError: a line for each fault, with key, what was found, what is
     allowed."""
-    check_table(table, _CHECKS)
-    values = dict[str, Any](table)
-    if "statistics" in values:
-        values["statistics"] = tuple(values["statistics"])
-    if "settings" in values:
-        values["settings"] = {name: Setting(**one) for name, one in values["settings"].items()}
-    return SmpConfig(**values)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
-
-
-def _is_settings(value: object) -> bool:
-    return isinstance(value, Mapping) and all(_is_setting(name, one) for name, one in value.items())
-
-
-def _is_setting(name: object, value: object) -> bool:
-    return (
-        isinstance(name, str)
-        and bool(name)
-        and isinstance(value, Mapping)
-        and value.keys() <= {"type", "unit"}
-        and value.get("type", "text") in _TYPES
-        and isinstance(value.get("unit", ""), str)
-    )
-
-
-_CHECKS: Final[Checks] = {
-    "baud": BAUD,
-    "framing": one_of("console", "raw", "cobs"),
-    "line_bytes": whole(16, 4096),
-    "reset": one_of("none", "dtr"),
-    "window": whole(0, 32),
-    "boot_loader": one_of("tells", "reverts"),
-    "answer_s": seconds(0.05, 60),
-    "erase_s": seconds(1, 600),
-    "quiet_s": seconds(0, 60),
-    "boot_s": seconds(1, 600),
-    "poll_s": seconds(0, 86400),
-    "statistics": ("a list of names of groups, or ['*'] for all", _is_texts),
-    "settings": (
-        f"a table of NAME = {{ type = TYPE, unit = TEXT }} with TYPE one of {', '.join(_TYPES)}",
-        _is_settings,
-    ),
-}
+    return read(SmpConfig, values)

@@ -299,8 +299,8 @@ def test_a_table_is_a_configuration() -> None:
         ({"window": True}, "window: found True"),
         ({"answer_s": "1"}, "answer_s: found '1'; allowed: a number of seconds from 0.05 to 60"),
         ({"statistics": "all"}, "statistics: found 'all'; allowed: a list"),
-        ({"settings": {"x": {"type": "int128"}}}, "settings: found"),
-        ({"settings": {"x": {"typ": "int8"}}}, "settings: found"),
+        ({"settings": {"x": {"type": "int128"}}}, "settings.x.type: found 'int128'; allowed: 'text'"),
+        ({"settings": {"x": {"typ": "int8"}}}, "settings.x.typ: found an unknown key; allowed: type, unit"),
     ],
 )
 def test_a_fault_in_the_table_is_named(table: dict[str, object], text: str) -> None:
