@@ -348,14 +348,19 @@ class BrokerSeat:
             self._resting = False
             self.guest.left(why)
 
-    async def send(self, topic: str, payload: bytes) -> None:
+    @property
+    def ready(self) -> bool:
+        """Never: the broker has to be waited for."""
+        return False
+
+    async def send(self, topic: str, payload: bytes | memoryview) -> None:
         if not self.present:
             raise Transient(Reason.LINK_LOST, f"{self._prefix} is not there")
         # a chunk that is lost is asked for again, or the offer is made anew; one that comes twice confuses devices
-        await self._broker.publish(f"{self._prefix}/{topic}", payload, 0)
+        await self._broker.publish(f"{self._prefix}/{topic}", bytes(payload), 0)
 
-    def send_now(self, topic: str, payload: bytes) -> bool:
-        return False
+    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
+        raise Transient(Reason.LINK_LOST, f"{self._prefix} is not reached at once")
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         await self.send(topic, b"".join([part async for part in parts]))

@@ -320,17 +320,18 @@ class EndpointSeat:
             self._connection = None
             self.guest.left(why)
 
-    async def send(self, topic: str, payload: bytes) -> None:
+    @property
+    def ready(self) -> bool:
+        connection = self._connection
+        return connection is not None and not connection.streaming and not connection.is_full
+
+    async def send(self, topic: str, payload: bytes | memoryview) -> None:
         connection = self._required()
         connection.publish(topic, payload)
         await connection.drained()
 
-    def send_now(self, topic: str, payload: bytes) -> bool:
-        connection = self._connection
-        if connection is None or connection.streaming or connection.is_full:
-            return False
-        connection.publish(topic, payload)
-        return True
+    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
+        self._required().publish(topic, payload)
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         connection = self._required()
@@ -448,14 +449,14 @@ class Connection(asyncio.Protocol):
             raise Transient(Reason.LINK_LOST, self._why)
         self._transport.write(data)
 
-    def publish(self, topic: str, payload: bytes) -> None:
+    def publish(self, topic: str, payload: bytes | memoryview) -> None:
         """A message with QoS 0: on one connection nothing is lost, and what a lost connection held is asked for again."""
         head = packets.publish_head(topic.encode(), len(payload), self.version)
         if len(head) + len(payload) > self.largest_bytes:
             # as if it had been sent, v5 3.1.2.11.4
             self._endpoint.count("too_large_for_it")
             return
-        self.write(head + payload)
+        self.write(b"".join((head, payload)))
 
     @property
     def is_full(self) -> bool:

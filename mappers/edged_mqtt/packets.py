@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 V3: Final = 4
 V5: Final = 5
@@ -90,8 +90,7 @@ class Connect:
     most_bytes: int = MOST_PACKET_BYTES
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(NamedTuple):
     """PUBLISH (v5 3.3). ``number``: packet identifier, 0 with QoS 0."""
 
     topic: str

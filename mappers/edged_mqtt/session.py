@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from edged.api import (
@@ -24,7 +23,6 @@ from edged.api import (
     Identity,
     Image,
     JsonValue,
-    Phase,
     Progress,
     Reported,
     SessionTraits,
@@ -34,61 +32,18 @@ from edged.api import (
 from edged.errors import Permanent, Reason, Transient
 from edged_mqtt import thingsboard as tb
 from edged_mqtt.config import MqttConfig
-from edged_mqtt.thingsboard import ChunkRequest, Download, Misbehaved, Offer, Told
+from edged_mqtt.news import News
+from edged_mqtt.thingsboard import ChunkRequest, Misbehaved, Numbers, Offer, Told
+from edged_mqtt.transfer import STREAM_BYTES, Peer, Transfer
 from edged_mqtt.wire import Seat, Wire
 
 CEILING_BYTES_PER_S: Final = 12_500_000.0
 """Ethernet of 100 Mbit/s: what is behind a socket nobody knows."""
-STREAM_BYTES: Final = 256 * 1024
-"""A chunk that is larger goes out in parts, so that it is never in memory whole."""
-MOST_REQUESTS: Final = 32
-"""Requests for chunks that wait; a device that sends more is not read until some are answered."""
-MOST_NUMBERS: Final = 64
 MOST_PENDING: Final = 256
 MESSAGES_PER_S: Final = 50.0
 MESSAGES_AT_ONCE: Final = 500.0
 """Messages of a device that are no requests for chunks."""
-AFTER_FAILURE_S: Final = 10.0
-"""So long may a device that reports FAILED take to begin anew."""
-BOOT_S: Final = 60.0
-"""So long its return is awaited in place; after that the job waits for it, and others have its turn."""
 _EVIDENCE_CHARS: Final = 200
-
-
-class _News:
-    """That something happened, for one who waits for it: an event with a deadline, without a task or a context for each wait,
-    of which there is one for every chunk."""
-
-    __slots__ = ("_loop", "_there", "_waiter")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._there = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        self._there = True
-        if self._waiter is not None:
-            _end(self._waiter)
-
-    async def wait(self, deadline: float | None) -> bool:
-        """Wait for the next news; False where the deadline came first. News that came before the call count."""
-        if not self._there:
-            waiter = self._waiter = self._loop.create_future()
-            timer = None if deadline is None else self._loop.call_at(deadline, _end, waiter)
-            try:
-                await waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
-        there, self._there = self._there, False
-        return there
-
-
-def _end(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 @dataclass(slots=True)
@@ -118,17 +73,12 @@ class MqttSession:
         assert isinstance(memory, Memory)
         self._memory = memory
         self._told, self._values = memory.told, memory.values
-        self._offer: Offer | None = None
-        self._requests: deque[tuple[ChunkRequest, bool]] = deque()
-        self._ahead: tuple[ChunkRequest, bytes] | None = None
-        self._full = False
-        self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._pins: OrderedDict[str, Offer] = OrderedDict()
+        self._transfer: Transfer | None = None
+        self._numbers = Numbers()
         self._proved: tuple[str | None, str | None] = None, None
         self._pending: dict[str, Reported] = {}
-        self._report_news = _News()
-        self._news = _News()
-        self._arrivals = 0
+        self._report_news = News()
+        self._news = News()
         self._asked_version = False
         self._unoffered = 0
         self._why_away = "it has not connected yet"
@@ -147,13 +97,11 @@ class MqttSession:
 
     def arrived(self) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
-        self._arrivals += 1
         self._asked_version = False
         self._unoffered = 0
-        self._sizes.clear()
-        self._pins.clear()
-        self._requests.clear()
-        self._ahead = None
+        self._numbers.clear()
+        if self._transfer is not None:
+            self._transfer.arrived()
         # another board may have been given the same credential
         self._values.pop(self._config.hardware_key, None)
         self._told.reconnected(self._loop.time())
@@ -162,9 +110,8 @@ class MqttSession:
     def left(self, why: str) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self._why_away = why
-        self._requests.clear()
-        self._ahead = None
-        self._full = False
+        if self._transfer is not None:
+            self._transfer.left(why)
         self._wake()
 
     def heard(self, topic: str, payload: bytes) -> bool:
@@ -172,7 +119,8 @@ class MqttSession:
         try:
             request = tb.chunk_request(topic, payload)
             if request is not None:
-                return self._wanted(request)
+                transfer = self._transfer
+                return self._not_offered(request) if transfer is None else transfer.wanted(request)
             self._said(topic, payload)
         except Misbehaved as exc:
             self._stop(exc)
@@ -183,21 +131,8 @@ class MqttSession:
     def _wake(self) -> None:
         self._news.set()
         self._report_news.set()
-
-    def _wanted(self, request: ChunkRequest) -> bool:
-        if self._offer is None:
-            return self._not_offered(request)
-        ahead, self._ahead = self._ahead, None
-        given = (
-            ahead is not None
-            and not self._requests
-            and ahead[0] == request
-            and self.seat.send_now(request.answer_topic, ahead[1])
-        )
-        self._requests.append((request, given))
-        self._news.set()
-        self._full = len(self._requests) >= MOST_REQUESTS
-        return not self._full
+        if self._transfer is not None:
+            self._transfer.heard()
 
     def _not_offered(self, request: ChunkRequest) -> bool:
         """It goes on by itself after a cut, and will hear of the offer: one that asks on and on is stopped."""
@@ -213,7 +148,7 @@ class MqttSession:
         if topic in (tb.TELEMETRY, tb.ATTRIBUTES):
             self._reported(dict(tb.reported(payload)), is_attribute=topic == tb.ATTRIBUTES)
         elif (number := tb.request_number(topic, tb.ATTRIBUTES_REQUEST)) is not None:
-            offered = self._offer.attributes if self._offer else {}
+            offered = self._transfer.offer.attributes if self._transfer else {}
             answer = tb.attributes_answer(payload, self._memory.client, {**self._memory.shared, **offered})
             self.seat.tell(tb.ATTRIBUTES_RESPONSE + number, answer)
         elif (number := tb.request_number(topic, tb.RPC_REQUEST)) is not None:
@@ -365,23 +300,21 @@ class MqttSession:
         if await self._runs_already(offer):
             self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             return
-        transfer = _Transfer(self, offer, image, progress)
-        self._offer = offer
+        peer = Peer(
+            self._device.id, self._config, self.seat, self._told, self._numbers, self._env.count, self._stop
+        )
+        transfer = self._transfer = Transfer(peer, offer, image, progress)
         self._told.offered()
-        self._requests.clear()
-        self._ahead = None
         is_given = False
         try:
             await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
             await transfer.run()
             is_given = True
+            self._proved = self._told.title, self._told.version
         finally:
             if not is_given:
                 self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
-            self._offer = None
-            self._requests.clear()
-            self._ahead = None
-            self._make_room()
+            self._transfer = None
 
     async def activate(self) -> None:
         """Nothing: the device booted it by itself, or ``stage`` would not have ended."""
@@ -427,231 +360,6 @@ class MqttSession:
     def _require(self) -> None:
         if not self.seat.present:
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device.id}: {self._why_away}")
-
-    def _make_room(self) -> None:
-        if self._full:
-            self._full = False
-            self.seat.more()
-
-
-class _Transfer:
-    """One image on its way to one device, from the offer to the device's word that it runs it."""
-
-    def __init__(self, session: MqttSession, offer: Offer, image: Image, progress: Progress) -> None:
-        self._session = session
-        self._offer = offer
-        self._image = image
-        self._progress = progress
-        self._config = session._config
-        self._device = session._device.id
-        self._told = session._told
-        self._loop = asyncio.get_running_loop()
-        self._download = Download(offer.size_bytes, self._config.rounds)
-        self._news = self._told.news
-        self._failures = self._failed_before = self._told.failures
-        self._moved_at = self._loop.time()
-        self._whole_at: float | None = None
-        self._failed_at: float | None = None
-        self._left_at: float | None = None
-        self._updated_at: float | None = None
-
-    async def run(self) -> None:
-        """Until the device runs the image. Raises as :meth:`MqttSession.stage`."""
-        session = self._session
-        self._progress(Phase.WRITE, 0, self._offer.size_bytes)
-        while not self._is_done():
-            if session._requests:
-                request, given = session._requests.popleft()
-                if not session._requests:
-                    session._make_room()
-                await self._answer(request, given=given)
-            else:
-                await self._wait()
-
-    # -- what the device says
-
-    def _is_done(self) -> bool:
-        """Judge what the device said since the last look."""
-        told = self._told
-        if told.news == self._news:
-            return False
-        self._news = told.news
-        self._moved_at = self._loop.time()
-        if told.runs(self._offer):
-            self._session._proved = told.title, told.version
-            self._progress(Phase.VERIFY, self._offer.size_bytes, self._offer.size_bytes)
-            return True
-        if told.failures > self._failures:
-            self._failed()
-        if told.state in tb.BOOTING:
-            self._has_all()
-        elif self._whole_at is not None and (told.state == tb.UPDATED or self._updated_at is not None):
-            if told.names_version and told.version is not None:
-                raise self._is_wrong()
-            # its version may come in a message of its own
-            self._updated_at = self._updated_at or self._loop.time()
-        return False
-
-    def _is_wrong(self) -> Permanent:
-        self._session._env.count("wrong_version")
-        text = f"it says {tb.UPDATED} and runs {self._told.title} {self._told.version}"
-        return Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}, not {self._wanted}")
-
-    @property
-    def _wanted(self) -> str:
-        return f"{self._offer.title} {self._offer.version}"
-
-    def _has_all(self) -> None:
-        if self._whole_at is None:
-            self._whole_at = self._loop.time()
-        self._download.finished()
-        self._progress(Phase.WRITE, self._offer.size_bytes, self._offer.size_bytes)
-        self._progress(Phase.VERIFY, 0, self._offer.size_bytes)
-
-    def _failed(self) -> None:
-        self._session._env.count("device_failed")
-        self._failures = self._told.failures
-        self._whole_at = self._updated_at = None
-        self._failed_at = self._loop.time() if self._told.state == tb.FAILED else None
-        if self._failures - self._failed_before >= self._config.rounds:
-            raise self._broken()
-
-    def _broken(self) -> Permanent:
-        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._failures - self._failed_before} times"
-        return Permanent(Reason.VERIFY_FAILED, f"{self._device}: {text}")
-
-    # -- what it asks for
-
-    async def _answer(self, request: ChunkRequest, *, given: bool) -> None:
-        """Give what is asked for. ``given``: it was ready, and the device has it already."""
-        self._moved_at = self._loop.time()
-        self._failed_at = None
-        try:
-            size = self._size_of(request)
-            if size is None:
-                return
-            offset = request.index * size
-            length = max(0, min(size, self._offer.size_bytes - offset))
-            self._check_size(length)
-            if self._download.ask(offset, length):
-                self._whole_at = self._updated_at = None
-        except Misbehaved as exc:
-            self._session._stop(exc)
-            raise Permanent(Reason.DEVICE_ERROR, f"{self._device}: {exc}") from exc
-        self._progress(Phase.WRITE, self._download.acknowledged_bytes, self._offer.size_bytes)
-        if given:
-            self._account(offset, length)
-        else:
-            await self._send(request, offset, length)
-        await self._get_ready(request, offset + size, size)
-
-    async def _get_ready(self, request: ChunkRequest, offset: int, size: int) -> None:
-        """Read the chunk that most devices ask for next, while the device is at the one that it was given."""
-        length = min(size, self._offer.size_bytes - offset)
-        if 0 < length <= STREAM_BYTES and not self._session._requests:
-            session, arrivals = self._session, self._session._arrivals
-            data = await self._image.read(0, offset, length)
-            if session._arrivals == arrivals:
-                session._ahead = (replace(request, index=request.index + 1), data)
-
-    def _size_of(self, request: ChunkRequest) -> int | None:
-        """The size of the chunks that are asked for under the request's number: as it says, else as it said, else the whole
-        image. None where the number is another image's. Raises :class:`Misbehaved`."""
-        session = self._session
-        pinned = session._pins.setdefault(request.number, self._offer)
-        if request.component != self._offer.component or pinned != self._offer:
-            self._download.stray(f"v2/{request.component} under number {request.number}")
-            session._env.count("stray_request")
-            session.seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
-            return None
-        size = request.size_bytes or session._sizes.get(request.number) or self._offer.size_bytes
-        if request.size_bytes:
-            session._sizes[request.number] = size
-        for kept in (session._sizes, session._pins):
-            while len(kept) > MOST_NUMBERS:
-                kept.popitem(last=False)
-        return size
-
-    def _check_size(self, length: int) -> None:
-        allowed = self._session.seat.largest_bytes
-        if self._config.largest_chunk_bytes:
-            allowed = min(allowed, self._config.largest_chunk_bytes)
-        if length > allowed:
-            text = f"it asked for {length} bytes at once; allowed: {allowed}"
-            raise Misbehaved("payload_too_large", text, "PAYLOAD_TOO_LARGE")
-
-    async def _send(self, request: ChunkRequest, offset: int, length: int) -> None:
-        seat, topic = self._session.seat, request.answer_topic
-        try:
-            if length > STREAM_BYTES:
-                await seat.stream(topic, length, self._parts(offset, length))
-            else:
-                await seat.send(topic, await self._image.read(0, offset, length) if length else b"")
-        except Transient as exc:
-            if exc.reason is Reason.LINK_LOST:
-                return  # it left; the next look says so
-            raise
-        self._account(offset, length)
-
-    def _account(self, offset: int, length: int) -> None:
-        """The device was sent ``length`` bytes."""
-        self._moved_at = self._loop.time()
-        self._download.sent(offset, length)
-        if self._whole_at is None and self._download.is_whole:
-            self._whole_at = self._loop.time()
-            self._told.awaits = self._offer.version
-
-    async def _parts(self, offset: int, length: int) -> AsyncIterator[bytes]:
-        for at in range(offset, offset + length, STREAM_BYTES):
-            yield await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
-            self._moved_at = self._loop.time()
-
-    # -- silence
-
-    async def _wait(self) -> None:
-        """For the next news; raises where it has been silent for too long."""
-        session = self._session
-        if session.seat.present:
-            self._left_at = None
-        elif self._whole_at is None:
-            at = self._download.acknowledged_bytes
-            text = f"{session._why_away}, with {at} of {self._offer.size_bytes} bytes"
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
-        elif self._left_at is None:
-            self._left_at = self._loop.time()
-        if not await session._news.wait(self._deadline()):
-            self._give_up()
-
-    def _deadline(self) -> float:
-        if self._left_at is not None:
-            return self._left_at + BOOT_S
-        if self._failed_at is not None:
-            return self._failed_at + min(AFTER_FAILURE_S, self._config.silence_s)
-        if self._updated_at is not None:
-            return self._updated_at + self._config.report_s
-        if self._whole_at is not None:
-            return self._whole_at + self._config.install_s
-        return self._moved_at + self._config.silence_s
-
-    def _give_up(self) -> None:
-        if self._left_at is not None:
-            text = "it has the image whole, left, and is not back yet"
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: {text}")
-        if self._failed_at is not None:
-            raise self._broken()
-        if self._updated_at is not None:
-            raise self._is_wrong()
-        if self._whole_at is not None:
-            runs = f"{self._told.title} {self._told.version}"
-            text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted} whole"
-            raise Permanent(Reason.DEVICE_REVERTED, f"{self._device}: {text}")
-        self._session._env.count("silent")
-        if not self._download.sent_bytes:
-            # one that sleeps and one that is not interested look alike, on any wire
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._device}: it does not ask for what it is offered")
-        at = self._download.acknowledged_bytes
-        text = f"silent for {self._config.silence_s:g} s, with {at} of {self._offer.size_bytes} bytes"
-        raise Transient(Reason.NO_RESPONSE, f"{self._device}: {text}")
 
 
 def _text(value: JsonValue) -> str:

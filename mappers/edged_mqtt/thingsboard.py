@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5, sha256, sha384, sha512
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from edged.api import JsonValue
 
@@ -43,6 +44,8 @@ PAST_THE_END: Final = 8
 """So often may a client ask for what is behind the image's end."""
 STRAY: Final = 8
 """So often may it ask under a number that belongs to another image, or for the other component."""
+MOST_NUMBERS: Final = 64
+"""Of a device's requests, on one connection."""
 DEEPEST: Final = 32
 """So many objects and lists may lie in one another: what is read must also be written again, from deeper in the stack."""
 _MOST_DIGITS: Final = 9
@@ -60,18 +63,17 @@ class Misbehaved(Exception):
         self.answer = answer
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkRequest:
-    """``v2/{component}/request/{number}/chunk/{index}``. ``size_bytes`` None: an empty payload."""
+class ChunkRequest(NamedTuple):
+    """``v2/{component}/request/{number}/chunk/{chunk}``. ``size_bytes`` None: an empty payload."""
 
     component: str
     number: str
-    index: int
+    chunk: int
     size_bytes: int | None
 
     @property
     def answer_topic(self) -> str:
-        return f"v2/{self.component}/response/{self.number}/chunk/{self.index}"
+        return f"v2/{self.component}/response/{self.number}/chunk/{self.chunk}"
 
 
 def chunk_request(topic: str, payload: bytes) -> ChunkRequest | None:
@@ -118,6 +120,44 @@ def names(component: str) -> tuple[str, ...]:
 def withdrawal(component: str) -> bytes:
     """The message that an image is not offered any more."""
     return encoded({"deleted": list(names(component))})
+
+
+class Numbers:
+    """What the numbers of a device's requests stand for, on one connection: an image, and a size of chunks. The oldest of too
+    many are forgotten."""
+
+    def __init__(self) -> None:
+        self._offers: OrderedDict[str, Offer] = OrderedDict()
+        self._sizes: OrderedDict[str, int] = OrderedDict()
+
+    def stands_for(self, number: str, offer: Offer) -> bool:
+        """Whether ``number`` is that of ``offer``; one that is new is so from now on."""
+        known = self._offers.get(number)
+        if known is None:
+            _keep(self._offers, number, offer)
+            return True
+        return known is offer or known == offer
+
+    def size(self, number: str, size_bytes: int | None) -> int | None:
+        """``size_bytes``, or where that is None what it was before under this number."""
+        known = self._sizes.get(number)
+        if size_bytes is not None and size_bytes != known:
+            _keep(self._sizes, number, size_bytes)
+        return size_bytes or known
+
+    def clear(self) -> None:
+        """It is another connection."""
+        self._offers.clear()
+        self._sizes.clear()
+
+
+_Kept = TypeVar("_Kept")
+
+
+def _keep(kept: OrderedDict[str, _Kept], number: str, value: _Kept) -> None:
+    kept[number] = value
+    while len(kept) > MOST_NUMBERS:
+        kept.popitem(last=False)
 
 
 class Hash(Protocol):
@@ -232,6 +272,10 @@ class Download:
     _distinct: int = 0
     _last: int | None = None
     acknowledged_bytes: int = 0
+    _most_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._most_bytes = self.rounds * self.size_bytes + self.slack_bytes
 
     def ask(self, offset: int, length: int) -> bool:
         """The device wants ``length`` bytes at ``offset``; with that it has what it was sent before. Whether it begins anew.
@@ -248,7 +292,7 @@ class Download:
         if anew:
             self._sent.clear()
             self._distinct = self.acknowledged_bytes = 0
-        if self.sent_bytes + length > self.rounds * self.size_bytes + self.slack_bytes:
+        if self.sent_bytes + length > self._most_bytes:
             text = f"it fetched {self.sent_bytes} bytes of an image of {self.size_bytes}"
             raise Misbehaved("same_download", text, "TOO_MANY_REQUESTS")
         return anew

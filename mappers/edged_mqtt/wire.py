@@ -82,12 +82,17 @@ class Seat(Protocol):
         """So large may the payload of one message to the device be."""
         ...
 
-    async def send(self, topic: str, payload: bytes) -> None:
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`send_now` may be called: the device is there, and nothing has to be waited for."""
+        ...
+
+    async def send(self, topic: str, payload: bytes | memoryview) -> None:
         """Raises ``Transient(LINK_LOST)`` where the device is not there."""
         ...
 
-    def send_now(self, topic: str, payload: bytes) -> bool:
-        """:meth:`send` at once, where nothing has to be waited for; else False, and nothing was sent."""
+    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
+        """:meth:`send` at once; only where the seat is ``ready``."""
         ...
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:

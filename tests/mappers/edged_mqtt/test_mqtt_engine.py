@@ -343,7 +343,7 @@ def test_health_that_was_reported_before_the_update_is_none(
     plant: Plant, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The device boots for longer than a session waits, so another one looks at what it reported."""
-    monkeypatch.setattr("edged_mqtt.session.BOOT_S", 0.3)
+    monkeypatch.setattr("edged_mqtt.transfer.BOOT_S", 0.3)
     plant.health = SELF_TEST
     device = pump(plant, values={"self_test": "passed"})
     boots: list[asyncio.Task[None]] = []

@@ -1,0 +1,400 @@
+"""One image on its way to one device that pulls it, from the offer to the device's word that it runs it.
+
+The device sets the pace: it asks for a chunk, gets it, and asks for the next. What it will ask for next is read and verified
+meanwhile, so that most requests are answered in the callback that reads them; the task only reads ahead, and answers what has
+to be waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+from edged.api import Image, Phase, Progress
+from edged.errors import Permanent, Reason, Refused, Transient
+from edged_mqtt import thingsboard as tb
+from edged_mqtt.config import MqttConfig
+from edged_mqtt.news import News
+from edged_mqtt.thingsboard import ChunkRequest, Download, Misbehaved, Numbers, Offer, Told
+from edged_mqtt.wire import Seat
+
+STREAM_BYTES: Final = 256 * 1024
+"""A chunk that is larger goes out in parts, so that it is never in memory whole."""
+WINDOW_BYTES: Final = 64 * 1024
+"""So much is read at once, and again ahead of that; a block of the verified reader, which it gives without a copy."""
+MOST_REQUESTS: Final = 32
+"""Requests for chunks that wait; a device that sends more is not read until some are answered."""
+PROGRESS_STEPS: Final = 100
+PROGRESS_BYTES: Final = 64 * 1024
+PROGRESS_S: Final = 0.2
+"""Progress is told in hundredths of the image, or in steps of so many bytes, or so often, whatever comes first."""
+AFTER_FAILURE_S: Final = 10.0
+"""So long may a device that reports FAILED take to begin anew."""
+BOOT_S: Final = 60.0
+"""So long its return is awaited in place; after that the job waits for it, and others have its turn."""
+_EVIDENCE_CHARS: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The device that an image goes to: who it is, where it is reached, what it said, what the numbers of its requests stand
+    for. ``count`` and ``stop`` are told what it does wrong; ``stop`` ends its connection."""
+
+    id: str
+    config: MqttConfig
+    seat: Seat
+    told: Told
+    numbers: Numbers
+    count: Callable[[str], None]
+    stop: Callable[[Misbehaved], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Verified bytes of the image, from ``begin`` to before ``end``."""
+
+    begin: int
+    end: int
+    data: memoryview
+
+    def part(self, offset: int, length: int) -> memoryview | None:
+        """None where it is not all here."""
+        if self.begin <= offset and offset + length <= self.end:
+            return self.data[offset - self.begin : offset - self.begin + length]
+        return None
+
+
+class Transfer:
+    """See above. :meth:`run` is the task; the other public methods are called by the device's session, at once."""
+
+    def __init__(self, peer: Peer, offer: Offer, image: Image, progress: Progress) -> None:
+        self.offer = offer
+        self._peer = peer
+        self._seat = peer.seat
+        self._image = image
+        self._progress = progress
+        self._config = peer.config
+        self._told = peer.told
+        self._loop = asyncio.get_running_loop()
+        self._download = Download(offer.size_bytes, self._config.rounds)
+        self._requests: deque[ChunkRequest] = deque()
+        self._resting = False
+        self._pieces: tuple[_Piece, ...] = ()
+        self._ahead: tuple[int, int] | None = None
+        self._arrivals = 0
+        self._fault: Misbehaved | None = None
+        self._why_away = ""
+        self._wake = News()
+        self._step_bytes = min(offer.size_bytes // PROGRESS_STEPS, PROGRESS_BYTES)
+        self._progress_bytes, self._progress_at = 0, 0.0
+        self._news = self._told.news
+        self._failures = self._failed_before = self._told.failures
+        self._moved_at = self._loop.time()
+        self._whole_at: float | None = None
+        self._failed_at: float | None = None
+        self._left_at: float | None = None
+        self._updated_at: float | None = None
+
+    # -- for the session
+
+    def wanted(self, request: ChunkRequest) -> bool:
+        """The device asks for a chunk. Whether it may ask for more at once. Raises :class:`Misbehaved`."""
+        try:
+            if not self._requests and self._at_once(request):
+                return True
+        except Misbehaved as exc:
+            self._fault = exc
+            self._wake.set()
+            raise
+        self._requests.append(request)
+        self._wake.set()
+        self._resting = len(self._requests) >= MOST_REQUESTS
+        return not self._resting
+
+    def heard(self) -> None:
+        """The device said something else."""
+        self._wake.set()
+
+    def arrived(self) -> None:
+        """The device is on another connection."""
+        self._arrivals += 1
+        self._resting = False
+        self._requests.clear()
+        self._wake.set()
+
+    def left(self, why: str) -> None:
+        """The device's connection is over."""
+        self._why_away = why
+        self._resting = False
+        self._requests.clear()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until the device runs the image. Raises as :meth:`edged_mqtt.session.MqttSession.stage`."""
+        self._progress(Phase.WRITE, 0, self.offer.size_bytes)
+        try:
+            while not self._is_done():
+                if self._fault is not None:
+                    raise Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {self._fault}")
+                if self._requests:
+                    await self._answer_first()
+                elif self._ahead is not None:
+                    await self._read_ahead(*self._ahead)
+                else:
+                    await self._wait()
+        finally:
+            self._requests.clear()
+            self._make_room()
+
+    def _make_room(self) -> None:
+        if self._resting and not self._requests:
+            self._resting = False
+            self._seat.more()
+
+    # -- what the device says
+
+    def _is_done(self) -> bool:
+        """Judge what the device said since the last look."""
+        told = self._told
+        if told.news == self._news:
+            return False
+        self._news = told.news
+        self._moved_at = self._loop.time()
+        if told.runs(self.offer):
+            self._progress(Phase.VERIFY, self.offer.size_bytes, self.offer.size_bytes)
+            return True
+        if told.failures > self._failures:
+            self._failed()
+        if told.state in tb.BOOTING:
+            self._has_all()
+        elif self._whole_at is not None and (told.state == tb.UPDATED or self._updated_at is not None):
+            if told.names_version and told.version is not None:
+                raise self._is_wrong()
+            # its version may come in a message of its own
+            self._updated_at = self._updated_at or self._loop.time()
+        return False
+
+    def _is_wrong(self) -> Permanent:
+        self._peer.count("wrong_version")
+        text = f"it says {tb.UPDATED} and runs {self._told.title} {self._told.version}"
+        return Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}, not {self._wanted_name}")
+
+    @property
+    def _wanted_name(self) -> str:
+        return f"{self.offer.title} {self.offer.version}"
+
+    def _has_all(self) -> None:
+        if self._whole_at is None:
+            self._whole_at = self._loop.time()
+        self._download.finished()
+        self._progress(Phase.WRITE, self.offer.size_bytes, self.offer.size_bytes)
+        self._progress(Phase.VERIFY, 0, self.offer.size_bytes)
+
+    def _failed(self) -> None:
+        self._peer.count("device_failed")
+        self._failures = self._told.failures
+        self._whole_at = self._updated_at = None
+        self._failed_at = self._loop.time() if self._told.state == tb.FAILED else None
+        if self._failures - self._failed_before >= self._config.rounds:
+            raise self._broken()
+
+    def _broken(self) -> Permanent:
+        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._failures - self._failed_before} times"
+        return Permanent(Reason.VERIFY_FAILED, f"{self._peer.id}: {text}")
+
+    # -- what it asks for
+
+    def _at_once(self, request: ChunkRequest) -> bool:
+        """Whether the request is dealt with, from what is in memory. Raises :class:`Misbehaved`."""
+        if not self._seat.ready:
+            return False
+        extent = self._extent(request)
+        if extent is None:
+            return True
+        offset, length, _ = extent
+        part = self._part(offset, length)
+        if part is None:
+            return False
+        self._ask(offset, length)
+        self._seat.send_now(request.answer_topic, part)
+        self._account(offset, length)
+        return True
+
+    async def _answer_first(self) -> None:
+        """What has to be waited for. The request is first in line meanwhile: those that come later wait behind it."""
+        request, arrivals = self._requests[0], self._arrivals
+        try:
+            await self._answer(request)
+        except Misbehaved as exc:
+            self._peer.stop(exc)
+            raise Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {exc}") from exc
+        if self._requests and self._arrivals == arrivals and self._requests[0] is request:
+            self._requests.popleft()
+        self._make_room()
+
+    async def _answer(self, request: ChunkRequest) -> None:
+        extent = self._extent(request)
+        if extent is None:
+            return
+        offset, length, size = extent
+        self._ask(offset, length)
+        arrivals, seat, topic = self._arrivals, self._seat, request.answer_topic
+        try:
+            if length > STREAM_BYTES:
+                await seat.stream(topic, length, self._parts(offset, length))
+            else:
+                part = self._part(offset, length) or await self._load(offset, length, size)
+                if self._arrivals != arrivals:
+                    return  # whoever is there now has not asked for it
+                await seat.send(topic, part)
+        except Transient as exc:
+            if exc.reason is Reason.LINK_LOST:
+                return  # it left; the next look says so
+            raise
+        self._account(offset, length)
+
+    def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
+        """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as
+        it says, else as it said, else the whole image. None where the number is another image's, and the device was told so.
+        Raises :class:`Misbehaved`."""
+        offer, number = self.offer, request.number
+        if request.component != offer.component or not self._peer.numbers.stands_for(number, offer):
+            self._download.stray(f"v2/{request.component} under number {number}")
+            self._peer.count("stray_request")
+            self._seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
+            return None
+        size = self._peer.numbers.size(number, request.size_bytes) or offer.size_bytes
+        offset = request.chunk * size
+        return offset, max(0, min(size, offer.size_bytes - offset)), size
+
+    def _ask(self, offset: int, length: int) -> None:
+        """The device wants that, and has what it was given before. Raises :class:`Misbehaved`."""
+        allowed = self._seat.largest_bytes
+        if self._config.largest_chunk_bytes:
+            allowed = min(allowed, self._config.largest_chunk_bytes)
+        if length > allowed:
+            text = f"it asked for {length} bytes at once; allowed: {allowed}"
+            raise Misbehaved("payload_too_large", text, "PAYLOAD_TOO_LARGE")
+        if self._download.ask(offset, length):
+            self._whole_at = self._updated_at = None
+        self._failed_at = None
+        self._moved_at = now = self._loop.time()
+        done = self._download.acknowledged_bytes
+        moved = done - self._progress_bytes
+        if moved >= self._step_bytes or moved < 0 or now - self._progress_at >= PROGRESS_S:
+            self._show(done, now)
+
+    def _show(self, done_bytes: int, now: float) -> None:
+        self._progress_bytes, self._progress_at = done_bytes, now
+        self._progress(Phase.WRITE, done_bytes, self.offer.size_bytes)
+
+    def _account(self, offset: int, length: int) -> None:
+        """The device was sent ``length`` bytes."""
+        self._moved_at = self._loop.time()
+        self._download.sent(offset, length)
+        if self._whole_at is None and self._download.is_whole:
+            self._whole_at = self._moved_at
+            self._told.awaits = self.offer.version
+            # another deadline from now on
+            self._wake.set()
+
+    # -- bytes
+
+    def _part(self, offset: int, length: int) -> memoryview | None:
+        """Of what is in memory."""
+        for number, piece in enumerate(self._pieces):
+            part = piece.part(offset, length) if length else None
+            if part is not None:
+                if number:
+                    self._pieces = (piece,)
+                    self._plan(piece)
+                    self._wake.set()
+                return part
+        return None
+
+    def _plan(self, piece: _Piece) -> None:
+        """What to read next: as much again."""
+        left = self.offer.size_bytes - piece.end
+        self._ahead = (piece.end, min(len(piece.data), left)) if left else None
+
+    async def _load(self, offset: int, length: int, size: int) -> bytes | memoryview:
+        """From the image, with what most devices ask for next. Raises what its reader raises."""
+        if not length:
+            return b""
+        reach = min(max(size, WINDOW_BYTES // size * size), self.offer.size_bytes - offset)
+        try:
+            data = await self._image.read(0, offset, reach)
+        except (Refused, Transient):
+            # what was not asked for must not cost what was
+            return await self._image.read(0, offset, length)
+        piece = _Piece(offset, offset + reach, memoryview(data))
+        self._pieces = (piece,)
+        self._plan(piece)
+        return piece.data[:length]
+
+    async def _read_ahead(self, offset: int, length: int) -> None:
+        self._ahead = None
+        try:
+            data = await self._image.read(0, offset, length)
+        except (Refused, Transient):
+            return  # it is asked for, or it does not matter
+        if self._pieces and self._pieces[-1].end == offset:
+            self._pieces = (self._pieces[-1], _Piece(offset, offset + length, memoryview(data)))
+
+    async def _parts(self, offset: int, length: int) -> AsyncIterator[bytes]:
+        for at in range(offset, offset + length, STREAM_BYTES):
+            yield await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
+            self._moved_at = self._loop.time()
+
+    # -- silence
+
+    async def _wait(self) -> None:
+        """For the next news; raises where it has been silent for too long."""
+        if self._seat.present:
+            self._left_at = None
+        elif self._whole_at is None:
+            at = self._download.acknowledged_bytes
+            self._show(at, self._loop.time())
+            text = f"{self._why_away}, with {at} of {self.offer.size_bytes} bytes"
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
+        elif self._left_at is None:
+            self._left_at = self._loop.time()
+        deadline = self._deadline()
+        # chunks that were given meanwhile are no news, and put the deadline off
+        if not await self._wake.wait(deadline) and self._deadline() <= deadline:
+            self._give_up()
+
+    def _deadline(self) -> float:
+        if self._left_at is not None:
+            return self._left_at + BOOT_S
+        if self._failed_at is not None:
+            return self._failed_at + min(AFTER_FAILURE_S, self._config.silence_s)
+        if self._updated_at is not None:
+            return self._updated_at + self._config.report_s
+        if self._whole_at is not None:
+            return self._whole_at + self._config.install_s
+        return self._moved_at + self._config.silence_s
+
+    def _give_up(self) -> None:
+        if self._left_at is not None:
+            text = "it has the image whole, left, and is not back yet"
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
+        if self._failed_at is not None:
+            raise self._broken()
+        if self._updated_at is not None:
+            raise self._is_wrong()
+        if self._whole_at is not None:
+            runs = f"{self._told.title} {self._told.version}"
+            text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted_name} whole"
+            raise Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}")
+        self._peer.count("silent")
+        if not self._download.sent_bytes:
+            # one that sleeps and one that is not interested look alike, on any wire
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: it does not ask for what it is offered")
+        at = self._download.acknowledged_bytes
+        self._show(at, self._loop.time())
+        text = f"silent for {self._config.silence_s:g} s, with {at} of {self.offer.size_bytes} bytes"
+        raise Transient(Reason.NO_RESPONSE, f"{self._peer.id}: {text}")
