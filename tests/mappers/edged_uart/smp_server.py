@@ -481,7 +481,7 @@ class SmpServer:
         if wanted is None or (running is not None and running.digest == wanted):
             if not confirm:
                 return 1, 33
-            self.effects.effect("device.confirm", lambda: setattr(self, "confirmed", True))
+            self.effects.effect("device.confirm", self._confirm)
             return self._do_1_0_r({})
         if other is None or other.digest != wanted:
             return 1, 8
@@ -489,6 +489,9 @@ class SmpServer:
             return 1, 28
         self.effects.effect("device.pending", lambda: self._set_pending(confirm))
         return self._do_1_0_r({})
+
+    def _confirm(self) -> None:
+        self.confirmed = True
 
     def _set_pending(self, permanent: bool) -> None:
         self.pending, self.permanent = True, permanent

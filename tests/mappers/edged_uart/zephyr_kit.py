@@ -46,22 +46,29 @@ LINE_BYTES_PER_S: Final = 11_520
 QUICK_LINE_BYTES_PER_S: Final = 46_080
 _SLICE_S: Final = 0.001
 _LINE_HOLDS_BYTES: Final = 64
-_FIXTURES: Final = f"{SDIST.removesuffix('.tar.gz')}/tests/fixtures/smp-server"
+_FIXTURES: Final = "tests/fixtures/smp-server"
 
 
 def fixture(name: str) -> Path:
-    """A file of the source distribution's prebuilt servers, unpacked below ``.cache``."""
+    """One of the source distribution's prebuilt servers."""
+    return unpacked(f"{_FIXTURES}/{name}")
+
+
+def unpacked(path: str) -> Path:
+    """The file of the source distribution at ``path``, unpacked below ``.cache``."""
     folder = ROOT / ".cache" / "smp-server" / SDIST_SHA256[:12]
-    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / path
+    file.parent.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        if not (folder / name).exists():
+        if not file.exists():
             with tarfile.open(fileobj=io.BytesIO(_sdist(folder.parent / SDIST))) as archive:
-                member = archive.extractfile(f"{_FIXTURES}/{name}")
-                assert member is not None, f"{SDIST} has no {name}"
-                (folder / f"{name}.new").write_bytes(member.read())
-            (folder / f"{name}.new").replace(folder / name)
-    return folder / name
+                member = archive.extractfile(f"{SDIST.removesuffix('.tar.gz')}/{path}")
+                assert member is not None, f"{SDIST} has no {path}"
+                new = file.with_name(f"{file.name}.new")
+                new.write_bytes(member.read())
+            new.replace(file)
+    return file
 
 
 def _sdist(kept: Path) -> bytes:
@@ -80,9 +87,14 @@ def _sdist(kept: Path) -> bytes:
 
 def factory_flash() -> bytes:
     """The flash as it leaves the factory: boot loader, application version 0.0.0 in slot 0."""
-    merged = intelhex.IntelHex(str(fixture(FACTORY)))
+    return flash_of(fixture(FACTORY), FLASH_BYTES)
+
+
+def flash_of(hex_file: Path, size_bytes: int) -> bytes:
+    """A flash that was erased, and got what ``hex_file`` has."""
+    merged = intelhex.IntelHex(str(hex_file))
     merged.padding = 0xFF
-    return bytes(merged.tobinarray(start=0, size=FLASH_BYTES))
+    return bytes(merged.tobinarray(start=0, size=size_bytes))
 
 
 def signed(version: str, *arguments: str, body: bytes | None = None) -> bytes:
@@ -98,7 +110,7 @@ def signed(version: str, *arguments: str, body: bytes | None = None) -> bytes:
         folder.mkdir(parents=True, exist_ok=True)
         source, new = folder / f"{name}.{os.getpid()}.bin", folder / f"{name}.{os.getpid()}.new"
         source.write_bytes(body)
-        _run(imgtool(), "sign", "--version", version, "--header-size", "0x200", "--pad-header",
+        run_quietly(imgtool(), "sign", "--version", version, "--header-size", "0x200", "--pad-header",
              "--slot-size", hex(SLOT_BYTES), "--align", "4", *arguments, source, new)  # fmt: skip
         source.unlink()
         new.replace(made)
@@ -109,7 +121,7 @@ def imgtool() -> Path:
     return peer_python("imgtool").with_name("imgtool")
 
 
-def _run(*command: str | Path) -> None:
+def run_quietly(*command: str | Path) -> None:
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
 
