@@ -39,6 +39,8 @@ from edged_firmware.image import MemorySource, pack
 _BASE: Final = 0x08000000
 _BITRATE: Final = 500_000
 _CHUNK_BYTES: Final = 4096
+_FREE_PAIRS: Final = 21
+"""A quarter of a second each, which another program on the machine stretches by half."""
 _SECRET: Final = b"\x5a\xa5\x0f\xf0"
 _CEILING: Final = ceiling_bytes_per_s(
     CanAddress("slcan", "", _BITRATE), extended=False, fd=False, frame_bytes=8, overhead=1
@@ -180,10 +182,10 @@ def _pairs(count: int, bitrate: int, data: bytes) -> list[tuple[Took, Took]]:
 
 def run(*, quick: bool) -> list[Figure]:
     """Time against time, both against the bus, and what it costs."""
-    count = 1 if quick else 7
+    count, free_count = (1, 1) if quick else (7, _FREE_PAIRS)
     data = random.Random(7).randbytes(12_000 if quick else 60_000)
     paced, paced_load = _pairs(count, _BITRATE, data), round(os.getloadavg()[0], 2)
-    free, free_load = _pairs(count, 0, data), round(os.getloadavg()[0], 2)
+    free, free_load = _pairs(free_count, 0, data), round(os.getloadavg()[0], 2)
     moved = len(data) - (LONGEST_BLOCK - 2)
     megabytes = len(data) / 1e6
     peer = "udsoncan with can-isotp, same controller and adapter, in turn"

@@ -1,6 +1,6 @@
 """A UDS client (ISO 14229-1) on asyncio: one request at a time, its answer, the time that the server asks for.
 
-Requests and answers are udsoncan's; only its codec is used, since its client blocks. Not here: what is asked in which
+Requests are udsoncan's; only its codec is used, since its client blocks. Not here: what is asked in which
 order (``programming``), and trying again after a failure, but for what the standard gives to the client: the same request
 after busyRepeatRequest.
 """
@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
-from udsoncan import Request, Response, services
+from udsoncan import Request, services
 from udsoncan.BaseService import BaseService
 from udsoncan.ResponseCode import ResponseCode
 
@@ -26,6 +26,8 @@ _P2_STAR_S: Final = 5.0
 """ISO 14229-2, table 4: what a server has after each requestCorrectlyReceived-ResponsePending, unless it says otherwise."""
 _BUSY_WAIT_S: Final = 0.1
 _STARTING_S: Final = 0.05
+_NEGATIVE: Final = 0x7F
+_NEGATIVE_BYTES: Final = 3
 _KEEP_ALIVE_S: Final = 2.0
 """ISO 14229-2, 7.2: a server leaves the session after 5 s (S3 server) without a request."""
 _PASSES: Final = frozenset(
@@ -96,13 +98,13 @@ class UdsClient:
         async with self._lock:
             deadline = self._loop.time() + self._timing.pending_s
             while True:
-                response = await self._exchange(request.service, request.get_payload(), echo, deadline)
-                if response.positive or response.code != BUSY_REPEAT_REQUEST or self._loop.time() > deadline:
+                answer = await self._exchange(request.service, request.get_payload(), echo, deadline)
+                if answer.code != BUSY_REPEAT_REQUEST or self._loop.time() > deadline:
                     break
                 await asyncio.sleep(_BUSY_WAIT_S)
-        if not response.positive:
-            raise negative(request.service.get_name() + about, response.code or 0)
-        return bytes(response.data or b"")[len(echo) :]
+        if answer.code is not None:
+            raise negative(request.service.get_name() + about, answer.code)
+        return answer.data
 
     async def tell(self, request: Request) -> None:
         """Send ``request``, and ask for no positive response."""
@@ -179,7 +181,7 @@ class UdsClient:
 
     async def _exchange(
         self, service: type[BaseService], payload: bytes, echo: bytes, deadline: float
-    ) -> Response:
+    ) -> _Answer:
         await self._send(payload)
         what = f"{self._name}: {service.get_name()}"
         answer_by = self._loop.time() + self._timing.answer_s
@@ -189,22 +191,30 @@ class UdsClient:
             if message is None:
                 text = f"{what}: no answer within {self._timing.answer_s:g} s"
                 raise Transient(Reason.NO_RESPONSE, self._transport.explained(text))
-            response = Response.from_payload(message)
-            if not _answers(response, service, echo):
+            answer = _answer(message, service, echo)
+            if answer is None:
                 continue
-            if response.code != RESPONSE_PENDING or response.positive:
-                return response
+            if answer.code != RESPONSE_PENDING:
+                return answer
             if self._asked_at > deadline:
                 text = f"{what}: the device asked for more time for {self._timing.pending_s:g} s"
                 raise Transient(Reason.NO_RESPONSE, f"{text} ({code_name(RESPONSE_PENDING)})")
             answer_by = self._asked_at + max(self._p2_star_s, self._timing.answer_s)
 
 
-def _answers(response: Response, service: type[BaseService], echo: bytes) -> bool:
-    if (
-        not response.valid
-        or response.service is None
-        or response.service.request_id() != service.request_id()
-    ):
-        return False
-    return not response.positive or bytes(response.data or b"").startswith(echo)
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """``code``: of a negative response, None where it is positive; ``data``: what follows the echo in a positive one."""
+
+    code: int | None
+    data: bytes = b""
+
+
+def _answer(message: bytes, service: type[BaseService], echo: bytes) -> _Answer | None:
+    """What ``message`` says to a request of ``service`` (8.3); None where it belongs to another one."""
+    head = bytes((service.response_id(),)) + echo
+    if message.startswith(head):
+        return _Answer(None, message[len(head) :])
+    if len(message) >= _NEGATIVE_BYTES and message.startswith(bytes((_NEGATIVE, service.request_id()))):
+        return _Answer(message[2])
+    return None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Final
 
 from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
@@ -162,12 +163,13 @@ class Programming:
             await self._run(self._config.erase, "erase", segment)
         size = await self._request_download(segment, image.params.get("data_format"))
         counter = 0
-        for offset in range(0, segment.length, size):
-            data = await image.read(number, offset, min(size, segment.length - offset))
-            counter = (counter + 1) & 0xFF
-            await self._ask_again(services.TransferData.make_request(counter, data), bytes((counter,)))
-            sent.take(data)
-            progress(Phase.WRITE, done + offset + len(data), image.size_bytes)
+        async with aclosing(_blocks(image, number, size)) as blocks:
+            async for data in blocks:
+                counter = (counter + 1) & 0xFF
+                await self._ask_again(services.TransferData.make_request(counter, data), bytes((counter,)))
+                sent.take(data)
+                done += len(data)
+                progress(Phase.WRITE, done, image.size_bytes)
         await self._ask_again(Request(services.RequestTransferExit), b"")
         return sent
 
@@ -245,6 +247,21 @@ class _Sent:
     @property
     def sha256(self) -> bytes:
         return self._hash.digest() if self._hash is not None else b""
+
+
+async def _blocks(image: Image, number: int, size: int) -> AsyncGenerator[bytes, None]:
+    """A segment in blocks of ``size`` bytes; the next one is read, and verified, while the device takes the one before."""
+    length = image.segments[number].length
+    reading: asyncio.Future[bytes] = asyncio.ensure_future(image.read(number, 0, min(size, length)))
+    try:
+        for offset in range(size, length, size):
+            data = await reading
+            reading = asyncio.ensure_future(image.read(number, offset, min(size, length - offset)))
+            yield data
+        yield await reading
+    finally:
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
 
 
 def _block_length(answer: bytes, name: str) -> int:

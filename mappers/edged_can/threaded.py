@@ -44,6 +44,7 @@ _KEPT_MESSAGES: Final = 64
 _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 32
 """7 ms at 500 kbit/s: another peer waits no longer for its flow control."""
+_ANY_FRAME: Final = 64
 _WAIT_FRAMES: Final = 25
 _NO_ANSWER: Final = (isotp.FlowControlTimeoutError, isotp.MaximumWaitFrameReachedError)
 _BROKEN_OFF: Final = (isotp.ConsecutiveFrameTimeoutError,)
@@ -258,7 +259,8 @@ class ThreadedLink:
             if failure is not None:
                 self._lose(failure)
             return
-        self._saw(message, own=False)
+        if self._measured:
+            self._saw(message, own=False)
         if message.is_remote_frame:
             return
         key = message.arbitration_id, message.is_extended_id
@@ -270,9 +272,8 @@ class ThreadedLink:
                 self.in_thread(lambda peer=peer: peer.feed(message))  # type: ignore[misc]
 
     def _saw(self, message: can.Message, *, own: bool) -> None:
-        if self._measured:
-            seconds = wire_s(len(message.data), self.bus, extended=message.is_extended_id, fd=message.is_fd)
-            self.load.saw(seconds, own=own)
+        seconds = wire_s(len(message.data), self.bus, extended=message.is_extended_id, fd=message.is_fd)
+        self.load.saw(seconds, own=own)
 
     def _lose(self, error: Transient) -> None:
         if self._lost is None:
@@ -288,8 +289,9 @@ class ThreadedLink:
     def _work(self) -> None:
         wait_s: float | None = None
         while not self._closing.is_set():
-            with suppress(Empty):
-                self._jobs.get(timeout=wait_s)()
+            if wait_s != 0:
+                with suppress(Empty):
+                    self._jobs.get(timeout=wait_s)()
             while not self._jobs.empty():
                 self._jobs.get()()
             self.turns += 1
@@ -332,7 +334,8 @@ class ThreadedLink:
             # select() calls a socket writable whose device's queue is full
             self._closing.wait(_FULL_WAIT_S)
             waited_s += _FULL_WAIT_S
-        self._saw(message, own=True)
+        if self._measured:
+            self._saw(message, own=True)
 
 
 class _ThreadedPeer:
@@ -533,8 +536,10 @@ class _Pace(RateLimiter):
     def allowed_bytes(self) -> int:
         # the first frame of a message goes at once, and the others wait for it too: can-isotp never calls a message sent
         # whose only frame it held back
+        if self._left > 0 and self._share >= 1:
+            return _ANY_FRAME
         may_go = not self._in_the_middle() or (self._left > 0 and self.wait_s() == 0)
-        return 64 if may_go else 0
+        return _ANY_FRAME if may_go else 0
 
     def inform_byte_sent(self, datalen: int) -> None:
         self._left -= 1
