@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from edged.errors import Permanent, Reason, Transient
@@ -20,6 +20,8 @@ _IMAGE_HEADER_BYTES: Final = 32
 _ALIGNED_BYTES: Final = 4
 _STRIKES: Final = 8
 _RESTARTS: Final = 3
+_FIRST_RUN: Final = 8
+_LONGEST_RUN: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +40,37 @@ class Content:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """How many requests may wait for their answers: ``size``, from 1 to ``most``.
+
+    As TCP's (RFC 5681): halved whenever something was lost, and one more after a run of answers that were as expected.
+    A loss costs a time-out here, and a server that has no room for more will not have any later: so the run that it
+    takes, ``run_needed``, doubles with each loss.
+    """
+
+    size: int
+    most: int
+    run: int = 0
+    run_needed: int = _FIRST_RUN
+
+    def after_answer(self) -> Window:
+        """One more answer was as expected."""
+        if self.size >= self.most:
+            return self
+        if self.run + 1 < self.run_needed:
+            return replace(self, run=self.run + 1)
+        return replace(self, size=self.size + 1, run=0)
+
+    def after_loss(self) -> Window:
+        """Something was lost, or the server had no room for it."""
+        needed = min(_LONGEST_RUN, self.run_needed * 2)
+        return Window(max(1, self.size // 2), self.most, run_needed=needed)
+
+
+@dataclass(frozen=True, slots=True)
 class Pace:
     """``erase_s``: for so long the server may erase before it answers the first request. ``answer_s``: then for each.
-    ``byte_s``: time of a byte on the line. ``window``: so many requests may wait for their answers; it is halved
-    whenever one was lost."""
+    ``byte_s``: time of a byte on the line. ``window``: so many requests may wait for their answers at most."""
 
     erase_s: float
     answer_s: float
@@ -68,7 +97,7 @@ class _Upload:
         self._client = client
         self._content = content
         self._pace = pace
-        self._window = max(1, pace.window)
+        self._window = Window(max(1, pace.window), max(1, pace.window))
         self._first = content.first
         self._progress = progress
         self._offset = 0
@@ -130,7 +159,7 @@ class _Upload:
         flight: dict[int, int] = {}
         following, on_course = self._offset, True
         while True:
-            while on_course and len(flight) < self._window and following < self._content.size_bytes:
+            while on_course and len(flight) < self._window.size and following < self._content.size_bytes:
                 body = await self._piece(following)
                 following += len(body["data"])
                 flight[await self._client.send(smp.UPLOAD, body)] = following
@@ -154,6 +183,8 @@ class _Upload:
                 # what is on its way is dropped by the server, and answered so: only then is it clear what to send
                 self._strike(f"is at {self._offset} instead of {end}")
                 on_course = False
+            elif on_course:
+                self._window = self._window.after_answer()
 
     async def _is_taken(self, body: Mapping[str, Any]) -> bool:
         """:meth:`_take`; False, after a pause, where the server has no room at present."""
@@ -184,7 +215,7 @@ class _Upload:
     def _strike(self, what: str) -> None:
         """Something was lost. Raises Transient(NO_RESPONSE) after too many without a new byte in between."""
         self._strikes += 1
-        self._window = max(1, self._window // 2)
+        self._window = self._window.after_loss()
         if self._strikes >= _STRIKES:
             raise Transient(
                 Reason.NO_RESPONSE,

@@ -14,6 +14,7 @@ from edged_uart import smp
 from edged_uart.smp import Command, ErrorAnswer, Message, NotAMessageError, Op
 from edged_uart.smp_config import Setting, SmpConfig, parse_smp
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw, crc16, stuff, unstuff
+from edged_uart.smp_upload import Window
 
 FRAMINGS: dict[str, Callable[[], Framing]] = {
     "console": Console,
@@ -280,6 +281,29 @@ def test_bytes_of_another_length_are_no_number(kind: str, data: bytes) -> None:
     except ValueError:
         return
     assert setting.value(setting.data(value)) == value or value != value
+
+
+@given(most=st.integers(1, 32), answers=st.lists(st.booleans(), max_size=300))
+def test_a_window_stays_in_its_bounds_and_halves_with_each_loss(most: int, answers: list[bool]) -> None:
+    window = Window(most, most)
+    for good in answers:
+        before, window = window, window.after_answer() if good else window.after_loss()
+        assert 1 <= window.size <= most
+        assert window.size - before.size in (0, 1) if good else window.size == max(1, before.size // 2)
+
+
+@given(most=st.integers(2, 32), losses=st.integers(1, 20))
+def test_a_window_grows_by_one_after_a_run_that_doubles_with_each_loss(most: int, losses: int) -> None:
+    window = Window(most, most)
+    for _ in range(losses):
+        window = window.after_loss()
+    shrunk, run = window.size, 0
+    while window.size == shrunk:
+        window, run = window.after_answer(), run + 1
+    assert window.size == shrunk + 1 and run == min(1024, 8 * 2**losses)
+    while window.size < most:
+        window = window.after_answer()
+    assert window.after_answer() == window
 
 
 def test_a_table_is_a_configuration() -> None:

@@ -117,6 +117,105 @@ def test_so_many_are_on_their_way(tmp_path: Path, count: int, window: int, most:
     assert most == 1 or max(waiting) > 1
 
 
+def test_a_window_that_shrank_grows_again(tmp_path: Path) -> None:
+    """After a loss one request at a time, later as many as before."""
+    image = make_image((2, 0, 0), body_of(24_000, 2))
+    waiting: list[tuple[int, int]] = []
+    lost: list[int] = []
+
+    async def work(session: SmpSession) -> None:
+        server.on_request, server.to_device, server.from_device = loses_one, to_device, from_device
+        await staged(session, image)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        sent, answered = 0, 0
+
+        def loses_one(group: int, number: int, body: dict[str, Any]) -> bool:
+            if (group, number) == (1, 1) and body["off"] > 3000 and not lost:
+                lost.append(body["off"])
+                return False
+            return True
+
+        def to_device(data: bytes) -> bytes:
+            nonlocal sent
+            sent += data.count(b"\x06\x09")
+            waiting.append((server.counts.stored, sent - answered - len(lost)))
+            return data
+
+        def from_device(data: bytes) -> bytes:
+            nonlocal answered
+            answered += data.count(b"\x06\x09")
+            return data
+
+        on(server, work)
+        assert bytes(server.slots[1][: len(image)]) == image
+    assert max(count for stored, count in waiting if stored < lost[0]) == 3
+    assert max(count for stored, count in waiting if lost[0] + 1000 < stored < lost[0] + 4000) == 1
+    assert max(count for stored, count in waiting if stored > 16_000) == 3
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_a_piece_lost_in_the_middle_is_repeated_from_its_offset_where_the_device_stays_silent(
+    tmp_path: Path, window: int, repeats: int
+) -> None:
+    """It answers nothing that lies beyond what it has, and that piece is lost several times."""
+    asked: list[int] = []
+    lost: list[int] = []
+
+    async def work(session: SmpSession) -> None:
+        def silent_beyond(group: int, number: int, body: dict[str, Any]) -> bool:
+            if (group, number) != (1, 1):
+                return True
+            asked.append(body["off"])
+            has = server._ram.offset
+            if has > 3000 and body["off"] == has and len(lost) < repeats:
+                lost.append(has)
+                return False
+            return bool(body["off"] <= has)
+
+        server.on_request = silent_beyond
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND and server.counts.stored == len(SECOND)
+
+    with SmpServer(tmp_path, FACTORY, buffer_count=window + 1) as server:
+        on(server, work, answer_s=0.2)
+    at = lost[0]
+    assert lost == [at] * repeats and asked.count(at) == repeats + 1, (
+        "it was not repeated from where it was lost"
+    )
+    # each time, what the window had beyond it is sent again, and nothing before it
+    beyond = [offset for offset in asked[asked.index(at) :] if offset < at]
+    assert not beyond and len(asked) - len(set(asked)) <= repeats * window
+    assert server.counts.erases == 1
+
+
+def test_a_device_that_falls_silent_in_the_middle_ends_with_a_reason_and_goes_on_later(
+    tmp_path: Path,
+) -> None:
+    """It hears, and says nothing more: so many repetitions at one offset, not one of another piece."""
+    asked: list[int] = []
+
+    async def work(session: SmpSession) -> None:
+        def silent(group: int, number: int, body: dict[str, Any]) -> bool:
+            if server._ram.offset <= 3000:
+                return True
+            asked.append(body.get("off", -1))
+            return False
+
+        server.on_request = silent
+        with pytest.raises(Transient) as caught:
+            await staged(session, SECOND)
+        assert caught.value.reason is Reason.NO_RESPONSE and "no byte beyond" in caught.value.detail
+        server.on_request = None
+        await staged(session, SECOND)
+        assert bytes(server.slots[1][: len(SECOND)]) == SECOND and server.counts.erases == 1
+
+    with SmpServer(tmp_path, FACTORY, buffer_count=2) as server:
+        on(server, work, answer_s=0.1)
+    assert asked == [asked[0]] * 8 and asked[0] > 3000
+
+
 def test_a_server_that_knows_version_1_only_is_met(tmp_path: Path) -> None:
     async def work(session: SmpSession) -> None:
         assert (await session.identify()).detail["header_version"] == "1"
