@@ -390,6 +390,9 @@ class MapperSpec:
     probe_disturbs: bool = True
     """Whether ``probe`` may reset or stop the application. Only a mapper that says False is asked where an operator names
     an address and no mapper."""
+    longest_call_s: Callable[[object], float] | None = None
+    """Given what ``parse_config`` made: for so many seconds a call that is no transfer (``identify``, ``activate``,
+    ``revert``...) may take where nothing is wrong. More than ``engine.call_s`` is then found before the first job."""
     api_version: int = API_VERSION
 
     def reaches(self, address: str) -> bool:

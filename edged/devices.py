@@ -90,15 +90,18 @@ def resolve(
     settings: DeviceSettings, config: Config, plugins: Plugins
 ) -> tuple[Device, MapperSpec] | LeftOut:
     """The device and its mapper, or why it is left out."""
-    found = examine(settings, plugins)
+    found = examine(settings, plugins, config.engine.call_s)
     if isinstance(found, tuple):
         spec, parsed = found
         return device_of(settings, config.models[settings.model], parsed), spec
     return LeftOut(settings, found[0].reason, "; ".join(fault.detail for fault in found))
 
 
-def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, object] | list[Fault]:
-    """The device's mapper and what that made of the device's own table; or every fault, at least one."""
+def examine(
+    settings: DeviceSettings, plugins: Plugins, call_s: float
+) -> tuple[MapperSpec, object] | list[Fault]:
+    """The device's mapper and what that made of the device's own table; or every fault, at least one. ``call_s``: the
+    engine's."""
     spec = plugins.mappers.get(settings.mapper)
     faults = list(_address_faults(settings, plugins, spec))
     if spec is None:
@@ -106,10 +109,15 @@ def examine(settings: DeviceSettings, plugins: Plugins) -> tuple[MapperSpec, obj
         return [Fault(Reason.UNSUPPORTED, text), *faults]
     try:
         parsed = spec.parse_config(settings.config)
+        longest_s = float(spec.longest_call_s(parsed)) if spec.longest_call_s else 0.0
     except ValueError as exc:
         return faults + [Fault(Reason.CONFIG_INVALID, f"config.{line}") for line in _lines(exc)]
     except Exception as exc:  # noqa: BLE001 - the plugin boundary
         return [*faults, Fault(Reason.PLUGIN_FAILED, f"config: mapper {spec.name} raised {exc!r}")]
+    if longest_s > call_s:
+        text = f"config: by its times (boot_s and the like) one call of {spec.name} may take {longest_s:g} s"
+        text += f"; allowed: up to engine.call_s = {call_s:g}"
+        faults.append(Fault(Reason.CONFIG_INVALID, text))
     return faults or (spec, parsed)
 
 

@@ -162,6 +162,26 @@ def test_check_config_asks_mapper_and_link_and_lists_all_in_one_run(tmp_path: Pa
     ]
 
 
+def test_check_config_holds_a_mapper_s_times_against_the_engine_s_bound(tmp_path: Path) -> None:
+    """A device that may boot for longer than the engine lets a call take could never be updated."""
+    device = DEVICE.format(id="a").replace("uart-stk500", "uart-smp") + "config = {boot_s = 90}\n"
+    check = ["check-config"]
+    path = write(tmp_path, node=MODEL, devices=device)
+    answer = CliRunner().invoke(main, ["--config", str(path), *check])
+    assert answer.exit_code == 2
+    assert answer.stderr.splitlines() == [
+        f"edged: configuration: {tmp_path}/devices.d/x.toml: device[0].config: by its times (boot_s and the like) "
+        "one call of uart-smp may take 184 s; allowed: up to engine.call_s = 120"
+    ]
+    node = examine(path).config
+    left_out = resolve(node.devices["a"], node, discover())
+    assert isinstance(left_out, LeftOut) and left_out.reason is Reason.CONFIG_INVALID
+    raised = tmp_path / "raised"
+    raised.mkdir()
+    path = write(raised, node="engine.call_s = 184\n" + MODEL, devices=device)
+    assert CliRunner().invoke(main, ["--config", str(path), *check]).exit_code == 0
+
+
 def test_a_link_has_a_table_of_its_own_and_its_faults_are_told(tmp_path: Path) -> None:
     link = '[[link]]\naddress = "{}"\n[link.config]\nodd = 1\neven = 2\n'
     path = write(tmp_path, node=MODEL, devices=link.format("serial:/dev/ttyUSB0") + link.format("rope:x"))

@@ -103,7 +103,7 @@ def check_config(context: Context, as_json: bool) -> None:
     found, installed = config.examine(context.config_path), plugins.discover()
     problems = list(found.problems)
     for settings in found.config.device:
-        seen = devices.examine(settings, installed)
+        seen = devices.examine(settings, installed, found.config.engine.call_s)
         if isinstance(seen, list):
             problems += [f"{found.places[settings.id]}.{fault.detail}" for fault in seen]
     for link in found.config.link:

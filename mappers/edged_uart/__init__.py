@@ -19,7 +19,7 @@ from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address
 from edged_uart.session import BootLoader, UartSession
 from edged_uart.smp_config import SmpConfig, parse_smp
-from edged_uart.smp_session import PROTOCOL, SmpSession
+from edged_uart.smp_session import PROTOCOL, SmpSession, longest_call_s
 from edged_uart.stk500v1 import Stk500v1
 from edged_uart.stk500v2 import Stk500v2
 
@@ -44,6 +44,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             _probe_smp,
             schemes=frozenset({SCHEME}),
             probe_disturbs=False,
+            longest_call_s=longest_call_s,
         ),
     ]
 

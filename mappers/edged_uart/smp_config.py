@@ -66,8 +66,8 @@ class SmpConfig:
     """How to talk to one device.
 
     - ``framing``: ``"console"``, ``"raw"`` or ``"cobs"``; ``line_bytes``: longest line of the console, with its frame.
-    - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset a device that does not answer after its trial boot;
-      ``"none"``: only its own watchdog can.
+    - ``reset``: ``"dtr"``: the port's DTR and RTS lines reset a device that does not answer for ``boot_s``, at first
+      or after its trial boot; ``"none"``: only its own watchdog can.
     - ``window``: requests on their way during an upload (0: by the device's parameters).
     - ``boot_loader``: ``"tells"``: it has to tell a mode in which it goes back from what was not confirmed; ``"reverts"``:
       it is known to, though it does not tell.

@@ -146,7 +146,7 @@ class SmpSession:
             ceiling_bytes_per_s=config.baud / _BITS_PER_BYTE,
             slot_count=2,
             # it erases before it takes the first byte, and may have to leave an image before that, in two resets
-            quiet_s=config.answer_s + config.erase_s + _SETTLING_BOOTS * (config.quiet_s + config.boot_s),
+            quiet_s=config.erase_s + longest_call_s(config),
         )
 
     # -- who is there
@@ -154,11 +154,17 @@ class SmpSession:
     async def identify(self) -> Identity:
         """``smp:`` and the board's name as the device tells it (``smp:unknown`` where it does not).
 
-        Raises Transient(NO_RESPONSE), Transient(LINK_LOST).
+        Where its reset is wired, a device that says nothing for as long as a boot may take is reset, and asked once more.
+
+        Raises Transient(NO_RESPONSE), Transient(LINK_LOST), Permanent(UNSUPPORTED) where the port has no lines
+        for that.
         """
         await self._link.set_baud(self._config.baud)
         await self._rest_after_open()
-        await self._client.meet()
+        if not await self._is_met():
+            await self._link.pulse_reset()
+            await self._client.silence(self._config.quiet_s)
+            await self._meet_within(self._config.boot_s)
         parameters = self._client.parameters
         detail = {
             "protocol": PROTOCOL,
@@ -550,6 +556,28 @@ class SmpSession:
         if self._config.reset == "dtr" and not self._client.version:
             await self._client.silence(self._config.quiet_s)
 
+    async def _is_met(self) -> bool:
+        """False where nobody answers and a reset may help. One that boots, perhaps on trial, must not be reset meanwhile."""
+        is_wired = self._config.reset == "dtr"
+        try:
+            await self._meet_within(self._config.boot_s if is_wired else 0.0)
+        except Transient as error:
+            if error.reason is not Reason.NO_RESPONSE or not is_wired:
+                raise
+            return False
+        return True
+
+    async def _meet_within(self, timeout_s: float) -> None:
+        """Ask at least once. Raises Transient(NO_RESPONSE) where nobody answers within ``timeout_s``."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout_s
+        while True:
+            try:
+                return await self._client.meet()
+            except Transient as error:
+                if error.reason is not Reason.NO_RESPONSE or loop.time() >= end:
+                    raise
+
     async def _reboot(self, before: State) -> State:
         """Reset, and wait until the device answers with another state than ``before``, or with any where that was settled.
 
@@ -714,6 +742,12 @@ class SmpSession:
 
     def _evidence(self) -> str:
         return "\n".join(line[:_EVIDENCE_CHARS] for line in self._first_lines)
+
+
+def longest_call_s(config: object) -> float:
+    """For so long a call that is no transfer may take: to leave an image takes two resets."""
+    assert isinstance(config, SmpConfig)
+    return config.answer_s + _SETTLING_BOOTS * (config.quiet_s + config.boot_s)
 
 
 def make_framing(config: SmpConfig) -> Framing:

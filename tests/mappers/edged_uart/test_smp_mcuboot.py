@@ -28,7 +28,7 @@ from edged.domain.job import Job, State
 from edged.errors import Reason
 from edged_firmware.formats import mcuboot
 
-PATIENT: Final[dict[str, object]] = {"boot_s": 60}
+PATIENT: Final[dict[str, object]] = {"boot_s": 50}
 """A boot with a swap takes seconds of the simulated processor."""
 SWAP_CHANGES: Final = 144_675
 REFUSED: Final = "Image in the secondary slot is not valid!"

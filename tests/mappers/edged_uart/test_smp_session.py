@@ -238,6 +238,41 @@ def test_version_2_is_preferred(tmp_path: Path) -> None:
         on(server, work)
 
 
+@pytest.mark.parametrize("wired", [True, False], ids=["dtr", "none"])
+def test_a_device_that_does_not_answer_is_reset_where_its_reset_is_wired_and_asked_once_more(
+    tmp_path: Path, wired: bool
+) -> None:
+    async def run() -> None:
+        config = {"reset": "dtr" if wired else "none", "answer_s": 0.1, "boot_s": 1}
+        async with asyncio.timeout(60), connected(device(server.port, **config)) as session:
+            while server.counts.boots < 2 or server._up_at:
+                await asyncio.sleep(0.005)
+            server._hangs = True
+            if wired:
+                assert (await session.identify()).hardware_id == "smp:simulated/edged"
+                assert server.counts.boots == 3
+            else:
+                with pytest.raises(Transient) as caught:
+                    await session.identify()
+                assert caught.value.reason is Reason.NO_RESPONSE and server.counts.boots == 2
+
+    with SmpServer(tmp_path, FACTORY, resets_on_open=True) as server:
+        asyncio.run(run())
+
+
+def test_a_device_that_takes_its_time_to_boot_is_not_reset_meanwhile(tmp_path: Path) -> None:
+    """It may be in its trial, and a reset would end that."""
+
+    async def run() -> None:
+        config = {"reset": "dtr", "answer_s": 0.05, "boot_s": 20}
+        async with asyncio.timeout(60), connected(device(server.port, **config)) as session:
+            await session.identify()
+            assert server.counts.boots == 2, "opening the port resets it, and nothing else should have"
+
+    with SmpServer(tmp_path, FACTORY, resets_on_open=True, boot_s=1.5) as server:
+        asyncio.run(run())
+
+
 def test_nobody_there_says_what_to_look_at(tmp_path: Path) -> None:
     async def run() -> None:
         async with connected(device(server.port, answer_s=0.05)) as session:
