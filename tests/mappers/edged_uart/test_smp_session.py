@@ -147,7 +147,7 @@ def test_a_window_that_shrank_grows_again(tmp_path: Path) -> None:
             answered += data.count(b"\x06\x09")
             return data
 
-        on(server, work)
+        on(server, work, answer_s=5)
         assert bytes(server.slots[1][: len(image)]) == image
     assert max(count for stored, count in waiting if stored < lost[0]) == 3
     assert max(count for stored, count in waiting if lost[0] + 1000 < stored < lost[0] + 4000) == 1
@@ -155,7 +155,7 @@ def test_a_window_that_shrank_grows_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("repeats", [1, 5])
+@pytest.mark.parametrize("repeats", [1, 3])
 def test_a_piece_lost_in_the_middle_is_repeated_from_its_offset_where_the_device_stays_silent(
     tmp_path: Path, window: int, repeats: int
 ) -> None:
@@ -179,7 +179,7 @@ def test_a_piece_lost_in_the_middle_is_repeated_from_its_offset_where_the_device
         assert bytes(server.slots[1][: len(SECOND)]) == SECOND and server.counts.stored == len(SECOND)
 
     with SmpServer(tmp_path, FACTORY, buffer_count=window + 1) as server:
-        on(server, work, answer_s=0.2)
+        on(server, work, answer_s=1)
     at = lost[0]
     assert lost == [at] * repeats and asked.count(at) == repeats + 1, (
         "it was not repeated from where it was lost"
@@ -393,18 +393,20 @@ def test_the_device_resets_in_the_upload(tmp_path: Path, at: int) -> None:
     """It has forgotten where it was: the upload begins anew by itself, and ends."""
 
     async def work(session: SmpSession) -> None:
-        watched = Watched()
-        staging = asyncio.ensure_future(session.stage(await opaque(SECOND), watched))
-        while server.counts.stored * 10 < at * len(SECOND) or not server.counts.erases:
-            await asyncio.sleep(0.001)
-        server.power()
-        boots = server.counts.boots
-        await staging
-        assert boots == 2 and bytes(server.slots[1][: len(SECOND)]) == SECOND
-        assert server.counts.stored <= len(SECOND) * (1 + at / 10) + 4 * 384
+        server.on_request = resets_once
+        await staged(session, SECOND)
+        assert server.counts.boots == 2 and bytes(server.slots[1][: len(SECOND)]) == SECOND
+        assert server.counts.stored <= len(SECOND) * (1 + at / 10) + 384
 
-    with SmpServer(tmp_path, FACTORY, line_bytes_per_s=50_000) as server:
-        on(server, work, answer_s=0.2)
+    def resets_once(group: int, number: int, body: dict[str, Any]) -> bool:
+        if server.counts.erases and server.counts.stored * 10 >= at * len(SECOND):
+            server.on_request = None
+            server.power()
+            return False
+        return True
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work, answer_s=1)
 
 
 def test_a_device_that_resets_again_and_again_is_given_up(tmp_path: Path) -> None:
