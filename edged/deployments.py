@@ -32,7 +32,8 @@ from edged_firmware.facts import ReleaseRef, VerifiedRelease
 
 log = logging.getLogger(__name__)
 
-_PROPERTY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
+# what a device may report, but for spaces: settings of Zephyr have slashes in their names
+_PROPERTY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,126}")
 
 
 class BadRequest(Permanent):

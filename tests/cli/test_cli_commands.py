@@ -142,6 +142,11 @@ def test_twins_are_read_and_set(place: Place) -> None:
     }
     assert desired["level"]["source"] == "root"
     assert "level" in place.run("twin", "get", "one").out
+    setting = place.run("twin", "set", "one", "setting.app/interval=9")
+    assert setting.code == 0, setting.err
+    assert (
+        place.run("twin", "get", "one", "--json").json["desired"]["setting.app/interval"]["value"] == 9
+    )
     job = place.run("twin", "set", "one", "firmware=app@2.0.0", "--json").json
     assert job["outcome"] == "created"
     assert place.run("job", "watch", job["job"]).code == 0
