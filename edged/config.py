@@ -303,11 +303,26 @@ class _Devices:
 class Examined:
     """What :func:`examine` found. ``config`` is what is sound: a key with a fault has its default there, a model or device
     with one is missing. ``places`` says by device, and by address of a link, where it stands, for further faults:
-    ``FILE: device[0]``."""
+    ``FILE: device[0]``; ``model_places`` the same by model."""
 
     config: Config
     problems: list[str]
     places: Mapping[str, str]
+    model_places: Mapping[str, str]
+
+    def place_of(self, settings: DeviceSettings, path: str) -> str:
+        """Where the value at ``path`` of the device's table stands (``security.level``, ``properties[0].did``): with its
+        model where it comes from there, else with the device."""
+        model = self.config.models.get(settings.model)
+        inherited: object = model.config if model else {}
+        held: object = settings.config
+        shared = False
+        for key in (part.partition("[")[0] for part in path.split(".")):
+            if not (isinstance(inherited, Mapping) and isinstance(held, Mapping) and key in inherited):
+                break
+            inherited, held = inherited[key], held[key]
+            shared = inherited == held
+        return self.model_places[settings.model] if shared else self.places[settings.id]
 
 
 def load(path: Path) -> Config:
@@ -342,7 +357,11 @@ def examine(path: Path) -> Examined:
     config = attrs.evolve(config, model=tuple(models), device=described, link=tuple(links))
     # an address has a colon, an id has none
     known = reader.places["device"] | reader.places["link"]
-    return Examined(config, problems, {name: places[0] for name, places in known.items()})
+    return Examined(config, problems, _first(known), _first(reader.places["model"]))
+
+
+def _first(places: Mapping[str, list[str]]) -> dict[str, str]:
+    return {name: found[0] for name, found in places.items()}
 
 
 def _with_defaults(devices: list[DeviceSettings], models: list[Model]) -> Iterator[DeviceSettings]:

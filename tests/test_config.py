@@ -259,3 +259,35 @@ def test_a_fault_of_the_models_table_is_told_for_each_device(tmp_path: Path) -> 
     config = load(path)
     left = resolve(config.devices["a"], config, discover())
     assert isinstance(left, LeftOut) and "config.baud: found 1" in left.detail
+
+
+def test_a_fault_of_a_mappers_table_is_told_once_with_the_file_that_it_stands_in(tmp_path: Path) -> None:
+    own = DEVICE.format(id="a") + "[device.config]\nboot_s = -1\nbuad = 9600\n"
+    path = write(tmp_path, models=MODEL + "[model.config]\nbaud = 1\n", devices=own + DEVICE.format(id="b"))
+    answer = CliRunner().invoke(main, ["--config", str(path), "check-config"])
+    lines = [line.removeprefix(f"edged: configuration: {tmp_path}/") for line in answer.stderr.splitlines()]
+    assert answer.exit_code == 2
+    assert sorted(line.partition(": found")[0] for line in lines) == [
+        "devices.d/x.toml: device[0].config.boot_s",
+        "devices.d/x.toml: device[0].config.buad",
+        "models.d/x.toml: model[0].config.baud",
+    ]
+
+
+def test_what_a_device_changes_in_its_models_table_is_the_devices(tmp_path: Path) -> None:
+    model = MODEL + "[model.config.check]\nok = 1\nper = 2\n[[model.config.properties]]\nname = 3\n"
+    own = DEVICE.format(id="a") + "[device.config.check]\nper = 4\nextra = 5\n"
+    path = write(tmp_path, models=model, devices=own + DEVICE.format(id="b"))
+    found = examine(path)
+    first, second = found.config.device
+    places = {
+        "check.ok": "model",
+        "check.per": "device",
+        "check.extra": "device",
+        "check": "device",
+        "properties[0].name": "model",
+        "other": "device",
+    }
+    for key, place in places.items():
+        assert found.place_of(first, key) == f"{tmp_path}/{place}s.d/x.toml: {place}[0]", key
+    assert found.place_of(second, "check.per") == f"{tmp_path}/models.d/x.toml: model[0]"

@@ -10,7 +10,7 @@ from edged.cli.context import Context, command, counted, echo, json_option, show
 from edged.domain import reasons
 
 if TYPE_CHECKING:
-    from edged.config import Config
+    from edged.config import Config, DeviceSettings, Examined
 
 
 @click.command()
@@ -105,10 +105,12 @@ def check_config(context: Context, as_json: bool) -> None:
     for settings in found.config.device:
         seen = devices.examine(settings, installed, found.config.engine.call_s)
         if isinstance(seen, list):
-            problems += [f"{found.places[settings.id]}.{fault.detail}" for fault in seen]
+            problems += [f"{_place(found, settings, fault.detail)}.{fault.detail}" for fault in seen]
     for link in found.config.link:
         faults = devices.examine_link(link, installed)
         problems += [f"{found.places[link.address]}.{fault.detail}" for fault in faults]
+    # what stands with a model is found once for each of its devices
+    problems = list(dict.fromkeys(problems))
     if problems:
         _give_up(problems, as_json=as_json)
     models, described = found.config.model, found.config.device
@@ -116,6 +118,12 @@ def check_config(context: Context, as_json: bool) -> None:
         show_json({"problems": [], "models": len(models), "devices": len(described)})
     else:
         echo(f"{context.config_path}: {counted(models, 'model')}, {counted(described, 'device')}, no fault.")
+
+
+def _place(found: Examined, settings: DeviceSettings, detail: str) -> str:
+    """Where what a fault ``KEY: found ...`` is about is written."""
+    table, _, path = detail.partition(":")[0].partition(".")
+    return found.place_of(settings, path) if table == "config" and path else found.places[settings.id]
 
 
 def _load(context: Context, *, as_json: bool) -> Config:
