@@ -129,7 +129,7 @@ class Control:
         found: list[Json] = []
         if parts.store.read_only_reason is not None:
             why = f"nothing is written and no job runs: {parts.store.read_only_reason}"
-            cure = "restore a copy of the database, or move it away and start with an empty one"
+            cure = "sudo edged doctor says what is wrong with it; where it is damaged, restore a copy, or move it away"
             found.append({"part": "store", **explain_reason(Reason.STORAGE_FAILED, why), "cure": cure})
         if parts.clock.now() < from_text(BUILD_TIME):
             why = f"the clock says {to_text(parts.clock.now())}, which is before this version was made"

@@ -104,7 +104,7 @@ class Client:
         if isinstance(error, PermissionError):
             cure = "become a member of the socket's group, usually edged"
         else:
-            cure = "start it (systemctl start edged), or name its socket with --socket"
+            cure = "start it (systemctl start edged; journalctl -u edged says why it ended), or name its socket with --socket"
         return Unreachable(f"the daemon does not answer at {self.path}: {why}", cure)
 
 

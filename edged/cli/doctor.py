@@ -8,8 +8,9 @@ from __future__ import annotations
 import grp
 import json
 import os
+import pwd
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -140,8 +141,33 @@ def check_folder(config: Config) -> Iterator[Finding]:
     elif not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         text = f"user {os.getuid()} may not write to {folder}"
         yield Finding(Level.WARN, "state", text, "run this command as the daemon's user")
+    elif others := _of_another_owner(folder):
+        # as a backup that was put back leaves them; root, who runs this, may read them
+        owner = _owner_of(folder)
+        text = f"not everything in {folder} is {owner}'s, as the folder is: {counted(others, 'file')}, first {others[0]}"
+        yield Finding(Level.FAIL, "state", text, f"sudo chown -R {owner}: {folder}")
     else:
         yield Finding(Level.OK, "state", f"{folder}, mode {folder.stat().st_mode & 0o777:04o}")
+
+
+def _of_another_owner(folder: Path) -> list[Path]:
+    """What does not belong to whom the folder itself belongs to, which systemd sees to."""
+    owner = folder.stat().st_uid
+    found = []
+    for path in sorted(folder.rglob("*")):
+        # the daemon is at work meanwhile: a download ends, a log of the database goes
+        with suppress(FileNotFoundError):
+            if path.lstat().st_uid != owner:
+                found.append(path)
+    return found
+
+
+def _owner_of(path: Path) -> str:
+    number = path.stat().st_uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def check_database(config: Config) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -144,9 +145,7 @@ def test_twins_are_read_and_set(place: Place) -> None:
     assert "level" in place.run("twin", "get", "one").out
     setting = place.run("twin", "set", "one", "setting.app/interval=9")
     assert setting.code == 0, setting.err
-    assert (
-        place.run("twin", "get", "one", "--json").json["desired"]["setting.app/interval"]["value"] == 9
-    )
+    assert place.run("twin", "get", "one", "--json").json["desired"]["setting.app/interval"]["value"] == 9
     job = place.run("twin", "set", "one", "firmware=app@2.0.0", "--json").json
     assert job["outcome"] == "created"
     assert place.run("job", "watch", job["job"]).code == 0
@@ -322,7 +321,7 @@ def test_without_a_daemon_a_command_ends_with_4_and_says_how_to_start_it(
     assert (answer.code, answer.out) == (4, "")
     assert answer.err == (
         f"edged: unreachable: the daemon does not answer at {place.socket}: No such file or directory; "
-        "cure: start it (systemctl start edged), or name its socket with --socket\n"
+        "cure: start it (systemctl start edged; journalctl -u edged says why it ended), or name its socket with --socket\n"
     )
     assert place.run(*words, "--json").json["code"] == "unreachable"
 
@@ -389,6 +388,31 @@ def test_the_doctor_of_somebody_who_may_not_look_says_so(
     ]
     assert ("state", "warn") in found
     assert not {what for what, _ in found} & {"database", "trust"}
+
+
+def test_the_doctor_names_the_files_that_the_daemon_cannot_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path).write()
+    place.state.mkdir()
+    for name in ("edged.db", "node-key.pem"):
+        (place.state / name).touch()
+    assert f"ok    state     {place.state}, mode" in place.run("doctor").out
+    look = Path.lstat
+
+    def after_a_restore_by_root(path: Path) -> os.stat_result:
+        found = look(path)
+        mine = path.name != "node-key.pem"
+        return found if mine else os.stat_result((*found[:4], found.st_uid + 1, *found[5:]))
+
+    monkeypatch.setattr(Path, "lstat", after_a_restore_by_root)
+    answer = place.run("doctor")
+    owner = pwd.getpwuid(os.getuid()).pw_name
+    assert answer.code == 1
+    assert (
+        f"fail  state     not everything in {place.state} is {owner}'s, as the folder is: "
+        f"1 file, first {place.state}/node-key.pem; cure: sudo chown -R {owner}: {place.state}\n"
+    ) in answer.out
 
 
 def test_the_doctor_of_another_user_blames_no_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
