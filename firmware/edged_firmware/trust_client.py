@@ -229,8 +229,8 @@ def translated() -> Iterator[None]:
 
 
 def _with_cause(error: Exception) -> str:
-    cause = error.__cause__
-    return f"{error}: {cause}" if cause is not None else str(error) or type(error).__name__
+    told = [str(part) for part in (error, error.__cause__) if part is not None and str(part)]
+    return ": ".join(told) or type(error).__name__
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def _refresh(request: TrustRequest) -> tuple[Accepted, Transient | None]:
     """What is accepted now, and why the source did not answer (None: it did)."""
     _check_root(request)
     if request.source is None:
-        absent = Transient(Reason.FETCH_FAILED, "there is no source")
+        absent = Transient(Reason.FETCH_FAILED, "no release repository is named: set trust.repository")
         return _from_last_good(request, absent), absent
     try:
         with translated():
