@@ -82,7 +82,7 @@ _CURES: dict[Reason, str] = {
     Reason.FETCH_FAILED: "check that the repository can be reached; the job goes on by itself",
     Reason.VERIFY_FAILED: "the flash does not keep what was written: check the supply voltage, replace the device",
     Reason.DEVICE_REVERTED: "the new image did not survive its trial boot; see edged job show",
-    Reason.REVERT_FAILED: "the device is between two images: see edged job show, mend the link, then edged job retry",
+    Reason.REVERT_FAILED: "the device may be between two images: see edged job show, cure what it names, then edged job retry",
     Reason.RUNS_EXHAUSTED: "find out who or what changes the device, then edged deploy again",
     Reason.STORAGE_FAILED: "edged doctor says what the disk or the database lacks",
     Reason.LINK_BUSY: "close the program that uses the port; the job goes on by itself",
