@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
@@ -570,3 +572,11 @@ def test_toml_in_the_pages_is_toml() -> None:
     assert len(blocks) >= 4
     for block in blocks:
         tomllib.loads(block)
+
+
+def test_the_manual_pages_can_be_made_of_the_configuration_page(tmp_path: Path) -> None:
+    """The package's build makes them, where a table that they do not understand would be found late."""
+    subprocess.run([sys.executable, ROOT / "packaging" / "manpages.py", tmp_path], check=True)
+    made = (tmp_path / "edged.toml.5").read_text(encoding="utf-8")
+    for key in attrs.fields_dict(config.Model):
+        assert f".B {key}\n" in made, key
