@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -89,3 +91,13 @@ def test_what_nobody_offers_is_unsupported_with_what_there_is() -> None:
         with pytest.raises(Permanent, match="fake") as caught:
             lookup(name)
         assert caught.value.reason is Reason.UNSUPPORTED
+
+
+def test_a_node_without_devices_has_no_library_of_a_protocol_in_memory() -> None:
+    """They are loaded when a device first needs them; a fresh interpreter tells."""
+    code = "import sys, edged.app, edged.plugins as p; print(sorted(p.discover().mappers), *sys.modules, sep='\\n')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    mappers, *modules = ran.stdout.splitlines()
+    assert "uart-smp" in mappers and "can-uds" in mappers and "mqtt-thingsboard" in mappers
+    heavy = {"aiomqtt", "can", "cantools", "cbor2", "intelhex", "isotp", "paho", "udsoncan"}
+    assert not heavy & {module.partition(".")[0] for module in modules}

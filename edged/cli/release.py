@@ -156,7 +156,7 @@ def init(
     "file_format",
     type=click.Choice(["auto", "bin", "hex", "opaque", "mcuboot"]),
     default="auto",
-    help="How to read FILE; auto: by the file, mcuboot with --protocol smp.",
+    help="How to read FILE; auto: by protocol and file.",
 )
 @click.option("--base", type=size, default=0, help="Address of a raw binary. [default: 0]")
 @click.option("--flash-size", type=size, help="Refuse an image that does not fit into so many bytes.")

@@ -90,8 +90,9 @@ class Draft:
     """What the publisher says about a file; the rest of the facts is found out.
 
     ``release_counter`` None: one more than the highest of any release for one of the models.
-    ``format``: ``auto`` takes the file of flash protocol ``smp`` for an MCUboot image. ``identifies_as`` None: the hash of
-    an MCUboot image in hex, else the version. ``base_address``: of a raw binary. ``flash_size_bytes`` None: not checked.
+    ``format``: ``auto`` takes the file of flash protocol ``smp`` for an MCUboot image, and one that begins as such where
+    neither protocol nor address is named. ``identifies_as`` None: the hash of an MCUboot image in hex, else the version.
+    ``base_address``: of a raw binary. ``flash_size_bytes`` None: not checked.
     ``chunk_size_bytes`` None: 4 KiB below 1 MiB, else 64 KiB.
     """
 
@@ -503,7 +504,7 @@ def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageForma
         if not source:
             raise Refused(Reason.IMAGE_INVALID, f"{file} is empty")
         return source, "opaque", None
-    if draft.format == "mcuboot" or (draft.format == "auto" and draft.protocol == "smp"):
+    if _is_mcuboot(source, draft):
         return source, "opaque", _mcuboot_hash(source, draft)
     # On use: the parsers of other formats bring libraries along.
     from edged_firmware.formats import check_fits, load
@@ -515,6 +516,18 @@ def _convert(file: Path, source: bytes, draft: Draft) -> tuple[bytes, ImageForma
     if draft.flash_size_bytes is not None:
         check_fits(segments, draft.flash_size_bytes)
     return pack(segments), "segments", None
+
+
+def _is_mcuboot(source: bytes, draft: Draft) -> bool:
+    """Whether the file is an MCUboot image: the draft's format says it, else its protocol; where it names neither of them and
+    no address, the file itself."""
+    if draft.format != "auto":
+        return draft.format == "mcuboot"
+    if draft.protocol is not None or draft.base_address:
+        return draft.protocol == "smp"
+    from edged_firmware.formats import mcuboot
+
+    return mcuboot.looks_like(source)
 
 
 def _mcuboot_hash(source: bytes, draft: Draft) -> str:

@@ -10,22 +10,25 @@ can prove that it is well.
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
 
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason, Transient
 from edged_uart.config import UartConfig, parse_v1, parse_v2
-from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address
+from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address, split_baud
 from edged_uart.session import BootLoader, UartSession
-from edged_uart.smp_config import SmpConfig, parse_smp
-from edged_uart.smp_session import PROTOCOL, SmpSession, longest_call_s
+from edged_uart.smp_config import PROTOCOL, SmpConfig, longest_call_s, parse_smp
 from edged_uart.stk500v1 import Stk500v1
 from edged_uart.stk500v2 import Stk500v2
 
+if TYPE_CHECKING:
+    from edged_uart.smp_session import SmpSession
+
 _PROBED_BAUDS = (115200, 57600)
-_PROBE_S = 0.5
-_REST_S = 0.2
 
 MakeLoader = Callable[[SerialLink, UartConfig], BootLoader]
 
@@ -94,6 +97,9 @@ async def _port(device: Device, env: Env) -> AsyncIterator[SerialLink]:
 
 @asynccontextmanager
 async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
+    await _loaded("edged_uart.smp_session")
+    from edged_uart.smp_session import SmpSession
+
     config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
     async with _port(device, env) as link:
         await link.keep_lines()
@@ -101,28 +107,23 @@ async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
 
 
 async def _probe_smp(address: str, env: Env) -> Identity | None:
-    """Only asks; neither resets nor stops anything."""
-    async with env.link(address) as link:
-        if not isinstance(link, SerialLink):
-            return None
-        # raw first: a server that expects it would take a line of the console for a long message, and wait for its end
-        for framing in ("raw", "console", "cobs"):
-            config = SmpConfig(framing=framing, answer_s=_PROBE_S)
-            device = Device("probe", "", "uart-smp", address)
-            try:
-                return await SmpSession(device, config, link, env.log).identify()
-            except Transient as error:
-                if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):
-                    raise
-            await link.quiet(_REST_S)
-    return None
+    await _loaded("edged_uart.smp_probe")
+    from edged_uart.smp_probe import probe
+
+    return await probe(address, env)
+
+
+async def _loaded(name: str) -> None:
+    """Have a module imported in a thread when it is needed first: an idle daemon stays small."""
+    await asyncio.to_thread(importlib.import_module, name)
 
 
 async def _probe(device: Device, env: Env, make: MakeLoader) -> Identity | None:
-    async with env.link(device.address) as link:
+    address, named = split_baud(device.address)
+    async with env.link(address) as link:
         if not isinstance(link, SerialLink):
             return None
-        for baud in _PROBED_BAUDS:
+        for baud in _PROBED_BAUDS if named is None else (named,):
             config = UartConfig(baud=baud)
             session = UartSession(device, config, link, make(link, config))
             try:

@@ -41,6 +41,8 @@ def parse_address(rest: str) -> str:
     ``/dev/ttyUSB0`` stays; ``by-id/NAME`` and ``by-path/NAME`` lie below ``/dev/serial``. Raises ValueError for
     anything else.
     """
+    if split_baud(rest)[1] is not None:
+        raise ValueError("a rate in an address is for probing; allowed: baud in the device's config")
     folder, _, name = rest.partition("/")
     if rest.startswith("/") and rest.isprintable():
         return rest
@@ -52,6 +54,13 @@ def parse_address(rest: str) -> str:
     ):
         return f"/dev/serial/{rest}"
     raise ValueError("allowed: serial:by-id/NAME, serial:by-path/NAME, serial:/dev/NAME")
+
+
+def split_baud(address: str) -> tuple[str, int | None]:
+    """An address that is to be probed: without the bits per second that it may end in (``serial:/dev/ttyUSB0@57600``), and
+    these."""
+    port, _, baud = address.rpartition("@")
+    return (port, int(baud)) if port and baud.isascii() and baud.isdecimal() else (address, None)
 
 
 def port_path(rest: str) -> str:

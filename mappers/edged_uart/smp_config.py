@@ -11,9 +11,13 @@ from typing import Any, Final, cast
 from edged.api import JsonValue
 from edged.tables import key, list_of, named_tables, one_of, printable, read, seconds, text, whole
 from edged_uart.config import BAUD
-from edged_uart.smp_framing import LINE_BYTES
 
+PROTOCOL: Final = "smp"
 ALL: Final = "*"
+LINE_BYTES: Final = 127
+"""The longest line that the specification allows, with its two first bytes and the newline."""
+SETTLING_BOOTS: Final = 2
+"""So many resets it takes to leave an image."""
 
 _NUMBERS: Final = {
     "int8": "<b", "int16": "<h", "int32": "<i", "int64": "<q",
@@ -99,3 +103,9 @@ def parse_smp(values: Mapping[str, object]) -> SmpConfig:
     """The table of a device that speaks SMP. Raises ValueError: a line for each fault, with key, what was found, what is
     allowed."""
     return read(SmpConfig, values)
+
+
+def longest_call_s(config: object) -> float:
+    """See :attr:`edged.api.MapperSpec.longest_call_s`: to leave an image takes two boots."""
+    assert isinstance(config, SmpConfig)
+    return config.answer_s + SETTLING_BOOTS * (config.quiet_s + config.boot_s)

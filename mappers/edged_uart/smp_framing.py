@@ -19,12 +19,11 @@ from collections.abc import Iterator
 from typing import Final, Protocol
 
 from edged_uart.smp import HEADER_BYTES, Group, Op, message_bytes
+from edged_uart.smp_config import LINE_BYTES
 
 FIRST: Final = b"\x06\x09"
 NEXT: Final = b"\x04\x14"
 CRC_BYTES: Final = 2
-LINE_BYTES: Final = 127
-"""The longest line that the specification allows, with its two first bytes and the newline."""
 
 _LENGTH_BYTES: Final = 2
 _LINE_FRAME_BYTES: Final = len(FIRST) + 1

@@ -38,18 +38,16 @@ from edged_uart.link import SerialLink
 from edged_uart.session import parse_report
 from edged_uart.smp import ErrorAnswer
 from edged_uart.smp_client import SmpClient
-from edged_uart.smp_config import ALL, SmpConfig
+from edged_uart.smp_config import ALL, PROTOCOL, SETTLING_BOOTS, SmpConfig, longest_call_s
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw
 from edged_uart.smp_upload import Content, Pace, upload
 
-PROTOCOL: Final = "smp"
 _BITS_PER_BYTE: Final = 10
 _READ_BYTES: Final = 16384
 _KEPT_LINES: Final = 64
 _EVIDENCE_LINES: Final = 5
 _EVIDENCE_CHARS: Final = 200
 _LOOK_AGAIN_S: Final = 0.5
-_SETTLING_BOOTS: Final = 2
 Log: TypeAlias = "logging.LoggerAdapter[logging.Logger]"
 
 _GOES_BACK: Final = frozenset({1, 3, 5, 9})
@@ -169,6 +167,7 @@ class SmpSession:
         detail = {
             "protocol": PROTOCOL,
             "framing": self._config.framing,
+            "baud": str(self._config.baud),
             "header_version": str(self._client.version),
             "buffers": f"{parameters.buffer_count} of {parameters.buffer_bytes} bytes"
             if parameters.told
@@ -513,7 +512,7 @@ class SmpSession:
 
         What is pending is erased where the device allows that; else it is booted on trial, and left.
         """
-        for _ in range(_SETTLING_BOOTS):
+        for _ in range(SETTLING_BOOTS):
             state = await self._known_state()
             if state.settled and not state.permanent:
                 return state
@@ -525,7 +524,7 @@ class SmpSession:
         if not state.settled:
             raise Transient(
                 Reason.DEVICE_ERROR,
-                f"{self._device.id} does not leave the image that it tries, after {_SETTLING_BOOTS} resets",
+                f"{self._device.id} does not leave the image that it tries, after {SETTLING_BOOTS} resets",
             )
         self._check_trial(state)
         return state
@@ -742,12 +741,6 @@ class SmpSession:
 
     def _evidence(self) -> str:
         return "\n".join(line[:_EVIDENCE_CHARS] for line in self._first_lines)
-
-
-def longest_call_s(config: object) -> float:
-    """For so long a call that is no transfer may take: to leave an image takes two resets."""
-    assert isinstance(config, SmpConfig)
-    return config.answer_s + _SETTLING_BOOTS * (config.quiet_s + config.boot_s)
 
 
 def make_framing(config: SmpConfig) -> Framing:

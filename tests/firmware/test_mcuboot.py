@@ -6,6 +6,7 @@ import hashlib
 import struct
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_kit import Publisher, write_quickly
@@ -138,6 +139,42 @@ def test_a_release_of_it_is_known_by_its_hash(tmp_path: Path) -> None:
     assert listed.size_bytes == len(image()) and listed.sha256 == hashlib.sha256(image()).hexdigest()
     signed = (publisher.repo / "metadata" / "2.targets.json").read_text()
     assert f'"identifies_as":"{mcuboot.parse(image()).hash.hex()}"' in signed
+
+
+@pytest.mark.parametrize(
+    ("data", "draft", "recognised"),
+    [
+        (image(), {}, True),
+        (image(), {"identifies_as": "9"}, True),
+        (image(), {"base_address": 0x1000}, False),
+        (image(), {"protocol": "stk500v1"}, False),
+        (image(), {"format": "bin"}, False),
+        (image()[1:], {}, False),
+        (b"", {"format": "mcuboot"}, None),
+        (image()[:-1], {}, None),
+    ],
+    ids=["it is one", "named", "address", "protocol", "format", "it is none", "empty", "cut"],
+)
+def test_an_image_is_recognised_where_nobody_says_what_it_is(
+    tmp_path: Path, data: bytes, draft: dict[str, Any], recognised: bool | None
+) -> None:
+    publisher = Publisher(tmp_path).init()
+    file = tmp_path / "zephyr.signed.bin"
+    file.write_bytes(data)
+    made = release.Draft("sensor", "1.2.3", ("node",), **draft)
+    if recognised is None:
+        with pytest.raises(Refused) as caught:
+            release.add(publisher.repo, file, made, write=write_quickly)
+        assert caught.value.reason is Reason.IMAGE_INVALID
+        return
+    release.add(publisher.repo, file, made, write=write_quickly)
+    (listed,) = release.list_releases(publisher.repo)
+    assert (listed.sha256 == hashlib.sha256(data).hexdigest()) is recognised
+    release.publish(publisher.repo, [publisher.base / "keys"], datetime.now(UTC), write=write_quickly)
+    signed = (publisher.repo / "metadata" / "2.targets.json").read_text()
+    known_by = draft.get("identifies_as", mcuboot.parse(data).hash.hex() if recognised else "1.2.3")
+    assert f'"identifies_as":"{known_by}"' in signed
+    assert f'"format":"{"opaque" if recognised else "segments"}"' in signed
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import termios
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
 from peer_kit import peer_python
-from smp_kit import FACTORY, SECOND, BadWire, connected, device, identifies_as, opaque
+from smp_kit import FACTORY, SECOND, SPEC, BadWire, connected, device, identifies_as, opaque
 from smp_server import HANGS, SmpServer, body_of, make_image
-from uart_kit import Watched
+from uart_kit import LINKS, Watched
 
-from edged.api import Desired, Health, HealthCheck, Phase, Reported
+from edged.api import Desired, Health, HealthCheck, Identity, Phase, Reported
+from edged.control import PROBE_TIMEOUT_S
 from edged.errors import Permanent, Reason, Refused, Transient
+from edged.links import LinkPool, device_env
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.image import Image, MemorySource, pack
 from edged_uart.smp_session import SmpSession
@@ -271,6 +274,55 @@ def test_a_device_that_takes_its_time_to_boot_is_not_reset_meanwhile(tmp_path: P
 
     with SmpServer(tmp_path, FACTORY, resets_on_open=True, boot_s=1.5) as server:
         asyncio.run(run())
+
+
+def probed(address: str, timeout_s: float = 60) -> Identity | None:
+    async def run() -> Identity | None:
+        assert SPEC.probe is not None
+        async with asyncio.timeout(timeout_s):
+            return await SPEC.probe(address, device_env("probe", LinkPool(LINKS)))
+
+    return asyncio.run(run())
+
+
+def carries_only(server: SmpServer, rate: int, seen: set[int]) -> None:
+    """What is sent at another rate is garbage to the device."""
+
+    def at_rate(data: bytes) -> bytes:
+        seen.add(now := termios.tcgetattr(server._slave)[4])
+        return data if now == rate else b"\xf8" * (len(data) // 2)
+
+    server.to_device = at_rate
+
+
+@pytest.mark.parametrize(
+    ("rate", "framing", "baud"), [(termios.B57600, "console", "57600"), (termios.B1000000, "raw", "1000000")]
+)
+def test_a_probe_finds_a_device_at_another_rate(tmp_path: Path, rate: int, framing: str, baud: str) -> None:
+    seen: set[int] = set()
+    with SmpServer(tmp_path, FACTORY, framing=framing) as server:
+        carries_only(server, rate, seen)
+        found = probed(f"serial:{server.port}")
+        assert found is not None and found.hardware_id == "smp:simulated/edged"
+        assert (found.detail["baud"], found.detail["framing"]) == (baud, framing)
+        assert termios.B115200 in seen and server.counts.boots == 1
+
+
+def test_a_probe_asks_at_the_rate_that_the_address_names_and_at_no_other(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    with SmpServer(tmp_path, FACTORY) as server:
+        carries_only(server, termios.B38400, seen)
+        found = probed(f"serial:{server.port}@38400")
+        assert found is not None and found.detail["baud"] == "38400"
+        assert probed(f"serial:{server.port}@19200") is None
+        assert seen == {termios.B38400, termios.B19200}
+
+
+@pytest.mark.slow
+def test_a_probe_of_nobody_ends_in_the_time_that_a_probe_has(tmp_path: Path) -> None:
+    with SmpServer(tmp_path, FACTORY) as server:
+        server.to_device = lambda data: b""
+        assert probed(f"serial:{server.port}", PROBE_TIMEOUT_S) is None
 
 
 def test_nobody_there_says_what_to_look_at(tmp_path: Path) -> None:

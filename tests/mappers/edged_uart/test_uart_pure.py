@@ -14,7 +14,7 @@ from uart_kit import MAPPERS, verified
 from edged.api import Reported, Segment
 from edged.errors import Permanent, Reason
 from edged_uart.config import UartConfig
-from edged_uart.link import port_path
+from edged_uart.link import port_path, split_baud
 from edged_uart.pages import plan
 from edged_uart.session import parse_report
 from edged_uart.stk500v2 import checksum, frame, frame_end, frame_start
@@ -106,10 +106,26 @@ def test_lines_and_properties(line: str, wanted: Reported | None) -> None:
 def test_port_names() -> None:
     assert port_path("/dev/ttyUSB0") == "/dev/ttyUSB0"
     assert port_path("by-id/usb-x") == "/dev/serial/by-id/usb-x"
-    for bad in ("ttyUSB0", "by-id/../../etc", ""):
+    for bad in ("ttyUSB0", "by-id/../../etc", "", "/dev/ttyUSB0@57600"):
         with pytest.raises(Permanent) as caught:
             port_path(bad)
         assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+@pytest.mark.parametrize(
+    ("address", "port", "baud"),
+    [
+        ("serial:/dev/ttyUSB0", "serial:/dev/ttyUSB0", None),
+        ("serial:/dev/ttyUSB0@57600", "serial:/dev/ttyUSB0", 57600),
+        ("serial:by-id/a@b@9600", "serial:by-id/a@b", 9600),
+        ("serial:by-id/a@b", "serial:by-id/a@b", None),
+        ("serial:/dev/ttyUSB0@", "serial:/dev/ttyUSB0@", None),
+        ("serial:/dev/ttyUSB0@٣", "serial:/dev/ttyUSB0@٣", None),
+        ("@9600", "@9600", None),
+    ],
+)
+def test_an_address_may_name_a_rate(address: str, port: str, baud: int | None) -> None:
+    assert split_baud(address) == (port, baud)
 
 
 @pytest.mark.parametrize(
