@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
 
 from edged.api import Device, Env, Identity, Link, LinkSpec, MapperSpec, Session, hookimpl
-from edged.errors import Permanent, Reason
+from edged.errors import EdgedError, Permanent, Reason
 from edged_mqtt.config import (
     SCHEME,
     DeviceAddress,
@@ -90,8 +90,11 @@ async def _connect(device: Device, env: Env) -> AsyncIterator[Session]:
         wire = cast(Wire, link)
         session = MqttSession(device, address.place, config, wire, env)
         async with wire.seat(address.place, credential, session):
-            await session.awaited()
-            yield session
+            try:
+                await session.awaited()
+                yield session
+            finally:
+                session.close()
 
 
 async def _credential(address: DeviceAddress, config: MqttConfig, env: Env) -> Credential:
@@ -114,6 +117,9 @@ class _Listener:
         pass
 
     def left(self, why: str) -> None:
+        pass
+
+    def over(self, fault: EdgedError) -> None:
         pass
 
     def heard(self, topic: str, payload: bytes) -> bool:

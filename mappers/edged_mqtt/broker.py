@@ -39,13 +39,15 @@ LARGEST_BYTES: Final = 1024 * 1024
 """A message to a device: it goes through the broker's memory and ours whole."""
 MOST_OUTGOING: Final = 256
 """So many messages wait for the broker at most."""
+LARGEST_HEARD_BYTES: Final = 128 * 1024
+"""A message of a device, as at the node's own endpoint."""
 MOST_RESTING: Final = 256
+MOST_RESTING_BYTES: Final = 1024 * 1024
 """Messages of one device that wait for its session; what comes beyond is lost, as if the network had lost it."""
 HELD_S: Final = 60.0
 """What a device says while no session has its seat waits for one so long: what a broker kept comes before the sessions do."""
 MOST_HELD_BYTES: Final = 4 * 1024 * 1024
 _OVERHEAD_BYTES: Final = 256
-_REPORTS: Final = SUBSCRIBED[0].removesuffix("#")
 _STEMS: Final = tuple(f"/{topic.removesuffix('#')}" for topic in SUBSCRIBED)
 
 
@@ -58,14 +60,11 @@ async def open_broker(address: BrokerAddress, config: BrokerConfig, env: Env) ->
     password = await env.credential(config.credential) if config.credential else None
     context = await asyncio.to_thread(client_context, config, env) if config.tls else None
     broker = Broker(address, config, password, context, env.count, env.log)
-    pump = asyncio.create_task(broker.run(), name=f"mqtt {address}")
-    pump.add_done_callback(broker.ended)
     try:
-        await broker.first(pump)
+        await broker.first()
         yield broker
     finally:
-        pump.cancel()
-        await asyncio.wait([pump])
+        await broker.close()
 
 
 def client_context(config: BrokerConfig, env: Env) -> ssl.SSLContext:
@@ -109,8 +108,18 @@ class Broker:
         self._before: set[str] = set()
         self._up = asyncio.Event()
         self._fault: Transient | Permanent | None = None
-        self._over = False
         self._held = _Held()
+        self._pump = self._start()
+
+    def _start(self) -> asyncio.Task[None]:
+        pump = asyncio.create_task(self._run(), name=self.address)
+        pump.add_done_callback(self._ended)
+        return pump
+
+    async def close(self) -> None:
+        """Nothing is read any more."""
+        self._pump.cancel()
+        await asyncio.wait([self._pump])
 
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
@@ -119,8 +128,9 @@ class Broker:
     @asynccontextmanager
     async def seat(self, name: str, credential: Credential, guest: Guest) -> AsyncIterator[BrokerSeat]:
         """See :meth:`edged_mqtt.wire.Wire.seat`. The broker checks credentials."""
-        if self._over:
-            raise self._fault or Transient(Reason.DEVICE_ABSENT, f"{self.address} is not read any more")
+        if self._pump.done():
+            # it ended by a fault, and all sessions with it; whoever begins anew begins here
+            self._pump = self._start()
         if name in self._seats:
             raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
         seat = BrokerSeat(self, name, guest)
@@ -135,17 +145,17 @@ class Broker:
             del self._seats[name]
             await seat.closed()
 
-    async def first(self, pump: asyncio.Task[None]) -> None:
+    async def first(self) -> None:
         """Wait for the first connection. Raises what prevented it."""
         up = asyncio.create_task(self._up.wait())
         try:
-            await asyncio.wait([up, pump], return_when=asyncio.FIRST_COMPLETED, timeout=CONNECT_S + 2)
+            await asyncio.wait([up, self._pump], return_when=asyncio.FIRST_COMPLETED, timeout=CONNECT_S + 2)
         finally:
             up.cancel()
         if not self._up.is_set():
             raise self._fault or Transient(Reason.DEVICE_ABSENT, f"{self.address} does not answer")
 
-    async def run(self) -> None:
+    async def _run(self) -> None:
         """Keep the connection, and give each message to the device's seat."""
         wait_s = FIRST_RETRY_S
         loop = asyncio.get_running_loop()
@@ -175,15 +185,18 @@ class Broker:
         for seat in list(self._seats.values()):
             seat.lost(f"the broker at {self._where} is not there")
 
-    def ended(self, pump: asyncio.Task[None]) -> None:
+    def _ended(self, pump: asyncio.Task[None]) -> None:
         """Nothing is read any more. Unless the link was closed, or never open, nobody would notice."""
-        self._over = True
         exc = None if pump.cancelled() else pump.exception()
-        if exc is not None:
-            self._fault = Transient(Reason.DEVICE_ABSENT, f"{self.address} is not read any more: {exc!r}")
-            self._log.error("broker not read any more", exc_info=exc)
-            self.count("broker_lost")
-            self._lost()
+        if exc is None:
+            return
+        fault = Transient(Reason.LINK_LOST, f"{self.address} is not read any more: {exc!r}")
+        self._log.error("broker not read any more", exc_info=exc)
+        self._held = _Held()
+        self.present.clear()
+        for seat in list(self._seats.values()):
+            seat.guest.over(fault)
+        self.count("broker_lost")
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[aiomqtt.Client]:
@@ -222,6 +235,7 @@ class Broker:
     def _properties(self) -> Properties:
         """With a name of its own the broker keeps what devices say meanwhile (v5 3.1.2.11.2)."""
         found = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
+        found.MaximumPacketSize = LARGEST_HEARD_BYTES
         if self._config.client_id:
             found.SessionExpiryInterval = SESSION_S
         return found
@@ -246,8 +260,8 @@ class Broker:
             seat.received(rest, data)
             return
         now = asyncio.get_running_loop().time()
-        # a request for a chunk is made again, what a device runs it may say but once
-        if rest.startswith(_REPORTS) and not self._held.put(prefix, rest, data, now):
+        # what a device runs it may say but once, and not every one asks twice for a chunk
+        if not self._held.put(prefix, rest, data, now):
             self.count("dropped")
 
     async def subscribe(self, filters: list[tuple[str, SubscribeOptions]]) -> None:
@@ -321,6 +335,7 @@ class BrokerSeat:
         self.guest = guest
         self._resting = False
         self._waiting: deque[tuple[str, bytes]] = deque()
+        self._waiting_bytes = 0
         self._telling: set[asyncio.Task[None]] = set()
 
     @property
@@ -333,8 +348,10 @@ class BrokerSeat:
             self._broker.present.add(self._prefix)
             self.guest.arrived()
         if self._resting:
-            if len(self._waiting) < MOST_RESTING:
+            size = _held_bytes(topic, payload)
+            if len(self._waiting) < MOST_RESTING and self._waiting_bytes + size <= MOST_RESTING_BYTES:
                 self._waiting.append((topic, payload))
+                self._waiting_bytes += size
             else:
                 self._broker.count("dropped")
             return
@@ -345,6 +362,7 @@ class BrokerSeat:
         if self.present:
             self._broker.present.discard(self._prefix)
             self._waiting.clear()
+            self._waiting_bytes = 0
             self._resting = False
             self.guest.left(why)
 
@@ -380,10 +398,16 @@ class BrokerSeat:
     def more(self) -> None:
         self._resting = False
         while self._waiting and not self._resting:
-            self._resting = not self.guest.heard(*self._waiting.popleft())
+            topic, payload = self._waiting.popleft()
+            self._waiting_bytes -= _held_bytes(topic, payload)
+            self._resting = not self.guest.heard(topic, payload)
 
     def expel(self, why: str) -> None:
         """Its connection is the broker's: it is only not listened to until it begins anew."""
+        self.lost(why)
+
+    def dismiss(self, why: str) -> None:
+        """As :meth:`expel`."""
         self.lost(why)
 
     async def closed(self) -> None:

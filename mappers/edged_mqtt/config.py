@@ -137,6 +137,7 @@ class ListenConfig:
     - ``client_certificates``: ``"optional"``, or ``"required"``: nobody connects without one.
     - ``plain``: also without TLS on an address that is not loopback.
     - ``connections``: so many at a time.
+    - ``longest_silence_s``: of whom nothing is heard for so long its connection is ended, whatever keep-alive it asked for.
     """
 
     certificate: str = key("", _FILE)
@@ -145,6 +146,7 @@ class ListenConfig:
     client_certificates: str = key("optional", one_of("optional", "required"))
     plain: bool = key(False, flag())
     connections: int = key(1024, whole(1, 65_536))
+    longest_silence_s: float = key(1800.0, seconds(1, 86_400))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,10 @@ No broker: there is no routing between clients, nothing is retained or kept for 
 are granted and not looked at. The topics of ThingsBoard's device API name no device ("me"), so that who sends is known by the
 credential of the connection alone; and its own client subscribes filters that no topic matches.
 
-What a client can do is bounded: the size of a packet, the time until its CONNECT, silence beyond its keep-alive, connections
-in all and without a credential, and how fast one credential may throw itself out.
+What a client can do is bounded: the size of a packet, the time until its CONNECT, silence beyond its keep-alive or the node's
+own bound, connections in all and without a credential, and how fast one credential may throw itself out.
+
+A device keeps its connection from one session to the next: what it says in between waits.
 """
 
 from __future__ import annotations
@@ -60,6 +62,12 @@ FIRST_REST_S: Final = 1.0
 LONGEST_REST_S: Final = 60.0
 FORGIVEN_S: Final = 600.0
 """Who was thrown out for what it did is not let in for so long; twice as long each time, until it was good for a while."""
+KEPT_S: Final = 60.0
+"""A device stays connected for so long where its session ended, so that the next one finds it there."""
+MOST_HELD: Final = 32
+"""So many of its messages wait for that next session; then it is not read."""
+MOST_TOLD_BYTES: Final = 256 * 1024
+"""So much waits for a client that does not read, or that is in the middle of a long message."""
 
 _BUSY: Final = frozenset({errno.EADDRINUSE})
 
@@ -78,7 +86,7 @@ async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) 
             "key_credential in the [[link]] table, or plain = true",
         )
     context = await asyncio.to_thread(server_context, config, env) if config.certificate else None
-    endpoint = Endpoint(f"mqtt:{address}", config.connections, env.count, env.log)
+    endpoint = Endpoint(f"mqtt:{address}", config, env.count, env.log)
     try:
         # not asyncio's listener: that one begins TLS with whoever comes, before anybody is asked
         family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
@@ -122,16 +130,17 @@ class Endpoint:
     def __init__(
         self,
         address: str,
-        most: int,
+        config: ListenConfig,
         count: Callable[[str], None],
         log: logging.LoggerAdapter[logging.Logger],
     ) -> None:
         self.address = address
         self.count = count
         self.log = log
-        self._most = most
-        self._seats: dict[bytes, EndpointSeat] = {}
-        self._names: set[str] = set()
+        self.longest_silence_s = config.longest_silence_s
+        self._most = config.connections
+        self._seats: dict[str, EndpointSeat] = {}
+        self._keys: dict[bytes, EndpointSeat] = {}
         self._rests: dict[str, _Rest] = {}
         self._memories: dict[str, dict[str, object]] = {}
         self._connections: set[Connection] = set()
@@ -147,23 +156,36 @@ class Endpoint:
     @asynccontextmanager
     async def seat(self, name: str, credential: Credential, guest: Guest) -> AsyncIterator[EndpointSeat]:
         """See :meth:`edged_mqtt.wire.Wire.seat`."""
-        key = credential.key()
-        if name in self._names:
-            raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
-        if key in self._seats:
-            raise Permanent(
-                Reason.CONFIG_INVALID, f"{name} and {self._seats[key].name} have the same credential"
-            )
-        seat = EndpointSeat(name, credential, guest, self._rests.setdefault(name, _Rest()))
-        guest.seated(seat)
-        self._seats[key] = seat
-        self._names.add(name)
+        seat = self._seat_of(name, credential)
+        seat.take(guest)
         try:
             yield seat
         finally:
-            del self._seats[key]
-            self._names.discard(name)
-            seat.dismiss("its session ended")
+            seat.vacate()
+
+    def _seat_of(self, name: str, credential: Credential) -> EndpointSeat:
+        """The one that it had before, where it still has the same credential; else a new one."""
+        key, seat = credential.key(), self._seats.get(name)
+        if seat is not None and seat.guest is not None:
+            raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
+        other = self._keys.get(key)
+        if other is not None and other is not seat:
+            if other.guest is not None:
+                text = f"{name} and {other.name} have the same credential"
+                raise Permanent(Reason.CONFIG_INVALID, text)
+            self._remove(other)
+        if seat is not None and seat.credential != credential:
+            self._remove(seat)
+            seat = None
+        if seat is None:
+            seat = EndpointSeat(name, credential, self._rests.setdefault(name, _Rest()), self.count)
+            self._seats[name] = self._keys[key] = seat
+        return seat
+
+    def _remove(self, seat: EndpointSeat) -> None:
+        """Its credential is not the device's any more."""
+        del self._seats[seat.name], self._keys[seat.credential.key()]
+        seat.dismiss("it has another credential by now")
 
     # -- for connections
 
@@ -230,13 +252,13 @@ class Endpoint:
     def find(self, hello: Connect, common_name: str | None) -> EndpointSeat | None:
         """Whose credential it is. A certificate that was verified says it alone, where a device is known by it."""
         if common_name is not None:
-            seat = self._seats.get(digest(Proof.CERTIFICATE, common_name))
+            seat = self._keys.get(digest(Proof.CERTIFICATE, common_name))
             if seat is not None:
                 return seat
         if hello.user is None:
             return None
         for proof in (Proof.TOKEN, Proof.PASSWORD):
-            seat = self._seats.get(digest(proof, hello.user))
+            seat = self._keys.get(digest(proof, hello.user))
             if seat is not None:
                 return seat if seat.credential.admits(hello.password) else None
         return None
@@ -250,6 +272,8 @@ class Endpoint:
             task.cancel()
         if greeting:
             await asyncio.wait(greeting)
+        for seat in self._seats.values():
+            seat.close()
         ending = [connection.ended for connection in self._connections]
         for connection in list(self._connections):
             connection.end(Code.SHUTTING_DOWN)
@@ -278,13 +302,49 @@ class _Rest:
 class EndpointSeat:
     """One device's place; see :class:`~edged_mqtt.wire.Seat`."""
 
-    def __init__(self, name: str, credential: Credential, guest: Guest, rest: _Rest) -> None:
+    def __init__(self, name: str, credential: Credential, rest: _Rest, count: Callable[[str], None]) -> None:
         self.rest = rest
         self.name = name
         self.credential = credential
-        self.guest = guest
+        self.guest: Guest | None = None
+        self._count = count
         self._connection: Connection | None = None
         self._taken: deque[float] = deque(maxlen=TAKEOVERS)
+        self._held: deque[tuple[str, bytes]] = deque()
+        self._leaving: asyncio.TimerHandle | None = None
+
+    # -- for the endpoint
+
+    def take(self, guest: Guest) -> None:
+        """A session begins; a device that is there has not come anew by that."""
+        self.close()
+        guest.seated(self)
+        self.guest = guest
+        self.more()
+
+    def vacate(self) -> None:
+        """The session ended. The next one is soon there, or the device has to go."""
+        self.guest = None
+        if self._connection is not None:
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(KEPT_S, self.dismiss, "it has had no session for a while")
+
+    def close(self) -> None:
+        """Nothing happens any more by itself."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+            self._leaving = None
+
+    # -- for the connection
+
+    def heard(self, topic: str, payload: bytes) -> bool:
+        """The device sent a message. Whether it may send more."""
+        if self.guest is not None and not self._held:
+            return self.guest.heard(topic, payload)
+        self._held.append((topic, payload))
+        return self.guest is None and len(self._held) < MOST_HELD
+
+    # -- edged_mqtt.wire.Seat
 
     @property
     def present(self) -> bool:
@@ -312,13 +372,16 @@ class EndpointSeat:
             self.stand(old, "its credential was used on another connection")
             old.end(Code.TAKEN_OVER)
         self._connection = connection
-        self.guest.arrived()
+        if self.guest is not None:
+            self.guest.arrived()
 
     def stand(self, connection: Connection, why: str) -> None:
         """``connection`` is over."""
         if self._connection is connection:
             self._connection = None
-            self.guest.left(why)
+            self._held.clear()
+            if self.guest is not None:
+                self.guest.left(why)
 
     @property
     def ready(self) -> bool:
@@ -351,11 +414,13 @@ class EndpointSeat:
                 connection.abort("a message broke off")
 
     def tell(self, topic: str, payload: bytes) -> None:
-        connection = self._connection
-        if connection is not None and not connection.streaming and not connection.is_full:
-            connection.publish(topic, payload)
+        if self._connection is not None and not self._connection.publish_soon(topic, payload):
+            self._count("dropped")
 
     def more(self) -> None:
+        while self._held:
+            if self.guest is None or not self.guest.heard(*self._held.popleft()):
+                return
         if self._connection is not None:
             self._connection.resume()
 
@@ -401,6 +466,8 @@ class Connection(asyncio.Protocol):
         self._room: asyncio.Future[None] | None = None
         self._why = "its connection was closed"
         self._control, self._control_at = CONTROL_AT_ONCE, self._heard_at
+        self._soon: deque[tuple[str, bytes]] = deque()
+        self._soon_bytes = 0
 
     # -- asyncio.Protocol
 
@@ -458,6 +525,19 @@ class Connection(asyncio.Protocol):
             return
         self.write(b"".join((head, payload)))
 
+    def publish_soon(self, topic: str, payload: bytes) -> bool:
+        """:meth:`publish`, at once or when the client has read what it was sent before. False where too much waits."""
+        if self._over:
+            return True
+        if not self.streaming and not self.is_full:
+            self.publish(topic, payload)
+            return True
+        if self._soon_bytes + len(payload) > MOST_TOLD_BYTES:
+            return False
+        self._soon.append((topic, payload))
+        self._soon_bytes += len(payload) + MOST_HEAD_BYTES
+        return True
+
     @property
     def is_full(self) -> bool:
         """Whether the client does not read what it was sent, or is gone."""
@@ -490,6 +570,8 @@ class Connection(asyncio.Protocol):
         """Cut off at once."""
         self._why = why
         self._over = True
+        if self._seat is not None:
+            self._seat.stand(self, why)
         self._transport.abort()
 
     # -- inside
@@ -500,7 +582,7 @@ class Connection(asyncio.Protocol):
         self._loop.call_later(FAREWELL_S, self._transport.abort)
 
     def _look(self) -> None:
-        """Silence beyond one and a half times the keep-alive (v5 3.1.2.10), or no CONNECT in time."""
+        """Silence for too long, or no CONNECT in time."""
         silent_s = self._loop.time() - self._heard_at
         # a client whose bytes are not read because it sent too many is not silent, nor one that has a long message to read
         unread = self._resting or (self.streaming and not self._transport.is_reading())
@@ -519,6 +601,10 @@ class Connection(asyncio.Protocol):
         return self._resting or self.streaming or self._room is not None
 
     def _go_on(self) -> None:
+        while self._soon and not self.streaming and not self.is_full:
+            topic, payload = self._soon.popleft()
+            self._soon_bytes -= len(payload) + MOST_HEAD_BYTES
+            self.publish(topic, payload)
         if not self._over and not self._waits:
             self._heard_at = self._loop.time()
             self._transport.resume_reading()
@@ -541,7 +627,7 @@ class Connection(asyncio.Protocol):
             self._endpoint.count("malformed")
             self._why = f"it does not keep to MQTT: {exc}"
             if not self._greeted and exc.code in (Code.UNSUPPORTED_VERSION, Code.BAD_CLIENT_ID):
-                self._transport.write(packets.connack(packets.V3, exc.code, 0))
+                self._transport.write(packets.connack(packets.V3, exc.code))
             self.end(exc.code)
 
     def _next(self) -> bool:
@@ -587,6 +673,9 @@ class Connection(asyncio.Protocol):
         if seat is None:
             self._refuse_later("login_refused", Code.BAD_CREDENTIAL)
             return
+        if seat.guest is None:
+            self._refuse_later("not_served", Code.UNAVAILABLE)
+            return
         if seat.rest.lasts(self._loop.time()):
             self._refuse_later("must_rest", Code.BUSY)
             return
@@ -596,19 +685,26 @@ class Connection(asyncio.Protocol):
         self._seat, self._greeted = seat, True
         self._endpoint.known(self)
         self._most_bytes = LARGEST_PACKET_BYTES
-        self._mind_keep_alive(hello.keep_alive_s)
         self.largest_bytes = hello.most_bytes
-        assigned = "" if hello.client_id else seat.name
-        self.write(packets.connack(self.version, Code.SUCCESS, LARGEST_PACKET_BYTES, assigned))
+        answer = packets.Connack(
+            LARGEST_PACKET_BYTES,
+            assigned="" if hello.client_id else seat.name,
+            keep_alive_s=self._mind_keep_alive(hello.keep_alive_s),
+        )
+        self.write(packets.connack(self.version, Code.SUCCESS, answer))
         seat.sit(self)
 
-    def _mind_keep_alive(self, keep_alive_s: int) -> None:
+    def _mind_keep_alive(self, keep_alive_s: int) -> int | None:
+        """Watch for one and a half times the keep-alive (v5 3.1.2.10), and no longer than this node bears silence. The
+        keep-alive that the client is to have instead of its own, None: its own."""
+        longest_s = self._endpoint.longest_silence_s
+        own_s = 1.5 * keep_alive_s
+        too_long = not 0 < own_s <= longest_s
+        self._silence_s = longest_s if too_long else own_s
         if self._watch is not None:
             self._watch.cancel()
-            self._watch = None
-        if keep_alive_s:
-            self._silence_s = 1.5 * keep_alive_s
-            self._watch = self._loop.call_later(self._silence_s, self._look)
+        self._watch = self._loop.call_later(self._silence_s, self._look)
+        return max(1, int(longest_s / 1.5)) if too_long else None
 
     def _refuse_later(self, event: str, code: Code) -> None:
         self._endpoint.count(event)
@@ -618,14 +714,14 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, code: Code) -> None:
         if not self._over:
-            self._transport.write(packets.connack(self.version, code, 0))
+            self._transport.write(packets.connack(self.version, code))
             self._close()
 
     def _published(self, first: int, body: bytes) -> None:
         message = packets.parse_publish(first, body, self.version)
         if message.qos:
             self.write(packets.puback(message.number))
-        if self._seat is not None and not self._seat.guest.heard(message.topic, message.payload):
+        if self._seat is not None and not self._seat.heard(message.topic, message.payload):
             self._resting = True
             self._transport.pause_reading()
 

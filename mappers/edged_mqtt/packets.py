@@ -50,6 +50,7 @@ class Code(IntEnum):
     UNSUPPORTED_VERSION = 0x84
     BAD_CLIENT_ID = 0x85
     BAD_CREDENTIAL = 0x86
+    UNAVAILABLE = 0x88
     BUSY = 0x89
     SHUTTING_DOWN = 0x8B
     KEEP_ALIVE = 0x8D
@@ -65,6 +66,7 @@ _RETURN_CODES: Final = {
     Code.UNSUPPORTED_VERSION: 1,
     Code.BAD_CLIENT_ID: 2,
     Code.BUSY: 3,
+    Code.UNAVAILABLE: 3,
     Code.BAD_CREDENTIAL: 4,
 }
 """The same in v3 (3.2.2.3), where there is one; 5 is "not authorized"."""
@@ -298,17 +300,31 @@ def length_bytes(length: int) -> bytes:
     return bytes(out)
 
 
-def connack(version: int, code: Code, most_bytes: int, assigned: str = "") -> bytes:
-    """CONNACK (v5 3.2) without a session. To v5 it says what this server does not do, how large a packet may be, and the
-    identifier that was ``assigned`` to a client without one (v5 3.2.2.3.7)."""
+@dataclass(frozen=True, slots=True)
+class Connack:
+    """What CONNACK tells a client of v5 that is let in (v5 3.2.2.3): how large a packet may be; the identifier that it is
+    ``assigned``, empty where it has one; the keep-alive that it is to have instead of its own, None where that is well."""
+
+    most_bytes: int
+    assigned: str = ""
+    keep_alive_s: int | None = None
+
+
+def connack(version: int, code: Code, told: Connack | None = None) -> bytes:
+    """CONNACK (v5 3.2) without a session. To v5 it says what this server does not do, and what ``told`` has."""
     if version != V5:
         return _packet(Kind.CONNACK << 4, bytes([0, _RETURN_CODES.get(code, 5)]))
     properties = b""
-    if code is Code.SUCCESS:
+    if told is not None:
         # Maximum QoS, Retain Available, Maximum Packet Size, Wildcard, Subscription Identifier and Shared Subscription
-        properties = struct.pack(">BBBBBI", 0x24, 1, 0x25, 0, 0x27, most_bytes) + bytes([0x29, 0, 0x2A, 0])
-        if assigned:
-            properties += b"\x12" + len(assigned.encode()).to_bytes(2, "big") + assigned.encode()
+        properties = struct.pack(">BBBBBI", 0x24, 1, 0x25, 0, 0x27, told.most_bytes) + bytes(
+            [0x29, 0, 0x2A, 0]
+        )
+        if told.assigned:
+            name = told.assigned.encode()
+            properties += b"\x12" + len(name).to_bytes(2, "big") + name
+        if told.keep_alive_s is not None:
+            properties += b"\x13" + min(told.keep_alive_s, 0xFFFF).to_bytes(2, "big")
     return _packet(Kind.CONNACK << 4, bytes([0, code]), length_bytes(len(properties)), properties)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,32 +30,42 @@ from edged.api import (
     Slot,
     Slots,
 )
-from edged.errors import Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_mqtt import thingsboard as tb
 from edged_mqtt.config import MqttConfig
 from edged_mqtt.news import News
-from edged_mqtt.thingsboard import ChunkRequest, Misbehaved, Numbers, Offer, Told
+from edged_mqtt.thingsboard import ChunkRequest, Misbehaved, Numbers, Offer, Told, Values
 from edged_mqtt.transfer import STREAM_BYTES, Peer, Transfer
 from edged_mqtt.wire import Seat, Wire
 
 CEILING_BYTES_PER_S: Final = 12_500_000.0
 """Ethernet of 100 Mbit/s: what is behind a socket nobody knows."""
-MOST_PENDING: Final = 256
 MESSAGES_PER_S: Final = 50.0
 MESSAGES_AT_ONCE: Final = 500.0
 """Messages of a device that are no requests for chunks."""
+MESSAGE_BYTES: Final = 4096
+"""A larger one counts once more for each of these."""
+EARLY_S: Final = 5.0
+"""So long is an image awaited for a device that asks for chunks of none: after a cut it may go on before anybody looked."""
 _EVIDENCE_CHARS: Final = 200
 
 
 @dataclass(slots=True)
 class Memory:
-    """What is known of a device from one session to the next. ``values``: what it reported, and when; ``client``: which of that
-    were attributes; ``shared``: what it was given."""
+    """What is known of a device from one session to the next.
+
+    ``values``: what it reported; ``client``: the names of those that were attributes; ``shared``: what it was given;
+    ``numbers``: of its requests; ``early``: requests that came while nothing was offered; ``withdrawn``: the component of an
+    offer that came to nothing, which it was not told yet.
+    """
 
     told: Told = field(default_factory=Told)
-    values: dict[str, tuple[float, JsonValue]] = field(default_factory=dict)
-    client: dict[str, JsonValue] = field(default_factory=dict)
+    values: Values = field(default_factory=Values)
+    client: set[str] = field(default_factory=set)
     shared: dict[str, JsonValue] = field(default_factory=dict)
+    numbers: Numbers = field(default_factory=Numbers)
+    early: deque[ChunkRequest] = field(default_factory=deque)
+    withdrawn: str = ""
 
 
 class MqttSession:
@@ -74,7 +85,8 @@ class MqttSession:
         self._memory = memory
         self._told, self._values = memory.told, memory.values
         self._transfer: Transfer | None = None
-        self._numbers = Numbers()
+        self._early_timer: asyncio.TimerHandle | None = None
+        self._over: EdgedError | None = None
         self._proved: tuple[str | None, str | None] = None, None
         self._pending: dict[str, Reported] = {}
         self._report_news = News()
@@ -94,22 +106,37 @@ class MqttSession:
     def seated(self, seat: Seat) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self.seat = seat
+        if not seat.present:
+            self._memory.early.clear()
+        elif self._memory.early:
+            self._await_offer()
+
+    def over(self, fault: EdgedError) -> None:
+        """See :class:`~edged_mqtt.wire.Guest`."""
+        self._over = fault
+        self._wake()
 
     def arrived(self) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self._asked_version = False
         self._unoffered = 0
-        self._numbers.clear()
+        self._memory.numbers.reconnected()
+        self._forget_early()
         if self._transfer is not None:
             self._transfer.arrived()
+        if self._memory.withdrawn:
+            self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(self._memory.withdrawn))
+            self._memory.withdrawn = ""
         # another board may have been given the same credential
-        self._values.pop(self._config.hardware_key, None)
+        self._values.forget(self._config.hardware_key)
+        self._memory.client.discard(self._config.hardware_key)
         self._told.reconnected(self._loop.time())
         self._wake()
 
     def left(self, why: str) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self._why_away = why
+        self._forget_early()
         if self._transfer is not None:
             self._transfer.left(why)
         self._wake()
@@ -126,7 +153,7 @@ class MqttSession:
             self._stop(exc)
         except ValueError:
             self._env.count("unreadable")
-        return self._has_room()
+        return self._has_room(len(topic) + len(payload))
 
     def _wake(self) -> None:
         self._news.set()
@@ -139,9 +166,30 @@ class MqttSession:
         self._unoffered += 1
         if self._unoffered > tb.STRAY:
             raise Misbehaved("not_offered", "it asks for chunks and is offered nothing", "NOT_FOUND")
-        self._env.count("stray_request")
-        self.seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
-        return self._has_room()
+        self._memory.early.append(request)
+        self._await_offer()
+        return self._has_room(0)
+
+    def _await_offer(self) -> None:
+        if self._early_timer is None:
+            self._early_timer = self._loop.call_later(EARLY_S, self._refuse_early)
+
+    def _refuse_early(self) -> None:
+        """There is nothing of what it asked for."""
+        for request in self._memory.early:
+            self._env.count("stray_request")
+            self.seat.tell(f"v2/{request.component}/error", b"NOT_FOUND")
+        self._forget_early()
+
+    def _forget_early(self) -> None:
+        self._memory.early.clear()
+        self.close()
+
+    def close(self) -> None:
+        """The session ends: nothing happens any more by itself."""
+        if self._early_timer is not None:
+            self._early_timer.cancel()
+            self._early_timer = None
 
     def _said(self, topic: str, payload: bytes) -> None:
         """A message that is no request for a chunk. Raises ValueError where it cannot be read."""
@@ -149,28 +197,31 @@ class MqttSession:
             self._reported(dict(tb.reported(payload)), is_attribute=topic == tb.ATTRIBUTES)
         elif (number := tb.request_number(topic, tb.ATTRIBUTES_REQUEST)) is not None:
             offered = self._transfer.offer.attributes if self._transfer else {}
-            answer = tb.attributes_answer(payload, self._memory.client, {**self._memory.shared, **offered})
+            client = {name: self._values[name] for name in self._memory.client}
+            answer = tb.attributes_answer(payload, client, {**self._memory.shared, **offered})
             self.seat.tell(tb.ATTRIBUTES_RESPONSE + number, answer)
         elif (number := tb.request_number(topic, tb.RPC_REQUEST)) is not None:
             self.seat.tell(tb.RPC_RESPONSE + number, tb.rpc_answer(payload))
 
     def _reported(self, values: Mapping[str, JsonValue], *, is_attribute: bool) -> None:
         now = self._loop.time()
-        self._told.take(self._config.component, values, now)
-        for name, value in values.items():
-            if name not in self._values and len(self._values) >= MOST_PENDING:
+        fitting = {name: value for name, value in values.items() if tb.fits(name, value)}
+        for _ in range(len(values) - len(fitting)):
+            self._env.count("too_large")
+        self._told.take(self._config.component, fitting, now)
+        for name, value in fitting.items():
+            if not self._values.put(name, value, now):
                 self._env.count("too_many_names")
                 continue
-            self._values[name] = (now, value)
             self._pending[name] = Reported(name, value, self._config.units.get(name))
             if is_attribute:
-                self._memory.client[name] = value
+                self._memory.client.add(name)
         self._wake()
 
-    def _has_room(self) -> bool:
-        """Whether the device may send more at once; where not, it is read again when it may."""
-        now = self._loop.time()
-        self._tokens = min(MESSAGES_AT_ONCE, self._tokens + (now - self._filled_at) * MESSAGES_PER_S) - 1
+    def _has_room(self, size: int) -> bool:
+        """Whether the device may send more at once after ``size`` bytes; where not, it is read again when it may."""
+        now, cost = self._loop.time(), 1 + size // MESSAGE_BYTES
+        self._tokens = min(MESSAGES_AT_ONCE, self._tokens + (now - self._filled_at) * MESSAGES_PER_S) - cost
         self._filled_at = now
         if self._tokens >= 0:
             return True
@@ -187,11 +238,13 @@ class MqttSession:
     # -- edged.api.Session
 
     async def awaited(self) -> None:
-        """Wait for the device, as long as it takes."""
-        if not self.seat.present:
+        """Wait for the device, as long as it takes. Raises what the wire ended with."""
+        if not self.seat.present and self._over is None:
             with self._env.away(f"{self._device.id}: {self._why_away}"):
-                while not self.seat.present:
+                while not self.seat.present and self._over is None:
                     await self._report_news.wait(None)
+        if self._over is not None:
+            raise self._over
 
     async def identify(self) -> Identity:
         """Whose credential it is; with ``hardware_key``, what the device says in that attribute.
@@ -207,7 +260,7 @@ class MqttSession:
                     text = f"{self._device.id} did not say its {key} within {self._config.report_s:g} s"
                     raise Transient(Reason.NO_RESPONSE, text)
                 self._require()
-            hardware_id = _text(self._values[key][1])
+            hardware_id = _text(self._values[key])
         return Identity(hardware_id, self._name, {"protocol": "thingsboard"})
 
     async def reports(self) -> AsyncIterator[Reported]:
@@ -230,10 +283,9 @@ class MqttSession:
         deadline = begun + self._config.confirm_s
         value = desired.value
         while self._loop.time() < deadline:
-            told_at, told = self._values.get(desired.name, (0.0, None))
-            if told_at > begun:
-                value = told
-                if told == desired.value:
+            if self._values.told_at(desired.name) > begun:
+                value = self._values[desired.name]
+                if value == desired.value:
                     break
             if not await self._news.wait(deadline):
                 break
@@ -254,9 +306,8 @@ class MqttSession:
             told = self._told
             if told.version is not None and self._is_another:
                 return Health(False, f"it runs {told.title} {told.version} by now"[:_EVIDENCE_CHARS])
-            at, value = self._values.get(check.query, (-1.0, None))
-            if at >= told.since and not self._is_another:
-                seen = f"{check.query}={_text(value)}"[:_EVIDENCE_CHARS]
+            if self._values.told_at(check.query) >= told.since and not self._is_another:
+                seen = f"{check.query}={_text(self._values[check.query])}"[:_EVIDENCE_CHARS]
                 if pattern.search(seen):
                     return Health(True, seen)
             if not await self._news.wait(deadline):
@@ -300,21 +351,59 @@ class MqttSession:
         if await self._runs_already(offer):
             self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             return
-        peer = Peer(
-            self._device.id, self._config, self.seat, self._told, self._numbers, self._env.count, self._stop
-        )
-        transfer = self._transfer = Transfer(peer, offer, image, progress)
+        transfer = self._transfer = Transfer(self._peer, offer, image, progress)
         self._told.offered()
-        is_given = False
+        self._unoffered = 0
+        is_given = is_tried_again = False
         try:
-            await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
+            if not self._goes_on(transfer):
+                await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
+            self._memory.withdrawn = ""
             await transfer.run()
             is_given = True
             self._proved = self._told.title, self._told.version
+        except Transient:
+            is_tried_again = True
+            raise
         finally:
-            if not is_given:
-                self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             self._transfer = None
+            if not is_given:
+                self._withdraw(offer, is_tried_again=is_tried_again)
+
+    @property
+    def _peer(self) -> Peer:
+        return Peer(
+            self._device.id,
+            self._config,
+            self.seat,
+            self._told,
+            self._memory.numbers,
+            self._env.count,
+            self._stop,
+        )
+
+    def _goes_on(self, transfer: Transfer) -> bool:
+        """Whether the device is in the middle of this image, and has asked for more of it: a new offer would make it begin
+        anew, and take the chunk that it waits for as the first one."""
+        early, numbers = list(self._memory.early), self._memory.numbers
+        if not early or not all(numbers.stood_for(request.number, transfer.offer) for request in early):
+            self._refuse_early()
+            return False
+        self._forget_early()
+        for request in early:
+            transfer.resumes(request)
+        return True
+
+    def _withdraw(self, offer: Offer, *, is_tried_again: bool) -> None:
+        """Tell that the image is not offered any more: at once, or where the job is over when the device is back. One of which
+        nobody knows what it boots has to come anew, and say what it runs."""
+        if self.seat.present:
+            self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
+            self._memory.numbers.withdrawn()
+            if self._told.is_unsure:
+                self.seat.dismiss("it has to say anew what it runs")
+        elif not is_tried_again:
+            self._memory.withdrawn = offer.component
 
     async def activate(self) -> None:
         """Nothing: the device booted it by itself, or ``stage`` would not have ended."""
@@ -358,6 +447,8 @@ class MqttSession:
                 return
 
     def _require(self) -> None:
+        if self._over is not None:
+            raise self._over
         if not self.seat.present:
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device.id}: {self._why_away}")
 

@@ -7,6 +7,7 @@ After the reference "MQTT Device API" and "OTA updates" of ThingsBoard 3.x and i
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from collections import OrderedDict
@@ -46,6 +47,11 @@ STRAY: Final = 8
 """So often may it ask under a number that belongs to another image, or for the other component."""
 MOST_NUMBERS: Final = 64
 """Of a device's requests, on one connection."""
+MOST_NAME_CHARS: Final = 128
+MOST_VALUE_CHARS: Final = 4096
+MOST_NAMES: Final = 256
+MOST_VALUES_CHARS: Final = 256 * 1024
+"""What is kept of what a device reports: of one name and of one value, as JSON, and in all."""
 DEEPEST: Final = 32
 """So many objects and lists may lie in one another: what is read must also be written again, from deeper in the stack."""
 _MOST_DIGITS: Final = 9
@@ -129,6 +135,8 @@ class Numbers:
     def __init__(self) -> None:
         self._offers: OrderedDict[str, Offer] = OrderedDict()
         self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._former: Mapping[str, Offer] = {}
+        self._former_sizes: Mapping[str, int] = {}
 
     def stands_for(self, number: str, offer: Offer) -> bool:
         """Whether ``number`` is that of ``offer``; one that is new is so from now on."""
@@ -138,15 +146,26 @@ class Numbers:
             return True
         return known is offer or known == offer
 
+    def stood_for(self, number: str, offer: Offer) -> bool:
+        """Whether ``number`` is that of ``offer``, also where the device began under it on its former connection."""
+        return offer in (self._offers.get(number), self._former.get(number))
+
     def size(self, number: str, size_bytes: int | None) -> int | None:
         """``size_bytes``, or where that is None what it was before under this number."""
-        known = self._sizes.get(number)
+        known = self._sizes.get(number) or self._former_sizes.get(number)
         if size_bytes is not None and size_bytes != known:
             _keep(self._sizes, number, size_bytes)
         return size_bytes or known
 
-    def clear(self) -> None:
+    def reconnected(self) -> None:
         """It is another connection."""
+        self._former, self._former_sizes = dict(self._offers), dict(self._sizes)
+        self._offers.clear()
+        self._sizes.clear()
+
+    def withdrawn(self) -> None:
+        """The device knows that what it began is not offered any more."""
+        self._former, self._former_sizes = {}, {}
         self._offers.clear()
         self._sizes.clear()
 
@@ -239,6 +258,11 @@ class Told:
         return True
 
     @property
+    def is_unsure(self) -> bool:
+        """Whether what it said last does not tell what it runs."""
+        return self.is_booting or (self.state == UPDATED and not self.names_version)
+
+    @property
     def is_booting(self) -> bool:
         """Whether it may run something else any time."""
         return self.state in BOOTING or self.awaits is not None
@@ -321,6 +345,11 @@ class Download:
         """Whether every byte was sent in this round."""
         return self._distinct >= self.size_bytes
 
+    def resumed(self, offset: int) -> None:
+        """It has what is before ``offset``, from before."""
+        self._distinct = self.acknowledged_bytes = offset
+        self._sent[0] = offset
+
     def finished(self) -> None:
         """The device says that it has it all."""
         self.acknowledged_bytes = self.size_bytes
@@ -331,6 +360,51 @@ class Download:
                 self.size_bytes, self.acknowledged_bytes + self._sent.get(self._last, 0)
             )
             self._last = None
+
+
+def fits(name: str, value: JsonValue) -> bool:
+    """Whether a value is none too large to be kept, nor its name."""
+    return len(name) <= MOST_NAME_CHARS and _chars(value) <= MOST_VALUE_CHARS
+
+
+def _chars(value: JsonValue) -> int:
+    return len(value) if isinstance(value, str) else len(json.dumps(value, ensure_ascii=False))
+
+
+class Values(Mapping[str, JsonValue]):
+    """What a device reported last under each name, and when: bounded in number and in characters."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[float, int, JsonValue]] = {}
+        self._chars = 0
+
+    def put(self, name: str, value: JsonValue, now: float) -> bool:
+        """Whether there was room; what it replaces is gone only where there was."""
+        _, before, _ = self._values.get(name, (0.0, 0, None))
+        chars = len(name) + _chars(value)
+        total = self._chars - before + chars
+        if (name not in self._values and len(self._values) >= MOST_NAMES) or total > MOST_VALUES_CHARS:
+            return False
+        self._values[name] = (now, chars, value)
+        self._chars = total
+        return True
+
+    def told_at(self, name: str) -> float:
+        """When it was reported last, of the loop's clock; before all times where it never was."""
+        return self._values[name][0] if name in self._values else -math.inf
+
+    def forget(self, name: str) -> None:
+        if name in self._values:
+            self._chars -= self._values.pop(name)[1]
+
+    def __getitem__(self, name: str) -> JsonValue:
+        return self._values[name][2]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 def encoded(value: JsonValue) -> bytes:

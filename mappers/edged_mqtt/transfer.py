@@ -114,6 +114,14 @@ class Transfer:
         self._resting = len(self._requests) >= MOST_REQUESTS
         return not self._resting
 
+    def resumes(self, request: ChunkRequest) -> None:
+        """The device asked for that before this began: it is in the middle of the image. In order, as far as anybody knows."""
+        extent = self._extent(request)
+        if extent is not None and not self._requests:
+            self._download.resumed(extent[0])
+        self._requests.append(request)
+        self._wake.set()
+
     def heard(self) -> None:
         """The device said something else."""
         self._wake.set()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from edged.errors import EdgedError
+
 
 class Proof(StrEnum):
     """How a device shows who it is."""
@@ -50,7 +52,10 @@ def _sha256(data: bytes) -> bytes:
 
 
 class Guest(Protocol):
-    """Who has a device's seat: a session. All methods are called on the event loop and return at once."""
+    """Who has a device's seat: a session. All methods are called on the event loop and return at once.
+
+    A device that is there already when a session takes its seat has not arrived by that: its connection is an older one.
+    """
 
     def seated(self, seat: Seat) -> None:
         """It has its seat; called first, before there is any news."""
@@ -62,6 +67,10 @@ class Guest(Protocol):
 
     def left(self, why: str) -> None:
         """It is not there any more."""
+        ...
+
+    def over(self, fault: EdgedError) -> None:
+        """The wire came to an end; nothing is heard from now on."""
         ...
 
     def heard(self, topic: str, payload: bytes) -> bool:
@@ -109,7 +118,11 @@ class Seat(Protocol):
         ...
 
     def expel(self, why: str) -> None:
-        """End the device's connection, where it has one of its own."""
+        """End the device's connection, where it has one of its own, for what it did: it is not let in again at once."""
+        ...
+
+    def dismiss(self, why: str) -> None:
+        """The same of a device that did nothing wrong."""
         ...
 
 

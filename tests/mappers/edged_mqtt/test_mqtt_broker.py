@@ -22,7 +22,7 @@ from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
 from edged.config import LinkSettings
 from edged.domain.job import State
-from edged.errors import Reason, Transient
+from edged.errors import EdgedError, Reason, Transient
 from edged.supervisor import UnitState
 from edged.testing.conformance import Subject
 from edged.testing.node import TestNode, life
@@ -206,10 +206,14 @@ class Env:
 
     def __init__(self) -> None:
         self.counted: Counter[str] = Counter()
+        self.faulty = ""
         self.log = logging.LoggerAdapter(logging.getLogger("test"), {})
 
     def count(self, event: str) -> None:
         self.counted[event] += 1
+        if event == self.faulty:
+            self.faulty = ""
+            raise RuntimeError(f"a fault at {event}")
 
 
 class Guest:
@@ -229,6 +233,9 @@ class Guest:
     def left(self, why: str) -> None:
         assert why
 
+    def over(self, fault: EdgedError) -> None:
+        raise AssertionError(fault)
+
     def heard(self, topic: str, payload: bytes) -> bool:
         self.heard_all.append((topic, payload))
         self.news.set()
@@ -246,6 +253,7 @@ class Guest:
 
 TOKEN = Credential(Proof.TOKEN, "pump")
 TELEMETRY = "v1/devices/me/telemetry"
+CHUNK = "v2/fw/request/1/chunk/0"
 
 
 @asynccontextmanager
@@ -309,13 +317,16 @@ def test_what_the_broker_kept_waits_for_the_session(tmp_path: Path, monkeypatch:
         await say(
             broker.port,
             *((f"a/{TELEMETRY}", b"%d" % number) for number in range(3)),
-            ("a/v2/fw/request/1/chunk/0", b""),
+            (f"a/{CHUNK}", b"64"),
         )
         async with connected(broker.port, "node-1") as (link, env):
-            await held(link, "a", 3)
+            await held(link, "a", 4)
             guest = Guest()
             async with link.seat("a", TOKEN, guest) as seat:
-                assert guest.heard_all == [(TELEMETRY, b"%d" % number) for number in range(3)]
+                assert guest.heard_all == [
+                    *((TELEMETRY, b"%d" % number) for number in range(3)),
+                    (CHUNK, b"64"),
+                ]
                 assert seat.present
             # and what is too old is not said of a device that may be gone
             await say(broker.port, (f"a/{TELEMETRY}", b"old"))
@@ -343,22 +354,32 @@ async def held(link: Broker, prefix: str, count: int) -> None:
             await asyncio.sleep(0.01)
 
 
-def test_where_nothing_is_read_any_more_nobody_is_there(tmp_path: Path) -> None:
-    async def fails() -> None:
-        raise RuntimeError("a fault of the reader")
+def test_where_nothing_is_read_any_more_sessions_end_and_the_next_ones_are_heard(tmp_path: Path) -> None:
+    """A fault in what reads the connection of all devices."""
 
     async def run() -> None:
-        async with connected(broker.port) as (link, env), link.seat("a", TOKEN, guest := Guest()) as seat:
-            await say(broker.port, (f"a/{TELEMETRY}", b"1"))
-            await guest.until(1)
-            pump = asyncio.create_task(fails())
-            await asyncio.wait([pump])
-            link.ended(pump)
-            assert not seat.present
-            assert env.counted["broker_lost"] == 1
-            with pytest.raises(Transient, match="not read any more.*a fault of the reader"):
-                async with link.seat("b", TOKEN, Guest()):
-                    pass
+        async with connected(broker.port) as (link, env):
+            guest, faults = Guest(), list[EdgedError]()
+            guest.over = faults.append  # type: ignore[method-assign]
+            async with link.seat("a", TOKEN, guest) as seat:
+                await say(broker.port, (f"a/{TELEMETRY}", b"1"))
+                await guest.until(1)
+                env.faulty = "broker_lost"
+                broker.stop()
+                async with asyncio.timeout(20):
+                    while not faults:
+                        await asyncio.sleep(0.01)
+                assert isinstance(faults[0], Transient) and faults[0].reason is Reason.LINK_LOST
+                assert "not read any more: RuntimeError('a fault at broker_lost')" in faults[0].detail
+                assert not seat.present
+            broker.start()
+            # the same link: others may use it still
+            async with link.seat("a", TOKEN, guest := Guest()) as seat:
+                async with asyncio.timeout(20):
+                    while not seat.present:
+                        await say(broker.port, (f"a/{TELEMETRY}", b"2"))
+                        await asyncio.sleep(0.1)
+                assert guest.heard_all[0] == (TELEMETRY, b"2")
 
     with Mosquitto(tmp_path).running() as broker:
         asyncio.run(run())

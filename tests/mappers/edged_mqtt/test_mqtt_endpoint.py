@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mqtt_kit import PullingDevice, free_port
 from mqtt_node import Authority
 
-from edged.errors import Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_mqtt import endpoint as subject
 from edged_mqtt.config import ListenAddress, ListenConfig
 from edged_mqtt.endpoint import Endpoint, open_endpoint
@@ -58,6 +58,9 @@ class Guest:
     def left(self, why: str) -> None:
         self.seen.append(f"left: {why}")
         self.news.set()
+
+    def over(self, fault: EdgedError) -> None:
+        raise AssertionError(fault)
 
     def heard(self, topic: str, payload: bytes) -> bool:
         self.messages.append((topic, payload))

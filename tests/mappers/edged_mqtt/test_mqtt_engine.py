@@ -236,7 +236,9 @@ def test_a_cancelled_job_withdraws_the_offer_and_leaves_the_device_as_it_was(pla
             node.engine.job_changed(await node.store.write(_cancel))
             job = await node.ended("pump-1")
             assert (job.state, job.reason) == (State.REVERTED, Reason.CANCELLED), job.detail
-            assert "fw_version" in device.deleted, "the offer was not withdrawn"
+            async with asyncio.timeout(10):
+                while "fw_version" not in device.deleted:  # the offer is withdrawn
+                    await asyncio.sleep(0.01)
             assert device.version == "1.0.0" and device.written < IMAGE_BYTES
 
     asyncio.run(run())
