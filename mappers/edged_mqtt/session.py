@@ -147,7 +147,9 @@ class MqttSession:
             request = tb.chunk_request(topic, payload)
             if request is not None:
                 transfer = self._transfer
-                return self._not_offered(request) if transfer is None else transfer.wanted(request)
+                if transfer is None or transfer.is_over:
+                    return self._not_offered(request)
+                return transfer.wanted(request)
             self._said(topic, payload)
         except Misbehaved as exc:
             self._stop(exc)

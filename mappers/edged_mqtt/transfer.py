@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from edged.api import Image, Phase, Progress
-from edged.errors import Permanent, Reason, Refused, Transient
+from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
 from edged_mqtt import thingsboard as tb
 from edged_mqtt.config import MqttConfig
 from edged_mqtt.news import News
@@ -85,8 +85,9 @@ class Transfer:
         self._pieces: tuple[_Piece, ...] = ()
         self._ahead: tuple[int, int] | None = None
         self._arrivals = 0
-        self._fault: Misbehaved | None = None
+        self._fault: EdgedError | None = None
         self._why_away = ""
+        self._is_another = False
         self._wake = News()
         self._step_bytes = min(offer.size_bytes // PROGRESS_STEPS, PROGRESS_BYTES)
         self._progress_bytes, self._progress_at = 0, 0.0
@@ -102,12 +103,15 @@ class Transfer:
 
     def wanted(self, request: ChunkRequest) -> bool:
         """The device asks for a chunk. Whether it may ask for more at once. Raises :class:`Misbehaved`."""
+        if self._is_another and self._config.hardware_key:
+            text = f"{self._peer.id} came back and asks for more; it has to say first which hardware it is"
+            self._end(Transient(Reason.NO_RESPONSE, text))
+            return True
         try:
             if not self._requests and self._at_once(request):
                 return True
         except Misbehaved as exc:
-            self._fault = exc
-            self._wake.set()
+            self._end(Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {exc}"))
             raise
         self._requests.append(request)
         self._wake.set()
@@ -127,11 +131,29 @@ class Transfer:
         self._wake.set()
 
     def arrived(self) -> None:
-        """The device is on another connection."""
+        """The device is on another connection, and may be another one: it has to say who it is before it gets a byte."""
         self._arrivals += 1
         self._resting = False
         self._requests.clear()
+        self._is_another = True
+        if self._whole_at is None:
+            self._end(self._cut())
         self._wake.set()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether what the device asks for is no matter of this transfer any more."""
+        return self._fault is not None
+
+    def _end(self, fault: EdgedError) -> None:
+        self._fault = self._fault or fault
+        self._wake.set()
+
+    def _cut(self) -> Transient:
+        at = self._download.acknowledged_bytes
+        self._show(at, self._loop.time())
+        text = f"{self._why_away}, with {at} of {self.offer.size_bytes} bytes"
+        return Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
 
     def left(self, why: str) -> None:
         """The device's connection is over."""
@@ -146,7 +168,7 @@ class Transfer:
         try:
             while not self._is_done():
                 if self._fault is not None:
-                    raise Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {self._fault}")
+                    raise self._fault
                 if self._requests:
                     await self._answer_first()
                 elif self._ahead is not None:
@@ -364,10 +386,7 @@ class Transfer:
         if self._seat.present:
             self._left_at = None
         elif self._whole_at is None:
-            at = self._download.acknowledged_bytes
-            self._show(at, self._loop.time())
-            text = f"{self._why_away}, with {at} of {self.offer.size_bytes} bytes"
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
+            raise self._cut()
         elif self._left_at is None:
             self._left_at = self._loop.time()
         deadline = self._deadline()

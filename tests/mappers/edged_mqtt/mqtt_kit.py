@@ -12,14 +12,19 @@ import json
 import socket
 import ssl
 import struct
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import edged_mqtt
 from edged.api import Device
+from edged.links import LinkPool, device_env
 from edged_mqtt.config import MqttConfig
+from edged_mqtt.endpoint import Endpoint
 
 (SPEC,) = edged_mqtt.edged_mappers()
 LINKS = {link.scheme: link for link in edged_mqtt.edged_links()}
@@ -66,7 +71,8 @@ class PullingDevice:
     loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
     ``on_whole``: what it does with a whole image in place of installing it. ``retains``: the broker is to keep what it says.
-    ``tries_again``: it asks anew after a failure. ``next_chunk``: which one it asks for in place of the next.
+    ``tries_again``: it asks anew after a failure. ``hello_s``: it says so late who it is.
+    ``next_chunk``: which one it asks for in place of the next.
     """
 
     port: int
@@ -97,6 +103,7 @@ class PullingDevice:
     repeats: bool = False
     naive: bool = False
     tries_again: bool = False
+    hello_s: float = 0.0
     retains: bool = False
     next_chunk: Callable[[int], int] = lambda chunk: chunk
 
@@ -142,6 +149,7 @@ class PullingDevice:
 
     async def _once(self) -> None:
         reader, self._writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.tls)
+        await asyncio.sleep(self.hello_s)
         user = _text(self.token) + (_text(self.password) if self.password is not None else b"")
         flags = 0x02 | 0x80 | (0x40 if self.password is not None else 0)
         properties = b"\0" if self.protocol == 5 else b""
@@ -314,3 +322,60 @@ class PullingDevice:
 
     def holds(self, address: int, length: int) -> bytes:
         return bytes(self.flash[address : address + length])
+
+
+class Raw:
+    """A client without a protocol of its own."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+
+    async def packet(self) -> bytes:
+        """The body of the next one."""
+        async with asyncio.timeout(20):
+            await self.reader.readexactly(1)
+            length = shift = 0
+            while True:
+                byte = (await self.reader.readexactly(1))[0]
+                length |= (byte & 127) << shift
+                shift += 7
+                if byte < 128:
+                    return await self.reader.readexactly(length)
+
+    def publish(self, topic: str, payload: bytes) -> None:
+        body = _text(topic) + payload
+        self.writer.write(b"\x30" + _length(len(body)) + body)
+
+
+@asynccontextmanager
+async def raw(port: int, token: str = "token-of-pump-1") -> AsyncIterator[Raw]:
+    client = Raw(*await asyncio.open_connection("127.0.0.1", port))
+    body = b"\0\4MQTT\4\x82\0\x3c\0\0" + _text(token)
+    client.writer.write(bytes([0x10, len(body)]) + body)
+    assert await client.packet() == b"\0\0"
+    told = {"current_fw_title": "pump", "current_fw_version": "1.0.0"}
+    client.publish("v1/devices/me/telemetry", json.dumps(told).encode())
+    try:
+        yield client
+    finally:
+        client.writer.transport.abort()
+
+
+def secrets_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    for name in names:
+        (folder / f"edged_{name}").write_text(f"token-of-{name}\n")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(folder))
+
+
+@asynccontextmanager
+async def listening(pool: LinkPool, port: int) -> AsyncIterator[Endpoint]:
+    """The listener that all sessions of ``pool`` use, held open."""
+    async with device_env("holder", pool).link(f"mqtt:listen@127.0.0.1:{port}") as link:
+        assert isinstance(link, Endpoint)
+        yield link
+
+
+async def until(found: Any) -> None:
+    async with asyncio.timeout(20):
+        while not found():
+            await asyncio.sleep(0.01)

@@ -101,6 +101,7 @@ class Plant:
     engine: EngineSettings = ENGINE
     health: HealthSettings | None = None
     without_fallback: bool = False
+    hardware_ids: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     devices: list[DeviceSettings] = field(default_factory=list)
     links: list[LinkSettings] = field(default_factory=list)
@@ -156,7 +157,12 @@ class Plant:
 
     @property
     def config(self) -> Config:
-        model = Model(id="pump", health=self.health, policy=Policy(without_fallback=self.without_fallback))
+        model = Model(
+            id="pump",
+            hardware_ids=self.hardware_ids,
+            health=self.health,
+            policy=Policy(without_fallback=self.without_fallback),
+        )
         return Config(
             node=Node(id="node-1", state_dir=self.folder / "state"),
             trust=TrustSettings(repository=str(self.publisher.repo), root=self.publisher.root),

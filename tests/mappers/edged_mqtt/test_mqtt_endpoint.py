@@ -410,6 +410,119 @@ def test_silence_beyond_the_keep_alive_ends_a_connection_and_a_ping_keeps_it(tmp
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("keep_alive", [0, 65_535])
+def test_a_dead_peer_without_a_keep_alive_leaves_its_place(
+    tmp_path: Path, version: int, keep_alive: int
+) -> None:
+    """One that asks for none, or for one of many hours: the node has a bound of its own, and says so where the protocol can."""
+
+    async def run() -> None:
+        config = ListenConfig(longest_silence_s=1.5)
+        async with listening(tmp_path, config) as (endpoint, env, port):
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                client = await dial(port)
+                client.writer.write(connect_packet(keep_alive=keep_alive, version=version))
+                answer = await client.read((await client.read(2))[1])
+                assert (b"\x13\0\1" in answer) == (version == 5), "Server Keep Alive, v5 3.2.2.3.14"
+                await guest.until("nothing was heard of it")
+                assert not seat.present and env.counted["keep_alive_missed"] == 1
+                # one that asks for less is taken at its word
+                client = await dial(port)
+                client.writer.write(connect_packet(keep_alive=1, version=version))
+                answer = await client.read((await client.read(2))[1])
+                assert b"\x13" not in answer[2:]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_device_stays_from_one_session_to_the_next_and_nothing_that_it_says_is_lost(
+    tmp_path: Path, version: int
+) -> None:
+    nothing = b"\0" if version == 5 else b""
+
+    def message(number: int) -> bytes:
+        body = b"\0\1a" + nothing + bytes([number])
+        return bytes([0x30, len(body)]) + body
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            first, second = Guest(), Guest()
+            async with endpoint.seat("pump-1", TOKEN, first):
+                client = await dial(port)
+                client.writer.write(connect_packet(version=version))
+                await client.read((await client.read(2))[1])
+                await first.until("arrived")
+            client.writer.write(b"".join(map(message, range(10))) + b"\xc0\0")
+            assert await client.read(2) == b"\xd0\0", "it is served meanwhile"
+            # a newcomer is not taken for one with a wrong credential
+            other = await dial(port)
+            other.writer.write(connect_packet(version=version))
+            answer = await other.closed()
+            assert answer[3:4] == (b"\x88" if version == 5 else b"\3")
+            assert env.counted["not_served"] == 1 and not env.counted["login_refused"]
+            client.writer.write(b"".join(map(message, range(10, 100))))
+            async with asyncio.timeout(10):
+                while len(endpoint._seats["pump-1"]._held) < subject.MOST_HELD:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert len(endpoint._seats["pump-1"]._held) == subject.MOST_HELD, "more was held"
+            second.takes = 5
+            async with endpoint.seat("pump-1", TOKEN, second) as seat:
+                assert seat.present and not second.seen, "it has not come anew"
+                assert len(second.messages) == 5
+                second.takes = 10**9
+                seat.more()
+                async with asyncio.timeout(10):
+                    while len(second.messages) < 100:
+                        await asyncio.sleep(0.01)
+                assert [payload[0] for _, payload in second.messages] == list(range(100))
+                assert not first.messages and first.seen == ["arrived"]
+
+    asyncio.run(run())
+
+
+def test_a_device_whose_session_does_not_come_back_has_to_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "KEPT_S", 0.2)
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                await client.read(4)
+            assert await client.closed() == b""
+
+    asyncio.run(run())
+
+
+def test_a_credential_that_was_changed_between_two_sessions_ends_the_connection(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                await client.read(4)
+            async with endpoint.seat("pump-1", Credential(Proof.TOKEN, "pump-1", "other"), Guest()) as seat:
+                assert not seat.present and await client.closed() == b""
+                for user, answer in (("token", b"\4"), ("other", b"\0")):
+                    client = await dial(port)
+                    client.writer.write(connect_packet(user))
+                    assert (await client.read(4))[3:] == answer
+                # the old one may be another device's by now
+                async with endpoint.seat("pump-2", TOKEN, guest := Guest()):
+                    client = await dial(port)
+                    client.writer.write(connect_packet())
+                    assert await client.read(4) == b"\x20\2\0\0"
+                    assert guest.seen == ["arrived"]
+
+    asyncio.run(run())
+
+
 def test_who_says_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subject, "CONNECT_S", 0.2)
 
@@ -591,6 +704,41 @@ def test_many_packets_of_one_client_let_others_in_between(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
+def test_who_floods_does_not_keep_a_neighbour_waiting(tmp_path: Path) -> None:
+    """Counted, not timed: so many packets of the one are handled between two of the other, however many it sends."""
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port), AsyncExitStack() as stack:
+            rude, good = Guest(), Guest()
+            await stack.enter_async_context(endpoint.seat("pump-1", TOKEN, rude))
+            other = Credential(Proof.TOKEN, "pump-2", "other")
+            seat = await stack.enter_async_context(endpoint.seat("pump-2", other, good))
+            flood, client = await dial(port), await dial(port)
+            flood.writer.write(connect_packet())
+            client.writer.write(connect_packet("other"))
+            await flood.read(4)
+            await client.read(4)
+            flood.writer.write(b"\x30\4\0\1ax" * 200_000)
+            between: list[int] = []
+            async with asyncio.timeout(60):
+                while not rude.messages:
+                    await asyncio.sleep(0)
+                while len(rude.messages) < 150_000 and len(between) < 100:
+                    before = len(rude.messages)
+                    client.writer.write(b"\x30\4\0\1ax")
+                    while not good.messages:
+                        await asyncio.sleep(0)
+                    good.messages.clear()
+                    await seat.send("a", bytes(4096))
+                    await client.read(3 + 3 + 4096)
+                    between.append(len(rude.messages) - before)
+            assert len(between) == 100, "the flood was over before it was served"
+            assert max(between) > 0, "there was no flood"
+            assert sorted(between)[90] <= 16 * subject.PACKETS_AT_ONCE, between
+
+    asyncio.run(run())
+
+
 def test_an_answer_does_not_fall_into_a_long_message(tmp_path: Path) -> None:
     async def run() -> None:
         more = asyncio.Event()
@@ -621,6 +769,49 @@ def test_an_answer_does_not_fall_into_a_long_message(tmp_path: Path) -> None:
             assert head == b"\x30\xd3\x0f\0\1x"
             assert await client.read(1000 + 2 + 4) == b"b" * 1000 + b"\xd0\0" + b"\x40\2\0\1"
             assert guest.messages == [("a", b"x")]
+
+    asyncio.run(run())
+
+
+def test_what_a_device_is_told_comes_after_a_long_message_and_when_it_reads_again(tmp_path: Path) -> None:
+    async def run() -> None:
+        more = asyncio.Event()
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield b"a" * 1000
+            await more.wait()
+            yield b"b" * 1000
+
+        async with (
+            listening(tmp_path) as (endpoint, env, port),
+            endpoint.seat("pump-1", TOKEN, Guest()) as seat,
+        ):
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            await client.read(4)
+            sending = asyncio.create_task(seat.stream("x", 2000, parts()))
+            await client.read(6 + 1000)
+            seat.tell("y", b"told")
+            more.set()
+            await sending
+            assert await client.read(1000 + 9) == b"b" * 1000 + b"\x30\7\0\1ytold"
+            # a client that does not read
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            sent = 0
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.5):
+                    while True:
+                        await seat.send("x", bytes(65536))
+                        sent += 1
+            seat.tell("y", b"told")
+            for _ in range(10):
+                seat.tell("y", bytes(65536))
+            assert env.counted["dropped"] >= 6, "what waits for it is bounded"
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            end = b""
+            async with asyncio.timeout(20):
+                while b"\x30\7\0\1ytold" not in end:
+                    end = end[-16:] + await client.reader.read(2**16)
 
     asyncio.run(run())
 

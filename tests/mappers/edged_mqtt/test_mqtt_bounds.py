@@ -1,0 +1,126 @@
+"""What one device may put into the node's memory, and how much of its talk is listened to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tracemalloc
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from mqtt_kit import LINKS, SPEC, Raw, free_port, listening, mqtt_device, raw, secrets_of, until
+
+from edged.api import Session
+from edged.links import LinkPool, device_env
+from edged_mqtt import thingsboard as tb
+
+TELEMETRY = "v1/devices/me/telemetry"
+
+
+@pytest.fixture(autouse=True)
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+
+
+@asynccontextmanager
+async def talking() -> AsyncIterator[tuple[Raw, Session, Counter[str]]]:
+    """A device and its session, and what was counted."""
+    counted: Counter[str] = Counter()
+    port, pool = free_port(), LinkPool(LINKS, count=lambda _, event: counted.update([event]))
+
+    async def connected() -> Session:
+        return await manager.__aenter__()
+
+    manager = SPEC.connect(mqtt_device(port), device_env("pump-1", pool))
+    async with listening(pool, port) as link:
+        connecting = asyncio.create_task(connected())
+        await until(lambda: "pump-1" in link._seats)
+        async with raw(port) as client:
+            session = await connecting
+            try:
+                yield client, session, counted
+            finally:
+                await manager.__aexit__(None, None, None)
+
+
+async def said(client: Raw, **values: object) -> None:
+    """Until the node has read it: what comes after it is answered."""
+    client.publish(TELEMETRY, json.dumps(values).encode())
+    client.publish("v1/devices/me/attributes/request/1", b"")
+    while b"v1/devices/me/attributes/response/1" not in await client.packet():
+        pass
+
+
+async def reported(session: Session) -> dict[str, object]:
+    found: dict[str, object] = {}
+    reports = session.reports()
+    try:
+        while True:
+            async with asyncio.timeout(0.3):
+                one = await anext(reports)
+            found[one.name] = one.value
+    except TimeoutError:
+        return found
+
+
+def test_a_value_or_a_name_that_is_too_large_is_not_kept_and_is_counted() -> None:
+    async def run() -> None:
+        async with talking() as (client, session, counted):
+            large = {"text": "x" * 4097, "list": ["x" * 100] * 50, "n" * 129: 1}
+            await said(client, small=1, edge="x" * 4096, **{"n" * 128: 2}, **large)
+            found = await reported(session)
+            assert found.keys() - {"current_fw_title", "current_fw_version"} == {"small", "edge", "n" * 128}
+            assert counted["too_large"] == 3
+            # nor is it the word of what it runs
+            await said(client, current_fw_version="9" * 4097)
+            assert (await session.slots()).slots[0].runs == "1.0.0"  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+
+
+def test_names_and_values_of_one_device_are_bounded_in_all() -> None:
+    async def run() -> None:
+        async with talking() as (client, session, counted):
+            tracemalloc.start()
+            for begin in range(0, 300, 25):
+                await said(client, **{f"k{number}": "x" * 4000 for number in range(begin, begin + 25)})
+            taken, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert counted["too_many_names"] >= 230
+            found = await reported(session)
+            assert sum(len(str(value)) for value in found.values()) <= tb.MOST_VALUES_CHARS
+            assert taken < 4 * 1024 * 1024
+
+    asyncio.run(run())
+
+
+def test_many_large_messages_are_too_many_long_before_they_are_too_many_small_ones() -> None:
+    async def run() -> None:
+        async with talking() as (client, _, counted):
+            for _ in range(40):
+                client.publish(TELEMETRY, b'{"a":"%b"}' % (b"x" * 100_000))
+            await until(lambda: counted["slowed_down"])
+            assert counted["too_large"] <= 25, "all of them were read"
+
+    asyncio.run(run())
+
+
+def test_what_a_device_reports_is_kept_within_bounds() -> None:
+    values = tb.Values()
+    assert all(values.put(f"k{number}", number, 1.0) for number in range(tb.MOST_NAMES))
+    assert not values.put("more", 1, 2.0) and "more" not in values
+    assert values.put("k0", "again", 2.0) and values["k0"] == "again", "what is there is replaced"
+    assert values.told_at("k0") == 2.0 and values.told_at("more") < 0
+    values.forget("k1")
+    values.forget("k1")
+    assert values.put("more", 1, 3.0) and len(values) == tb.MOST_NAMES
+    values = tb.Values()
+    names = [f"k{number}" for number in range(100)]
+    kept = [name for name in names if values.put(name, ["x" * 4000], 1.0)]
+    assert len(kept) == tb.MOST_VALUES_CHARS // (4000 + 4 + 2)
+    for name in kept:
+        values.forget(name)
+    assert values.put("k99", ["x" * 4000], 2.0), "what was forgotten leaves its room"

@@ -1,0 +1,385 @@
+"""Devices that leave and come back: all at once, in the middle of an image, as another board, or after weeks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+from broker_kit import Mosquitto
+from mqtt_kit import LINKS, SPEC, PullingDevice, free_port, listening, mqtt_device, raw, secrets_of, until
+from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
+
+from edged.api import Device, Image, Phase, SupportsFirmware
+from edged.domain.job import Job, State
+from edged.errors import Reason, Transient
+from edged.links import LinkPool, device_env
+from edged.testing.node import TestNode, life
+from edged_firmware.chunks import ChunkIndex
+from edged_firmware.image import Label, MemorySource
+from edged_mqtt import endpoint
+from edged_mqtt.endpoint import Endpoint
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "")
+    plant = Plant(tmp_path / "plant")
+    plant.publish("1.0.0", "2.0.0")
+    plant.device(silence_s=0.6, install_s=2.0)
+    return plant
+
+
+@asynccontextmanager
+async def running(plant: Plant, device: PullingDevice, **options: Any) -> AsyncIterator[TestNode]:
+    async with life(plant.config, plant.plugins, **options) as node:
+        device.start()
+        try:
+            first = await deployed(node, "pump@1.0.0")
+            assert first.state is State.SUCCEEDED, first.detail
+            yield node
+        finally:
+            await device.stop()
+
+
+def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+    return None
+
+
+async def _image(data: bytes) -> Image:
+    index = ChunkIndex.build(data, 4096)
+    return await Image.open(MemorySource(data), index, opaque=True, label=Label("pump", "2.0.0"))
+
+
+# -- the connection outlives what goes wrong
+
+
+def test_a_device_that_falls_silent_is_offered_the_image_again_where_it_is(plant: Plant) -> None:
+    device = PullingDevice(plant.port, "token-of-pump-1")
+    asked, silent = device.ask, list[int]()
+
+    def ask() -> None:
+        # once it waits for ever, as one whose request was lost
+        if silent or device.requests != 7:
+            asked()
+        else:
+            silent.append(device.requests)
+
+    device.ask = ask  # type: ignore[method-assign]
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            job = await deployed(node, "pump@2.0.0")
+            assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+            assert silent, "it was not silent"
+            assert device.log.count("DOWNLOADING") == 2
+            assert device.log.count("connected") == 1, "its connection was closed"
+
+    asyncio.run(run())
+
+
+def test_a_device_that_asks_once_after_a_cut_has_its_chunk_and_begins_nothing_anew(plant: Plant) -> None:
+    """At once, before anybody can have looked at it; and it would take no answer but the next chunk."""
+    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False)
+    cuts = [20, 33]
+    say = device.say
+
+    def cut(chunk: int) -> None:
+        if cuts and chunk == cuts[0]:
+            del cuts[0]
+            assert device._writer is not None
+            device._writer.transport.abort()
+
+    def resume(state: str | None = None, **more: Any) -> None:
+        say(state, **more)
+        if len(cuts) < 2 and state is None and len(device.flash) < IMAGE_BYTES:
+            device.ask()
+
+    device.on_chunk, device.say = cut, resume  # type: ignore[method-assign]
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            job = await deployed(node, "pump@2.0.0")
+            assert not cuts, "the connection did not break"
+            assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+            assert bytes(device.flash) == image_bytes("2.0.0")
+            assert device.log.count("DOWNLOADING") == 1 and "error: NOT_FOUND" not in device.log
+            # what was on its way at each cut comes twice
+            assert device.written <= IMAGE_BYTES + 2 * 4096
+
+    asyncio.run(run())
+
+
+def test_a_job_that_is_cancelled_in_the_middle_of_a_message_is_withdrawn_on_the_next_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+    port, pool = free_port(), LinkPool(LINKS)
+
+    async def run() -> None:
+        image = await _image(bytes(24 * 1024 * 1024))
+        async with listening(pool, port) as link:
+            connecting = asyncio.create_task(_connected(stack := AsyncExitStack(), pool, port))
+            async with stack:
+                await until(lambda: "pump-1" in link._seats)
+                async with raw(port) as client:
+                    session = await connecting
+                    staging = asyncio.create_task(session.stage(image, _quiet))
+                    assert b"fw_version" in await client.packet()
+                    client.publish("v2/fw/request/1/chunk/0", b"")
+                    await client.reader.readexactly(5)
+                    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                    await until(lambda: any(one.streaming and one.is_full for one in link._connections))
+                    staging.cancel()
+                    await asyncio.wait([staging])
+                async with raw(port) as client:
+                    told = await client.packet()
+                    assert told.startswith(b"\0\x18v1/devices/me/attributes") and b'"deleted"' in told
+                async with raw(port) as client:
+                    client.writer.write(b"\xc0\0")
+                    assert await client.packet() == b"", "it was told again"
+
+    asyncio.run(run())
+
+
+async def _connected(
+    stack: AsyncExitStack, pool: LinkPool, port: int, name: str = "pump-1", **config: Any
+) -> SupportsFirmware:
+    device = mqtt_device(port, name, **config)
+    session = await stack.enter_async_context(SPEC.connect(device, device_env(name, pool)))
+    assert isinstance(session, SupportsFirmware)
+    return session
+
+
+# -- many at once
+
+
+def test_hundreds_of_devices_that_come_back_at_once_are_all_served_and_never_too_many_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power went and came back; there is less room for those who have not said yet who they are than there are devices."""
+    count, room = 200, 40
+    names = [f"pump-{number}" for number in range(count)]
+    secrets_of(tmp_path, monkeypatch, *names)
+    monkeypatch.setattr(endpoint, "STRANGERS", room)
+    counted: Counter[str] = Counter()
+    port, data = free_port(), bytes(range(256)) * 64
+
+    async def run() -> None:
+        pool = LinkPool(LINKS, count=lambda _, event: counted.update([event]))
+        devices = [PullingDevice(port, f"token-of-{name}", values={}, hello_s=0.1) for name in names]
+        async with listening(pool, port) as link, AsyncExitStack() as stack:
+            watch = asyncio.create_task(_most(link))
+            tasks = [
+                asyncio.create_task(_connected(stack, pool, port, name, silence_s=60, report_s=60))
+                for name in names
+            ]
+            await until(lambda: len(link._seats) == count)
+            for device in devices:
+                device.start()
+            try:
+                async with asyncio.timeout(120):
+                    sessions = await asyncio.gather(*tasks)
+                    for device in devices:
+                        assert device._writer is not None
+                        device._writer.transport.abort()
+                    await until(lambda: all(device.log.count("connected") >= 2 for device in devices))
+                    images = [await _image(data) for _ in names]
+                    await asyncio.gather(
+                        *(
+                            session.stage(image, _quiet)
+                            for session, image in zip(sessions, images, strict=True)
+                        )
+                    )
+            finally:
+                watch.cancel()
+                await asyncio.wait([watch])
+                for device in devices:
+                    await device.stop()
+            assert all(device.log.count("connected") >= 2 for device in devices), "they did not come back"
+            assert all((device.version, bytes(device.flash)) == ("2.0.0", data) for device in devices)
+            assert 1 < most[0] <= room and counted["connection_refused"], "there was room for all"
+            assert not counted["login_refused"] and not counted["two_sessions"]
+
+    most = [0]
+
+    async def _most(link: Endpoint) -> None:
+        while True:
+            most[0] = max(most[0], len(link._strangers))
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+
+
+# -- another board with the same credential
+
+
+def _boards(plant: Plant) -> tuple[PullingDevice, PullingDevice]:
+    """What the plant expects behind the credential, and what it does not."""
+    plant.hardware_ids = ("rev-c",)
+    plant.devices[0].config.update(hardware_key="board", report_s=2.0)
+    token = "token-of-pump-1"
+    return (
+        PullingDevice(plant.port, token, values={"board": "rev-c"}),
+        PullingDevice(plant.port, token, values={"board": "rev-d"}),
+    )
+
+
+def test_a_board_that_was_swapped_while_it_was_away_is_given_nothing(plant: Plant) -> None:
+    right, wrong = _boards(plant)
+
+    async def run() -> None:
+        async with running(plant, right) as node:
+            await right.stop()
+            wrong.start()
+            try:
+                job = await deployed(node, "pump@2.0.0")
+                assert (job.state, job.reason) == (State.FAILED, Reason.HARDWARE_MISMATCH), job.detail
+                assert "rev-d" in job.detail and not wrong.written
+            finally:
+                await wrong.stop()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("takes_over", [False, True], ids=["after it left", "while it is there"])
+def test_a_board_that_is_swapped_in_the_middle_goes_on_with_nothing(plant: Plant, takes_over: bool) -> None:
+    """It asks for the very chunk that the other one would have asked for, under the same number."""
+    right, wrong = _boards(plant)
+    swapped = asyncio.Event()
+    right.delay_s = 0.01
+    say = wrong.say
+
+    def swap(chunk: int) -> None:
+        if chunk == 10:
+            swapped.set()
+
+    def go_on(state: str | None = None, **more: Any) -> None:
+        say(state, **more)
+        wrong._round, wrong._chunk, wrong._offer = 1, 10, {"size": IMAGE_BYTES}
+        wrong.ask()
+
+    right.on_chunk, wrong.say = swap, go_on  # type: ignore[method-assign]
+
+    async def run() -> None:
+        async with running(plant, right) as node:
+            await node.want("pump-1", "pump@2.0.0")
+            await swapped.wait()
+            if takes_over:
+                right._plug.clear()
+            else:
+                await right.stop()
+            wrong.start()
+            try:
+                job = await node.ended("pump-1", 30)
+                assert job.reason is not None and job.state is not State.SUCCEEDED
+                assert "rev-d" in job.detail, job.detail
+                assert wrong.log.count("connected") and not wrong.written, "the other board was given bytes"
+                assert not wrong.flash
+            finally:
+                await wrong.stop()
+
+    asyncio.run(run())
+
+
+# -- after weeks
+
+
+def test_a_job_waits_for_weeks_for_a_device_that_sleeps_where_its_deadline_lets_it(plant: Plant) -> None:
+    """As docs/mqtt.md says: by ``engine.deadline_s``; the clock is the test's."""
+    weeks_ago = datetime.now(UTC) - timedelta(days=45)
+    later = [timedelta()]
+    device = PullingDevice(plant.port, "token-of-pump-1")
+
+    async def waits(node: TestNode) -> Job:
+        await node.want("pump-1", "pump@2.0.0")
+        await until_job(node, lambda job: job.waiting is not None and not job.state.ended)
+        later[0] += timedelta(days=30)
+        node.engine.device_changed("pump-1")
+        return await until_job(node, lambda job: job.state.ended or job.waiting is not None)
+
+    async def run() -> None:
+        plant.engine = attrs.evolve(ENGINE, deadline_s=40 * 86_400)
+        async with running(plant, device, now=lambda: weeks_ago + later[0]) as node:
+            await device.unplug()
+            job = await waits(node)
+            assert not job.state.ended and job.waiting is not None, job.detail
+            assert job.waiting.reason is Reason.DEVICE_ABSENT
+            await device.plug()
+            job = await node.ended("pump-1")
+            assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+
+    asyncio.run(run())
+    later[0], plant.folder = timedelta(), plant.folder / "second"
+    again = PullingDevice(plant.port, "token-of-pump-1")
+
+    async def too_late() -> None:
+        plant.engine = attrs.evolve(ENGINE, deadline_s=20 * 86_400)
+        async with running(plant, again, now=lambda: weeks_ago + later[0]) as node:
+            await again.unplug()
+            await waits(node)
+            job = await node.ended("pump-1")
+            assert (job.state, job.reason) == (State.FAILED, Reason.DEADLINE_PASSED), job.detail
+
+    asyncio.run(too_late())
+
+
+async def until_job(node: TestNode, found: Any) -> Job:
+    async with asyncio.timeout(20):
+        while True:
+            jobs = await node.jobs("pump-1")
+            if jobs and found(jobs[0]):
+                return jobs[0]
+            await asyncio.sleep(0.01)
+
+
+# -- the wire itself
+
+
+def test_a_session_ends_where_its_broker_is_not_read_any_more_and_the_next_one_is_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = ["broker_lost"]
+
+    def count(source: str, event: str) -> None:
+        if event in faulty:
+            faulty.remove(event)
+            raise RuntimeError("a fault of the reader")
+
+    async def run() -> None:
+        pool = LinkPool(LINKS, count=count)
+        described = _on_broker(broker.port)
+        device = PullingDevice(broker.port, prefix="devices/pump-1/", every_s=0.05, repeats=True)
+        device.start()
+        try:
+            async with device_env("holder", pool).link(f"mqtt:127.0.0.1:{broker.port}"):
+                async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                    broker.stop()
+                    with pytest.raises(Transient, match="not read any more") as caught:
+                        async with asyncio.timeout(20):
+                            async for _ in session.reports():
+                                pass
+                    assert caught.value.reason is Reason.LINK_LOST
+                broker.start()
+                async with (
+                    asyncio.timeout(30),
+                    SPEC.connect(described, device_env("pump-1", pool)) as session,
+                ):
+                    assert isinstance(session, SupportsFirmware)
+                    assert (await session.slots()).slots[0].runs == "1.0.0"
+        finally:
+            await device.stop()
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
+def _on_broker(port: int) -> Device:
+    return replace(mqtt_device(port), address=f"mqtt:127.0.0.1:{port}/devices/pump-1")
