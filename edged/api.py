@@ -19,7 +19,7 @@ What is *not* here: retries (the engine's), reconnecting (the supervisor's), tim
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -367,6 +367,11 @@ class LinkSpec:
     linger_s: float = 0.0
     """So long a wire stays open that nobody uses: a listener that were closed between two sessions would throw its devices
     out."""
+    access_list: Callable[[str, object, Sequence[str]], str] | None = None
+    """What an operator installs at the far end of a shared wire, such as a broker, so that no device reaches what is
+    another's; None where there is nothing to install. Given the rest of the wire's address, what ``parse_config`` made, and the
+    rests of the addresses of all devices with this scheme, also of those elsewhere. The text is in the far end's own format
+    and says how it is installed. Raises ``ValueError`` with a useful text where none can be made."""
 
 
 @dataclass(frozen=True, slots=True)

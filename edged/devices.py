@@ -28,7 +28,7 @@ from edged.domain.admission import check_identity, runs
 from edged.domain.job import ACTIVE_STATES, State
 from edged.domain.reconcile import FIRMWARE, release_of
 from edged.domain.twin import Value, delta
-from edged.errors import Permanent, Reason, Refused
+from edged.errors import Permanent, Reason, Refused, meaning
 from edged.links import LinkPool, device_env, link_config
 from edged.plugins import Plugins
 from edged.reports import Reports
@@ -128,6 +128,27 @@ def examine_link(settings: LinkSettings, plugins: Plugins) -> list[Fault]:
     if isinstance(parsed, Permanent):
         faults = [Fault(parsed.reason, line) for line in parsed.detail.splitlines()]
     return faults
+
+
+def access_list(config: Config, plugins: Plugins, address: str) -> str:
+    """What is to be installed at the far end of the wire at ``address``, for the devices of the configuration.
+
+    Raises ``Permanent``: ``UNSUPPORTED`` where there is nothing to install at such a wire, ``CONFIG_INVALID`` where it cannot
+    be made, and what its plugin makes of the wire's table.
+    """
+    scheme, _, rest = address.partition(":")
+    spec = plugins.link(scheme)
+    if spec.access_list is None:
+        raise Permanent(Reason.UNSUPPORTED, f"there is no access list for a wire {scheme}:")
+    table = next((link for link in config.link if link.address == address), None)
+    parsed = link_config(spec, table.config if table else {})
+    beside = [device.address.partition(":") for device in config.device]
+    try:
+        return spec.access_list(rest, parsed, [found for kind, _, found in beside if kind == scheme])
+    except ValueError as exc:
+        raise Permanent(Reason.CONFIG_INVALID, f"{address}: {exc}") from exc
+    except Exception as exc:
+        raise meaning(exc) from exc
 
 
 def _link_config(settings: LinkSettings, plugins: Plugins) -> object:

@@ -25,7 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("edged.cli.jobs:plan", "Show what `deploy` would do; change nothing."),
     "jobs": ("edged.cli.jobs:jobs", "List jobs, newest first."),
     "job": ("edged.cli.jobs:job", "Look at a job, watch it, cancel it, run it again."),
-    "mapper": ("edged.cli.mappers:mapper", "List the mappers, and find out who answers at an address."),
+    "mapper": (
+        "edged.cli.mappers:mapper",
+        "List the mappers, find out who answers at an address, keep devices on a broker apart.",
+    ),
     "trust": ("edged.cli.trust:trust", "Set and show whose releases this node installs."),
     "audit": ("edged.cli.audit:audit", "Read, check and take away the audit trail."),
     "release": (

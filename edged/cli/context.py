@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import tomllib
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
@@ -16,6 +16,7 @@ from edged_firmware.errors import EdgedError, Reason
 
 if TYPE_CHECKING:
     from edged.cli.client import Client
+    from edged.config import Config
 
 P = ParamSpec("P")
 
@@ -80,6 +81,28 @@ def command(function: Callable[P, None], *, cures: bool = True) -> Callable[P, N
             fail(code, kind, exc.reason.value, exc.detail, cure, as_json=as_json)
 
     return run
+
+
+def load_config(context: Context, *, as_json: bool) -> Config:
+    """The configuration; its faults end the process."""
+    from edged.config import load
+    from edged.errors import ConfigError
+
+    try:
+        return load(context.config_path)
+    except ConfigError as exc:
+        give_up(exc.problems, as_json=as_json)
+
+
+def give_up(problems: Sequence[str], *, as_json: bool) -> NoReturn:
+    """End the process with exit code 2, and the faults of the configuration each on a line."""
+    from edged.domain import reasons
+
+    if as_json:
+        show_json({"problems": list(problems)})
+    for problem in problems:
+        echo(f"edged: configuration: {problem}", err=True)
+    raise SystemExit(reasons.EXIT_USAGE)
 
 
 def exit_code(code: str, reason: str | None) -> int:

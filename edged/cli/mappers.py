@@ -1,4 +1,4 @@
-"""``mapper list|probe``."""
+"""``mapper list|probe|acl``."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ from typing import Any
 
 import click
 
-from edged.cli.context import Context, command, echo, fail, json_option, show_json, show_table
+from edged.cli.context import (
+    Context,
+    command,
+    echo,
+    fail,
+    json_option,
+    load_config,
+    show_json,
+    show_table,
+)
 from edged.domain import reasons
 
 
 @click.group()
 def mapper() -> None:
-    """List the mappers, and find out who answers at an address.
+    """List the mappers, find out who answers at an address, keep devices on a broker apart.
 
     \b
     Examples:
       edged mapper list
       edged mapper probe serial:/dev/ttyUSB0
       edged mapper probe uart-stk500 serial:/dev/ttyACM0
+      edged mapper acl mqtt:localhost:8883
     """
 
 
@@ -91,6 +101,33 @@ def probe(context: Context, words: tuple[str, ...], device_id: str | None, as_js
         show_json(found)
         return
     _show(found)
+
+
+@mapper.command()
+@click.argument("address")
+@json_option
+@click.pass_obj
+@command
+def acl(context: Context, address: str, as_json: bool) -> None:
+    """Print the access list for the broker at ADDRESS, and how to install it.
+
+    With it the broker keeps each configured device out of the topics of the others. ADDRESS is the broker's, as in its [[link]]
+    table. Needs no daemon.
+
+    \b
+    Examples:
+      edged mapper acl mqtt:localhost:8883
+      edged mapper acl mqtt:localhost:8883 > /etc/mosquitto/edged.acl
+    """
+    from edged import devices, plugins
+
+    config = load_config(context, as_json=as_json)
+    found = devices.access_list(config, plugins.discover(), address)
+    if as_json:
+        show_json({"address": address, "access_list": found})
+        return
+    for line in found.splitlines():
+        echo(line)
 
 
 def _show_all(found: dict[str, Any], as_json: bool) -> None:

@@ -6,11 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edged.cli.context import Context, command, counted, echo, json_option, show_json, text
-from edged.domain import reasons
+from edged.cli.context import (
+    Context,
+    command,
+    counted,
+    echo,
+    give_up,
+    json_option,
+    load_config,
+    show_json,
+    text,
+)
 
 if TYPE_CHECKING:
-    from edged.config import Config, DeviceSettings, Examined
+    from edged.config import DeviceSettings, Examined
 
 
 @click.command()
@@ -27,7 +36,7 @@ def run(context: Context, as_json: bool) -> None:
       edged run
       edged --config ./edged.toml run --json
     """
-    config = _load(context, as_json=False)
+    config = load_config(context, as_json=False)
     if as_json:
         import attrs
 
@@ -112,7 +121,7 @@ def check_config(context: Context, as_json: bool) -> None:
     # what stands with a model is found once for each of its devices
     problems = list(dict.fromkeys(problems))
     if problems:
-        _give_up(problems, as_json=as_json)
+        give_up(problems, as_json=as_json)
     models, described = found.config.model, found.config.device
     if as_json:
         show_json({"problems": [], "models": len(models), "devices": len(described)})
@@ -124,23 +133,3 @@ def _place(found: Examined, settings: DeviceSettings, detail: str) -> str:
     """Where what a fault ``KEY: found ...`` is about is written."""
     table, _, path = detail.partition(":")[0].partition(".")
     return found.place_of(settings, path) if table == "config" and path else found.places[settings.id]
-
-
-def _load(context: Context, *, as_json: bool) -> Config:
-    """The configuration; its faults end the process with exit code 2, each on a line."""
-    from edged.config import load
-    from edged.errors import ConfigError
-
-    try:
-        return load(context.config_path)
-    except ConfigError as exc:
-        _give_up(exc.problems, as_json=as_json)
-        raise AssertionError from exc
-
-
-def _give_up(problems: list[str], *, as_json: bool) -> None:
-    if as_json:
-        show_json({"problems": problems})
-    for problem in problems:
-        echo(f"edged: configuration: {problem}", err=True)
-    raise SystemExit(reasons.EXIT_USAGE)

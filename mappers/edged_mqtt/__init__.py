@@ -13,6 +13,7 @@ from typing import cast
 
 from edged.api import Device, Env, Identity, Link, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import EdgedError, Permanent, Reason
+from edged_mqtt.acl import access_list
 from edged_mqtt.config import (
     SCHEME,
     DeviceAddress,
@@ -55,7 +56,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
 @hookimpl
 def edged_links() -> Iterable[LinkSpec]:
     """Listeners and brokers."""
-    return [LinkSpec(SCHEME, _open, parse_address, parse_link, linger_s=LINGER_S)]
+    return [LinkSpec(SCHEME, _open, parse_address, parse_link, linger_s=LINGER_S, access_list=access_list)]
 
 
 def _open(rest: str, env: Env) -> AbstractAsyncContextManager[Link]:

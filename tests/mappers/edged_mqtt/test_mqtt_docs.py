@@ -1,8 +1,9 @@
-"""The configuration and the access list of docs/mqtt.md, as they stand there."""
+"""The configuration of docs/mqtt.md as it stands there, and the access list that edged makes of it."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import time
@@ -14,6 +15,8 @@ from broker_kit import Mosquitto
 from click.testing import CliRunner
 
 from edged.cli import main
+from edged_mqtt.acl import access_list
+from edged_mqtt.config import LinkConfig
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "mqtt.md").read_text(encoding="utf-8")
@@ -49,13 +52,62 @@ def test_every_count_has_its_word() -> None:
 
 # -- the access list
 
+_TABLES = """
+[[model]]
+id = "pump"
+[[link]]
+address = "mqtt:127.0.0.1:8883"
+config = {user = "edged"}
+""" + "".join(
+    f"""
+[[device]]
+id = "pump-{number}"
+model = "pump"
+mapper = "mqtt-thingsboard"
+address = "mqtt:127.0.0.1:{port}/devices/pump-{number}"
+"""
+    for number, port in ((1, 8883), (2, 8883), (3, 1883))
+)
+
+
+def test_the_list_is_of_the_devices_on_that_broker_and_says_how_it_is_installed(tmp_path: Path) -> None:
+    config = tmp_path / "edged.toml"
+    config.write_text(_TABLES)
+
+    def listed(*words: str) -> Any:
+        return CliRunner().invoke(main, ["--config", str(config), "mapper", "acl", *words])
+
+    text = listed("mqtt:127.0.0.1:8883").stdout
+    assert re.findall(r"^user (.*)", text, re.MULTILINE) == ["edged", "pump-1", "pump-2"]
+    assert "acl_file /etc/mosquitto/edged.acl" in text and "pump-3" not in text
+    assert json.loads(listed("mqtt:127.0.0.1:8883", "--json").stdout) == {
+        "address": "mqtt:127.0.0.1:8883",
+        "access_list": text.rstrip("\n") + "\n",
+    }
+    for words, said in (
+        ("mqtt:127.0.0.1:1883", "user: the [[link]] table has none"),
+        ("mqtt:listen@127.0.0.1:8883", "it is this node's own endpoint"),
+        ("serial:/dev/ttyUSB0", "there is no access list for a wire serial:"),
+        ("rope:1", "no link for 'rope'"),
+    ):
+        answer = listed(words)
+        assert answer.exit_code != 0 and said in answer.stderr, answer.output
+    with pytest.raises(ValueError, match="a/pump and b/pump have the same user name 'pump'"):
+        access_list("h:1", LinkConfig({"user": "edged"}), ["h:1/b/pump", "h:1/a/pump"])
+    with pytest.raises(ValueError, match="this node and a/edged have the same user name 'edged'"):
+        access_list("h:1", LinkConfig({"user": "edged"}), ["h:1/a/edged"])
+    with pytest.raises(ValueError, match="no device of the configuration is on it"):
+        access_list("h:1", LinkConfig({"user": "edged"}), ["h:2/a"])
+
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Any:
     acl, passwords = tmp_path / "edged.acl", tmp_path / "passwords"
-    found = re.search(r"^```\n(# /etc/mosquitto/edged\.acl\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert found
-    acl.write_text(found[1])
+    config = tmp_path / "edged.toml"
+    config.write_text(_TABLES)
+    answer = CliRunner().invoke(main, ["--config", str(config), "mapper", "acl", "mqtt:127.0.0.1:8883"])
+    assert answer.exit_code == 0, answer.output
+    acl.write_text(answer.stdout)
     passwords.touch()
     for user in ("edged", "pump-1", "pump-2"):
         subprocess.run(["mosquitto_passwd", "-b", str(passwords), user, f"{user}-secret"], check=True)
