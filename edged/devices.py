@@ -263,9 +263,14 @@ class Devices:
         wishes = {
             name: wish for name, wish in delta(twin.desired, twin.reported).items() if not is_firmware(name)
         }
-        if wishes and isinstance(session, SupportsDesired):
+        if not wishes:
+            return
+        if isinstance(session, SupportsDesired):
             rejected = await self._apply(device, session, wishes)
-            self.attached[device.id] = replace(self.attached[device.id], rejected=rejected)
+        else:
+            why = Permanent(Reason.UNSUPPORTED, f"mapper {device.mapper} sets no properties")
+            rejected = {name: str(why) for name, wish in wishes.items() if wish.value is not None}
+        self.attached[device.id] = replace(self.attached[device.id], rejected=rejected)
 
     async def _notice_version(self, device: Device, slots: Slots) -> None:
         """A device that came back with another image than the last job left in it: say that nobody knows what it runs, and
@@ -288,6 +293,8 @@ class Devices:
             try:
                 reported = expect(Reported, await plugin_call(self._call_s, session.apply, wanted))
             except (Permanent, Refused) as exc:
+                if wish.value is None:
+                    continue  # a wish that was taken back; what cannot be set has nothing to give up
                 rejected[name] = str(exc)
                 log.warning(
                     "property not taken", extra={"device": device.id, "property": name, "detail": str(exc)}

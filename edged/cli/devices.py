@@ -93,6 +93,8 @@ def show(context: Context, device_id: str, as_json: bool) -> None:
         if line:
             echo(f"{name:<9} {line}")
     _show_twin(found["twin"])
+    for name, why in attached.get("rejected", {}).items():
+        echo(f"not taken {name}: {why}")
     for job in found["jobs"]:
         why = f"  {job['reason']}: {job['detail']}" if job["reason"] else ""
         echo(f"job       {job['id']}  {job['release']}  {job['state']}{why}")
