@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edged import credentials
 from edged.api import Env, Link, LinkSpec
@@ -98,8 +99,7 @@ class LinkPool:
             raise config
         if address not in self._configs:
             config = link_config(spec, {})
-        adapter = logging.LoggerAdapter(log, {"link": address})
-        return DeviceEnv(address, self, adapter, config)
+        return DeviceEnv(address, self, _Lines(log, {"link": address}), config)
 
     async def _leave(self, address: str, shared: _Shared) -> None:
         """Nobody uses the wire: close it, at once or soon."""
@@ -165,6 +165,13 @@ def link_config(spec: LinkSpec, table: Mapping[str, object]) -> object:
         raise meaning(exc) from exc
 
 
+class _Lines(logging.LoggerAdapter[logging.Logger]):
+    """Log lines that say whose they are, beside what the caller says in ``extra``, which the plain adapter throws away."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        return msg, {**kwargs, "extra": {**(kwargs.get("extra") or {}), **(self.extra or {})}}
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceEnv:
     """The ``Env`` of one user of links: a device's mapper, a probe, or the wire itself."""
@@ -192,4 +199,4 @@ class DeviceEnv:
 
 def device_env(user: str, pool: LinkPool) -> DeviceEnv:
     """An environment whose log lines carry the device's id."""
-    return DeviceEnv(user, pool, logging.LoggerAdapter(log, {"device": user}))
+    return DeviceEnv(user, pool, _Lines(log, {"device": user}))

@@ -261,3 +261,14 @@ def test_a_mapper_reads_a_secret_by_its_name(monkeypatch: pytest.MonkeyPatch, tm
     with pytest.raises(Permanent, match="other.*/etc/edged/credentials") as caught:
         asyncio.run(env.credential("other"))
     assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_a_log_line_says_whose_it_is_and_what_the_plugin_said(caplog: pytest.LogCaptureFixture) -> None:
+    log = device_env("pump-1", LinkPool({})).log
+    log.warning("broker lost", extra={"detail": "refused"})
+    log.warning("plain")
+    said = [
+        (record.message, record.__dict__["device"], record.__dict__.get("detail"))
+        for record in caplog.records
+    ]
+    assert said == [("broker lost", "pump-1", "refused"), ("plain", "pump-1", None)]
