@@ -27,6 +27,7 @@ from edged.api import Env
 from edged.errors import Permanent, Reason, Transient
 from edged_mqtt.config import BrokerAddress, BrokerConfig
 from edged_mqtt.thingsboard import SUBSCRIBED
+from edged_mqtt.tls import client_context
 from edged_mqtt.wire import Credential, Guest
 
 CONNECT_S: Final = 10.0
@@ -65,18 +66,6 @@ async def open_broker(address: BrokerAddress, config: BrokerConfig, env: Env) ->
         yield broker
     finally:
         await broker.close()
-
-
-def client_context(config: BrokerConfig, env: Env) -> ssl.SSLContext:
-    """This node's side of TLS. Blocks. Raises ``Permanent(CONFIG_INVALID)``."""
-    try:
-        context = ssl.create_default_context(cafile=config.ca or None)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if config.certificate:
-            context.load_cert_chain(config.certificate, env.credential_file(config.key_credential))
-    except (OSError, ValueError) as exc:
-        raise Permanent(Reason.CONFIG_INVALID, f"keys of the broker's connection: {exc}") from exc
-    return context
 
 
 class Broker:

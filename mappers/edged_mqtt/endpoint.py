@@ -27,6 +27,7 @@ from edged.errors import Permanent, Reason, Transient
 from edged_mqtt import packets
 from edged_mqtt.config import ListenAddress, ListenConfig
 from edged_mqtt.packets import Code, Connect, Kind, Malformed
+from edged_mqtt.tls import server_context
 from edged_mqtt.wire import Credential, Guest, Proof, digest
 
 CONNECT_S: Final = 10.0
@@ -68,6 +69,10 @@ MOST_HELD: Final = 32
 """So many of its messages wait for that next session; then it is not read."""
 MOST_TOLD_BYTES: Final = 256 * 1024
 """So much waits for a client that does not read, or that is in the middle of a long message."""
+TOLD_AGAIN_S: Final = 60.0
+MOST_CAUSES: Final = 64
+MOST_CAUSE_CHARS: Final = 200
+"""Why TLS failed is told once in so long for each cause, of so many causes."""
 
 _BUSY: Final = frozenset({errno.EADDRINUSE})
 
@@ -105,23 +110,6 @@ async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) 
             await endpoint.close()
 
 
-def server_context(config: ListenConfig, env: Env) -> ssl.SSLContext:
-    """The server's side of TLS. Blocks. Raises ``Permanent(CONFIG_INVALID)``."""
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    key = env.credential_file(config.key_credential)
-    try:
-        context.load_cert_chain(config.certificate, key)
-        if config.client_ca:
-            context.load_verify_locations(config.client_ca)
-            required = config.client_certificates == "required"
-            context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
-    except (OSError, ValueError) as exc:
-        text = f"certificate {config.certificate} with the key in credential {config.key_credential!r}: {exc}"
-        raise Permanent(Reason.CONFIG_INVALID, text) from exc
-    return context
-
-
 class Endpoint:
     """The listener and its connections; see :class:`~edged_mqtt.wire.Wire`."""
 
@@ -146,6 +134,8 @@ class Endpoint:
         self._connections: set[Connection] = set()
         self._strangers: set[Connection] = set()
         self._greeting: set[asyncio.Task[None]] = set()
+        self._told: dict[str, float] = {}
+        """Why TLS failed, and when that is told again."""
 
     # -- for sessions
 
@@ -220,13 +210,24 @@ class Endpoint:
             await loop.connect_accepted_socket(
                 lambda: connection, sock, ssl=context, ssl_handshake_timeout=limit_s
             )
-        except OSError:
+        except OSError as exc:
             # ssl.SSLError and a time-out are such, too
-            self.count("tls_failed")
+            self._tls_failed(connection.host, exc)
             self.forget(connection)
         except asyncio.CancelledError:
             self.forget(connection)
             raise
+
+    def _tls_failed(self, host: str, exc: OSError) -> None:
+        """Counted each time, and told with its cause; whoever only scans the port must not fill the journal."""
+        self.count("tls_failed")
+        text, now = str(exc)[:MOST_CAUSE_CHARS], asyncio.get_running_loop().time()
+        if now < self._told.get(text, now):
+            return
+        if len(self._told) >= MOST_CAUSES:
+            self._told.clear()
+        self._told[text] = now + TOLD_AGAIN_S
+        self.log.warning("TLS failed", extra={"detail": f"{host}: {text}"})
 
     def _admit(self, connection: Connection) -> bool:
         """Whether there is room for one more."""

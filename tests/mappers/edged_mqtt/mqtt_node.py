@@ -50,10 +50,14 @@ def image_bytes(seed: str, size: int = IMAGE_BYTES) -> bytes:
 
 
 class Authority:
-    """Certificates of a plant: an authority and what it signed, as files in ``folder``."""
+    """Certificates of a plant: an authority and what it signed, as files in ``folder``.
 
-    def __init__(self, folder: Path) -> None:
+    ``bare``: without key usage and key identifiers, as plants' own authorities often are.
+    """
+
+    def __init__(self, folder: Path, *, bare: bool = False) -> None:
         self.folder = folder
+        self._bare = bare
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "plant")])
         self.ca = self._write("ca.crt", self._sign(self._name, self._key, ca=True))
@@ -85,7 +89,27 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
         )
+        if not self._bare:
+            for extension in self._further(key, ca=ca):
+                builder = builder.add_extension(extension, critical=isinstance(extension, x509.KeyUsage))
         return builder.sign(self._key, hashes.SHA256())
+
+    def _further(self, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> list[x509.ExtensionType]:
+        """What RFC 5280 wants of a certificate beside that."""
+        names = (
+            "content_commitment",
+            "key_encipherment",
+            "data_encipherment",
+            "key_agreement",
+            "encipher_only",
+            "decipher_only",
+        )
+        usage = {"digital_signature": not ca, "key_cert_sign": ca, "crl_sign": ca}
+        return [
+            x509.KeyUsage(**usage, **dict.fromkeys(names, False)),
+            x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+        ]
 
     def _write(self, name: str, certificate: x509.Certificate) -> Path:
         path = self.folder / name

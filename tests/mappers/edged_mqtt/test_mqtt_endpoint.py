@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -18,9 +18,11 @@ from mqtt_kit import PullingDevice, free_port
 from mqtt_node import Authority
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool, device_env
 from edged_mqtt import endpoint as subject
-from edged_mqtt.config import ListenAddress, ListenConfig
+from edged_mqtt.config import BrokerConfig, ListenAddress, ListenConfig
 from edged_mqtt.endpoint import Endpoint, open_endpoint
+from edged_mqtt.tls import client_context, server_context
 from edged_mqtt.wire import Credential, Proof, Seat
 
 
@@ -30,7 +32,7 @@ class Env:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.counted: Counter[str] = Counter()
-        self.log = logging.LoggerAdapter(logging.getLogger("test"), {})
+        self.log = device_env("test", LinkPool({})).log
 
     def credential_file(self, name: str) -> Path:
         return self.folder / name
@@ -198,6 +200,78 @@ def test_a_certificate_s_name_is_one_device(tmp_path: Path) -> None:
                 assert guest.seen == ["arrived"]
 
     asyncio.run(run())
+
+
+@pytest.fixture
+def strict_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ssl.create_default_context`` as it is from Python 3.13 on."""
+    make = ssl.create_default_context
+
+    def strict(*args: Any, **words: Any) -> ssl.SSLContext:
+        found = make(*args, **words)
+        found.verify_flags |= ssl.VERIFY_X509_STRICT
+        return found
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+
+
+@pytest.mark.usefixtures("strict_python")
+def test_a_plant_s_bare_authority_is_good_enough_on_a_newer_python_too(tmp_path: Path) -> None:
+    """Its certificates have neither key usage nor key identifiers: a device must not be lost by an upgrade of the node."""
+    authority = Authority(tmp_path, bare=True)
+    server, key = authority.issue("node")
+    shown, private = authority.issue("pump-9")
+    own_side = BrokerConfig(ca=str(authority.ca), certificate=str(shown), key_credential=private.name)
+    env: Any = Env(tmp_path)
+    # a context of the tests' own is as strict as that Python is
+    assert ssl.create_default_context().verify_flags & ssl.VERIFY_X509_STRICT
+    device = client_context(own_side, env)
+    config = ListenConfig(str(server), key.name, str(authority.ca), "required")
+    for context in (device, server_context(config, env)):
+        assert not context.verify_flags & ssl.VERIFY_X509_STRICT
+
+    async def run() -> None:
+        async with listening(tmp_path, config) as (endpoint, _, port):
+            guest = Guest()
+            async with endpoint.seat("pump-9", Credential(Proof.CERTIFICATE, "pump-9"), guest):
+                # this node's side of a broker's connection, and its side of a device's, at once
+                client = await dial(port, device)
+                client.writer.write(connect_packet(None))
+                assert await client.read(4) == b"\x20\2\0\0"
+                await guest.until("arrived")
+
+    asyncio.run(run())
+
+
+def test_why_tls_failed_is_told_once_for_each_cause_and_counted_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "other").mkdir()
+    authority, stranger = Authority(tmp_path), Authority(tmp_path / "other")
+    server, key = authority.issue("node")
+    config = ListenConfig(str(server), key.name, str(authority.ca), "required")
+    foreign = ssl.create_default_context(cafile=str(authority.ca))
+    foreign.load_cert_chain(*stranger.issue("pump-9"))
+
+    async def failed(port: int, context: ssl.SSLContext | None) -> None:
+        with contextlib.suppress(OSError):
+            client = await dial(port, context)
+            client.writer.write(connect_packet(None))
+            await client.closed()
+
+    async def run() -> None:
+        async with listening(tmp_path, config) as (_, env, port):
+            for number, context in enumerate((foreign, None, foreign, None), start=1):
+                await failed(port, context)
+                async with asyncio.timeout(10):
+                    while env.counted["tls_failed"] < number:
+                        await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+    told = [record.__dict__["detail"] for record in caplog.records if record.message == "TLS failed"]
+    assert len(told) == 2, told
+    assert all(text.startswith("127.0.0.1: ") for text in told)
+    assert "CERTIFICATE_VERIFY_FAILED" in told[0] and "CERTIFICATE_VERIFY_FAILED" not in told[1]
 
 
 def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:
