@@ -98,6 +98,7 @@ class Broker:
         self._up = asyncio.Event()
         self._fault: Transient | Permanent | None = None
         self._held = _Held()
+        self._closing = False
         self._pump = self._start()
 
     def _start(self) -> asyncio.Task[None]:
@@ -107,8 +108,12 @@ class Broker:
 
     async def close(self) -> None:
         """Nothing is read any more."""
-        self._pump.cancel()
-        await asyncio.wait([self._pump])
+        self._closing = True
+        while not self._pump.done():
+            # again and again: aiomqtt raises an error of its own in place of a cancellation where the broker takes no
+            # farewell, and asyncio's wait_for of Python 3.11 drops one that comes with what was waited for
+            self._pump.cancel()
+            await asyncio.wait([self._pump], timeout=CONNECT_S)
 
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
@@ -160,7 +165,7 @@ class Broker:
                         loop.call_soon(self._received, client, str(message.topic), message.payload)
             except (aiomqtt.MqttError, OSError, TimeoutError) as exc:
                 self._fault = self._meaning(exc)
-                if not self._up.is_set():
+                if self._closing or not self._up.is_set():
                     return  # whoever opens the link is told, and tries again
                 self._log.warning("broker lost", extra={"detail": self._fault.detail})
                 self.count("broker_lost")

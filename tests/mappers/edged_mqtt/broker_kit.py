@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -47,6 +48,11 @@ class Mosquitto:
                         break
                 assert self._process.poll() is None, self.log
                 time.sleep(0.02)
+
+    def freeze(self) -> None:
+        """It does nothing any more, and its connections stay."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
 
     def stop(self) -> None:
         if self._process is not None:

@@ -383,3 +383,26 @@ def test_where_nothing_is_read_any_more_sessions_end_and_the_next_ones_are_heard
 
     with Mosquitto(tmp_path).running() as broker:
         asyncio.run(run())
+
+
+def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs, and so much is on its way to it that nothing more fits in."""
+    monkeypatch.setattr(subject, "CONNECT_S", 1.0)
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(30):
+            async with connected(broker.port) as (link, _), link.seat("a", TOKEN, guest := Guest()) as seat:
+                await say(broker.port, (f"a/{TELEMETRY}", b"1"))
+                await guest.until(1)
+                broker.freeze()
+                with pytest.raises(Transient, match="timed out"):
+                    for _ in range(64):
+                        await seat.send("x", bytes(subject.LARGEST_BYTES))
+                begun = loop.time()
+            assert loop.time() - begun >= 1.0, "it took the farewell"
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
