@@ -139,10 +139,12 @@ class Control:
         for state in parts.plugins.states:
             if state.problem:
                 text = f"plugin {state.name} ({state.distribution}): {state.problem}"
-                found.append({"part": "plugin", **explain_reason(Reason.PLUGIN_FAILED, text)})
+                cure = "install a version of it that fits, or remove it"
+                found.append({"part": "plugin", **explain_reason(Reason.PLUGIN_FAILED, text), "cure": cure})
         for missing in parts.devices.left_out.values():
             text = f"{missing.settings.id} is left out: {missing.detail}"
-            found.append({"part": "device", **explain_reason(missing.reason, text)})
+            cure = "correct what edged check-config names, then systemctl restart edged"
+            found.append({"part": "device", **explain_reason(missing.reason, text), "cure": cure})
         found += [
             {"part": part, "reason": None, "detail": text, "cure": ""} for part, text in self.faults.items()
         ]

@@ -320,6 +320,12 @@ def test_a_device_that_cannot_be_used_is_left_out_with_its_reason_and_the_rest_r
         answer = place.run("deploy", "app@2.0.0", "--to", "alien")
         assert answer.code == 1
         assert "alien is left out: mapper: found 'warp'" in answer.err
+        told = [line for line in place.run("status").out.splitlines() if " is left out: " in line]
+        assert len(told) == 4
+        assert all(
+            line.endswith("; cure: correct what edged check-config names, then systemctl restart edged")
+            for line in told
+        )
 
 
 def test_a_device_that_is_left_alone_is_told_with_its_cure(tmp_path: Path, publisher: Publisher) -> None:
