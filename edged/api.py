@@ -22,6 +22,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -331,6 +332,10 @@ class Env(Protocol):
 
         Raises ``Permanent(CONFIG_INVALID)`` where this process was given no secrets.
         """
+        ...
+
+    def now(self) -> datetime:
+        """The time of day in UTC, for what a device is to be told. It may jump: it measures nothing."""
         ...
 
     def count(self, event: str) -> None:

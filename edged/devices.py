@@ -204,7 +204,7 @@ class Devices:
         count: Callable[[str, str], None],
     ) -> None:
         configs = {link.address: _link_config(link, plugins) for link in config.link}
-        self.pool = LinkPool(plugins.links, configs, count)
+        self.pool = LinkPool(plugins.links, configs, count, clock)
         self.left_out: dict[str, LeftOut] = {}
         self.attached: dict[str, Attached] = {}
         self.drifted: Callable[[str], None] = lambda device: None

@@ -8,11 +8,13 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from edged import credentials
 from edged.api import Env, Link, LinkSpec
+from edged.clock import Clock, SystemClock
 from edged.errors import EdgedError, Permanent, Reason, Transient, meaning
 
 log = logging.getLogger("edged.mapper")
@@ -39,7 +41,7 @@ class LinkPool:
     """All open wires of this daemon, by address.
 
     ``configs``: what each address's ``[[link]]`` table was parsed to, or why it could not be. ``count`` is told who counted
-    which event.
+    which event. ``clock`` has the time of day for mappers; None: the system's.
     """
 
     def __init__(
@@ -47,10 +49,12 @@ class LinkPool:
         specs: Mapping[str, LinkSpec],
         configs: Mapping[str, object | Permanent] | None = None,
         count: Callable[[str, str], None] = _not_counted,
+        clock: Clock | None = None,
     ) -> None:
         self._specs = specs
         self._configs = configs or {}
         self.count = count
+        self.now = (clock or SystemClock()).now
         self._shared: dict[str, _Shared] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
 
@@ -186,6 +190,9 @@ class DeviceEnv:
 
     def credential_file(self, name: str) -> Path:
         return credentials.path(os.environ, name)
+
+    def now(self) -> datetime:
+        return self.pool.now()
 
     def count(self, event: str) -> None:
         self.pool.count(self.user, event)

@@ -16,6 +16,7 @@ from contextlib import (
     contextmanager,
 )
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -111,6 +112,9 @@ class _UnitEnv:
 
     def credential_file(self, name: str) -> Path:
         return self._env.credential_file(name)
+
+    def now(self) -> datetime:
+        return self._env.now()
 
     def count(self, event: str) -> None:
         self._env.count(event)

@@ -220,7 +220,8 @@ def test_the_table_of_the_smp_mapper() -> None:
 CAN_TABLES: dict[str, tuple[Any, str]] = {
     "### `[device.config]` of `can-uds`": (UdsConfig(), "default"),
     "#### `erase` and `check` of `can-uds`": (UdsConfig().erase, "default of `erase`"),
-    "#### `security` of `can-uds`": (UdsConfig().security, "default"),
+    "#### `security` and `second_security` of `can-uds`": (UdsConfig().security, "default"),
+    "#### `fingerprint` of `can-uds`": (UdsConfig().fingerprint, "default"),
     "#### `properties` of `can-uds`": (Property(), "default"),
 }
 
@@ -262,6 +263,8 @@ def test_the_checks_defaults_of_the_can_mapper() -> None:
         "parameters": "none",
         "per": check.per,
         "ok": check.ok,
+        "poll_s": f"{check.poll_s:g}",
+        "running": "empty",
     }
 
 

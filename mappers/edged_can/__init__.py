@@ -15,6 +15,7 @@ from edged.errors import Permanent, Reason
 from edged_can.address import SCHEME, parse_address
 from edged_can.config import UdsConfig, parse
 from edged_can.link import CanLink, loaded, open_can
+from edged_can.refused import RefusedKeys
 
 NAME: Final = "can-uds"
 
@@ -25,7 +26,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
     return [
         MapperSpec(
             NAME,
-            _connect,
+            _Connecting().connect,
             parse,
             frozenset({"uds"}),
             _probe,
@@ -42,13 +43,20 @@ def edged_links() -> Iterable[LinkSpec]:
     return [LinkSpec(SCHEME, open_can, parse_address)]
 
 
-@asynccontextmanager
-async def _connect(device: Device, env: Env) -> AsyncIterator[Session]:
-    config = device.config if isinstance(device.config, UdsConfig) else UdsConfig()
-    async with env.link(device.address) as link:
-        module = await loaded("edged_can.session")
-        async with module.connected(device, config, _bus(link, device.address), env) as session:
-            yield session
+class _Connecting:
+    """Opens sessions. What outlives them are the keys that devices refused."""
+
+    def __init__(self) -> None:
+        self._refused = RefusedKeys()
+
+    @asynccontextmanager
+    async def connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
+        config = device.config if isinstance(device.config, UdsConfig) else UdsConfig()
+        async with env.link(device.address) as link:
+            module = await loaded("edged_can.session")
+            bus = _bus(link, device.address)
+            async with module.connected(device, config, bus, env, self._refused) as session:
+                yield session
 
 
 async def _probe(address: str, env: Env) -> Identity | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
 from typing import Final
 
 from edged.errors import Reason, Transient
@@ -22,50 +23,70 @@ _RESTARTED: Final = 0x100
 _OVERFLOW_BITS: Final = 0x03
 _WARNING_BITS: Final = 0x0C
 _PASSIVE_BITS: Final = 0x30
+_ACTIVE_BIT: Final = 0x40
+_RECENT_S: Final = 10.0
+"""What the bus said longer ago explains no silence of now; requests are repeated within it."""
+
+_PASSIVE: Final = "the controller is error-passive"
+_WARNS: Final = "the controller warns of many errors"
+_DAMAGED: Final = "damaged frames"
 
 _ABSENT: Final = frozenset({errno.ENODEV, errno.ENOENT, errno.ENXIO})
 _DOWN: Final = frozenset({errno.ENETDOWN, errno.EIO})
 FULL: Final = frozenset({errno.ENOBUFS, errno.EAGAIN})
 
 
-@dataclass(slots=True)
 class BusErrors:
-    """The errors that one bus has told of: the newest of them explains a silence."""
+    """The errors that one bus has told of: what it said lately, else the state in which its controller still is."""
 
-    bus: CanAddress
-    count: int = 0
-    newest: str = ""
+    def __init__(self, bus: CanAddress, now: Callable[[], float] = time.monotonic) -> None:
+        self.bus = bus
+        self._now = now
+        self._newest = ""
+        self._newest_at = 0.0
+        self._state = ""
 
     def saw(self, error_class: int, data: bytes) -> Transient | None:
         """Take an error frame; the failure where it says that the controller has left the bus."""
-        self.count += 1
         if error_class & _BUS_OFF:
-            self.newest = "bus off"
+            self._say("bus off")
             return Transient(
                 Reason.LINK_LOST,
                 f"{self.bus}: bus off: the controller has left the bus after too many errors; check wiring, termination and "
                 "bit rate",
             )
-        self.newest = _described(error_class, data) or self.newest
+        detail = data[1] if len(data) > 1 else 0
+        if error_class & _RESTARTED or (error_class & _CONTROLLER and detail & _ACTIVE_BIT):
+            self._state = ""
+        if error_class & _CONTROLLER and detail & (_PASSIVE_BITS | _WARNING_BITS):
+            self._state = _PASSIVE if detail & _PASSIVE_BITS else _WARNS
+        described = _described(error_class, detail)
+        if described:
+            self._say(described)
         return None
+
+    def damaged(self) -> None:
+        """A frame came that was none."""
+        self._say(_DAMAGED)
 
     def explained(self, what: str) -> str:
         """``what`` went wrong, with what the bus said of itself meanwhile."""
-        return f"{what}; the bus says: {self.newest}" if self.newest else what
+        recent = self._newest if self._now() - self._newest_at <= _RECENT_S else ""
+        said = recent or self._state
+        return f"{what}; the bus says: {said}" if said else what
+
+    def _say(self, text: str) -> None:
+        self._newest, self._newest_at = text, self._now()
 
 
-def _described(error_class: int, data: bytes) -> str:
-    detail = data[1] if len(data) > 1 else 0
+def _described(error_class: int, detail: int) -> str:
+    """What happened; a state of the controller is told where nothing did."""
     if error_class & _NO_ACK:
         return "no node acknowledges"
-    if error_class & _CONTROLLER and detail & _PASSIVE_BITS:
-        return "the controller is error-passive"
     if error_class & _CONTROLLER and detail & _OVERFLOW_BITS:
         return "frames were lost, the controller's buffer was full"
-    if error_class & _CONTROLLER and detail & _WARNING_BITS:
-        return "the controller warns of many errors"
     if error_class & (_PROTOCOL | _BUS_ERROR):
-        return "damaged frames"
+        return _DAMAGED
     if error_class & _TRANSCEIVER:
         return "the transceiver has a fault"
     if error_class & _TX_TIMEOUT:

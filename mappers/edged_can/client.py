@@ -28,7 +28,7 @@ _BUSY_WAIT_S: Final = 0.1
 _STARTING_S: Final = 0.05
 _NEGATIVE: Final = 0x7F
 _NEGATIVE_BYTES: Final = 3
-_KEEP_ALIVE_S: Final = 2.0
+KEEP_ALIVE_S: Final = 2.0
 """ISO 14229-2, 7.2: a server leaves the session after 5 s (S3 server) without a request."""
 _PASSES: Final = frozenset(
     {BUSY_REPEAT_REQUEST, 0x22, 0x24, 0x25, 0x36, 0x37, 0x70, 0x71, 0x73, 0x7E, 0x7F, *range(0x81, 0x95)}
@@ -164,9 +164,9 @@ class UdsClient:
     async def _keep_alive(self, told: Callable[[], bool]) -> None:
         request = services.TesterPresent.make_request()
         while True:
-            due = self._asked_at + _KEEP_ALIVE_S - self._loop.time()
+            due = self._asked_at + KEEP_ALIVE_S - self._loop.time()
             if due > 0 or not told():
-                await asyncio.sleep(due if due > 0 else _KEEP_ALIVE_S)
+                await asyncio.sleep(due if due > 0 else KEEP_ALIVE_S)
                 continue
             with suppress(Transient):
                 # whoever asks next is told what is wrong with the bus

@@ -29,14 +29,19 @@ from edged_can.transport import FRAME_BYTES, MESSAGE_BYTES, Peer, Shape
 
 SEQUENCE: Final = (
     "default_session",
+    "functional_extended_session",
     "extended_session",
     "check_preconditions",
+    "functional_dtc_off",
     "dtc_off",
+    "functional_communication_off",
     "communication_off",
     "programming_session",
     "security_access",
+    "second_security_access",
+    "fingerprint",
 )
-"""What may come before the first erase, in the order in which it usually does."""
+"""What may come before the first erase, in the order in which it usually does. ``functional_``: everyone on the bus is told."""
 FIELDS: Final = ("format", "address", "length", "crc32", "sha256")
 TYPES: Final = ("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "f32", "f64", "bool", "text", "hex")
 
@@ -45,6 +50,7 @@ _ANY: Final = number(-1e18, 1e18)
 _ID: Final = whole(0, 0x1FFFFFFF)
 _BYTE: Final = whole(0, 255)
 _BYTE_OR_NONE: Final = _BYTE | False
+_HEX: Final = text(r"(?:[0-9a-fA-F]{2})*", "pairs of hexadecimal digits, or nothing")
 _DID: Final = whole(0, 0xFFFF)
 _SIGNALS: Final = list_of(text(r"\w+\.\w+", "MESSAGE.SIGNAL"), "texts MESSAGE.SIGNAL")
 
@@ -59,12 +65,16 @@ class Routine:
     - ``per``: ``"segment"`` once for each, ``"image"``: once, with the first address and the length up to the last;
       ``"never"``: the device has no such routine.
     - ``ok``: how its routineStatusRecord must begin, in hexadecimal digits; empty: it is not looked at.
+    - ``poll_s``: where it goes on after it was started, its results are asked for (0x31 03) so often, and the status is
+      theirs; 0: it is done when it answers. ``running``: how the status begins while it is at work.
     """
 
     routine: int = key(0xFF00, _DID)
     parameters: tuple[str, ...] = key((), some_of(*FIELDS))
     per: str = key("segment", one_of("segment", "image", "never"))
-    ok: str = key("", text(r"(?:[0-9a-fA-F]{2})*", "pairs of hexadecimal digits, or nothing"))
+    ok: str = key("", _HEX)
+    poll_s: float = key(0.0, number(0, 60))
+    running: str = key("", _HEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +91,25 @@ class Security:
     )
     algorithm: str = key("xor", text(_NAME, "the name of an algorithm"))
     credential: str = key("", text(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}", "the name of a file") | "")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """Who programs when, as the step ``fingerprint`` writes it (WriteDataByIdentifier).
+
+    ``record``: pairs of hexadecimal digits, and between them ``{yymmdd}``, ``{yyyymmdd}``, ``{hhmmss}`` (UTC, two decimal
+    digits in each byte) and ``{serial}``, the text of ``serial`` in ASCII.
+    """
+
+    did: int = key(0xF15A, _DID)
+    record: str = key(
+        "",
+        text(
+            r"(?:[0-9a-fA-F]{2}|\{(?:yymmdd|yyyymmdd|hhmmss|serial)\})*",
+            "pairs of hexadecimal digits, {yymmdd}, {yyyymmdd}, {hhmmss}, {serial}",
+        ),
+    )
+    serial: str = key("", text(r"[ -~]{0,32}", "printable ASCII, at most 32 characters"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +138,7 @@ class UdsConfig:
     """How to talk to one controller. Identifiers as in its diagnostic description; times in seconds.
 
     - ``request_id``, ``response_id``: CAN identifiers to and from it; of 29 bits with ``extended_ids``.
+    - ``functional_id``: of requests to all controllers on the bus, for the steps ``functional_...``; false: none are sent.
     - ``target_address``, ``source_address``: extended addressing; false: normal addressing.
     - ``fd``, ``frame_bytes``: CAN FD. ``padding``: the byte that fills frames up; false: none.
     - ``block_size``, ``st_min``: what the device is asked to keep to when it answers.
@@ -121,7 +151,8 @@ class UdsConfig:
     - ``sequence``: what comes before the first erase. ``precondition_routine``: what ``check_preconditions`` starts.
     - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload.
     - ``reset``: the ECUReset subfunction after programming.
-    - ``erase``, ``check``: the routines before and after a download. ``security``: SecurityAccess.
+    - ``erase``, ``check``: the routines before and after a download. ``security``, ``second_security``: SecurityAccess, at one
+      level and at another. ``fingerprint``: what the step of that name writes.
     - ``properties``: what it reports.
     - ``dbc``: a file that describes its raw frames; ``signals``: which it reports, each ``MESSAGE.SIGNAL``, and at most
       every ``signals_s``; ``commands``: which can be set, by a frame.
@@ -130,6 +161,7 @@ class UdsConfig:
     request_id: int = key(0x7E0, _ID)
     response_id: int = key(0x7E8, _ID)
     extended_ids: bool = key(False, flag())
+    functional_id: int | bool = key(False, whole(1, 0x1FFFFFFF) | False)
     target_address: int | bool = key(False, _BYTE_OR_NONE)
     source_address: int | bool = key(False, _BYTE_OR_NONE)
     fd: bool = key(False, flag())
@@ -164,11 +196,18 @@ class UdsConfig:
     erase: Routine = table(Routine(0xFF00, ("format", "address", "length")))
     check: Routine = table(Routine(0xFF01, (), "image", "00"))
     security: Security = table(Security())
+    second_security: Security = table(Security(3))
+    fingerprint: Fingerprint = table(Fingerprint())
     properties: tuple[Property, ...] = tables(Property, required=("name", "did", "type"))
     dbc: str = key("", text(r".*", "the path of a file, or empty"))
     signals: tuple[str, ...] = key((), _SIGNALS)
     signals_s: float = key(1.0, number(0, 3600))
     commands: tuple[str, ...] = key((), _SIGNALS)
+
+    @property
+    def tells_everyone(self) -> bool:
+        """Is there a step that all controllers on the bus are told?"""
+        return any(step.startswith("functional_") for step in self.sequence)
 
     @property
     def peer(self) -> Peer:
@@ -214,13 +253,12 @@ def _together(config: UdsConfig) -> Iterator[str]:
     if (config.target_address is False) != (config.source_address is False):
         yield "source_address: found one address of two; allowed: target_address and source_address, or neither"
     if "security_access" in config.sequence or any(one.security for one in config.properties):
-        from edged_can.security import known
-
-        if config.security.algorithm not in known():
-            yield (
-                f"security.algorithm: found {config.security.algorithm!r}; allowed: {', '.join(sorted(known()))}, or one that "
-                "a plug-in brings"
-            )
+        yield from _algorithm("security", config.security)
+    if "second_security_access" in config.sequence:
+        yield from _algorithm("second_security", config.second_security)
+    yield from _functional(config)
+    if "fingerprint" in config.sequence and not config.fingerprint.record:
+        yield "fingerprint.record: found nothing; allowed: what the step fingerprint is to write"
     yield from _proofs(config)
     if bool(config.dbc) != bool(config.signals or config.commands):
         yield f"dbc: found {config.dbc!r}; allowed: a file together with signals or commands, or none of them"
@@ -229,8 +267,35 @@ def _together(config: UdsConfig) -> Iterator[str]:
         yield f"properties: found {name!r} twice; allowed: each name once"
 
 
+def _algorithm(name: str, settings: Security) -> Iterator[str]:
+    from edged_can.security import known
+
+    if settings.algorithm not in known():
+        others = ", ".join(sorted(known()))
+        yield f"{name}.algorithm: found {settings.algorithm!r}; allowed: {others}, or one that a plug-in brings"
+
+
+def _functional(config: UdsConfig) -> Iterator[str]:
+    """Requests to everyone want an identifier that nobody else has, and one frame."""
+    if config.functional_id is False:
+        if config.tells_everyone:
+            yield "functional_id: found false; allowed: an identifier, where the sequence has functional steps"
+        return
+    most = 0x1FFFFFFF if config.extended_ids else 0x7FF
+    if config.functional_id > most:
+        yield f"functional_id: found {config.functional_id:#x}; allowed: at most 0x7ff without extended_ids = true"
+    if config.functional_id in (config.request_id, config.response_id):
+        yield f"functional_id: found {config.functional_id:#x}, which is the device's own; allowed: another one"
+    if config.target_address is not False:
+        yield "functional_id: found one with target_address; allowed: normal addressing"
+
+
 def _proofs(config: UdsConfig) -> Iterator[str]:
     """Checksums where there are some, and something that tells a good image from another."""
+    for name in ("erase", "check"):
+        routine = getattr(config, name)
+        if routine.running and not routine.poll_s:
+            yield f"{name}.running: found {routine.running!r}; allowed: with a poll_s"
     unknown = {"crc32", "sha256"} & set(config.erase.parameters)
     if unknown:
         yield f"erase.parameters: found {sorted(unknown)!r}; allowed: format, address, length: nothing was sent by then"

@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import struct
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -22,11 +22,12 @@ import can
 
 from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
-from edged_can.bus_errors import FULL, BusErrors, lost, not_opened, queue_full
+from edged_can.base import BaseLink
+from edged_can.bus_errors import FULL, lost, not_opened, queue_full
 from edged_can.frames import Frame, wire_s
-from edged_can.link import CanLink, Listener, again
-from edged_can.load import BusLoad, gap_s
-from edged_can.messages import to_frame, to_message
+from edged_can.link import CanLink, again
+from edged_can.load import gap_s
+from edged_can.messages import to_message
 from edged_can.transport import N_AS_S, Peer, Shape, Transport
 
 _EXTENDED_ID: Final = 0x80000000
@@ -83,23 +84,14 @@ async def opened(bus: CanAddress, log: logging.LoggerAdapter[logging.Logger]) ->
         link.close()
 
 
-class KernelLink:
+class KernelLink(BaseLink["_KernelPeer"]):
     """See :class:`edged_can.link.CanLink`. Opening a socket does not block; one of ISO-TP is closed in a thread."""
 
-    exclusive = False
     kernel = True
 
     def __init__(self, bus: CanAddress) -> None:
-        self.address = str(bus)
-        self.bus = bus
-        self.load = BusLoad()
-        self.errors = BusErrors(bus)
-        self.lost: Transient | None = None
-        self._loop = asyncio.get_running_loop()
+        super().__init__(bus)
         self._raw: Any = None
-        self._listeners: dict[Listener, frozenset[tuple[int, bool]]] = {}
-        self._peers: list[_KernelPeer] = []
-        self._measured = 0
 
     def open(self) -> None:
         try:
@@ -113,7 +105,7 @@ class KernelLink:
             raise Permanent(Reason.CONFIG_INVALID, f"{self.bus}: {error}") from error
         except (can.CanError, OSError) as error:
             raise not_opened(self.bus, _code(error), str(error)) from error
-        self._filter()
+        self._heard_changed()
         self._loop.add_reader(self._raw.fileno(), self._on_readable)
 
     def close(self) -> None:
@@ -131,33 +123,15 @@ class KernelLink:
         port = _KernelPeer(self, peer, shape)
         self._peers.append(port)
         self._measured += shape.share < 1
-        self._filter()
+        self._heard_changed()
         try:
             port.open(0.0)
             yield port
         finally:
             self._peers.remove(port)
             self._measured -= shape.share < 1
-            self._filter()
+            self._heard_changed()
             await asyncio.shield(port.close())
-
-    def speaks_to(self, response_id: int, extended: bool) -> bool:
-        """As :class:`~edged_can.link.CanLink`."""
-        return any(peer.key == (response_id, extended) for peer in self._peers)
-
-    @asynccontextmanager
-    async def listen(self, ids: Collection[tuple[int, bool]]) -> AsyncIterator[Listener]:
-        """As :class:`~edged_can.link.CanLink`."""
-        listener = Listener()
-        if self.lost is not None:
-            listener.lose(self.lost)
-        self._listeners[listener] = frozenset(ids)
-        self._filter()
-        try:
-            yield listener
-        finally:
-            del self._listeners[listener]
-            self._filter()
 
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
@@ -183,17 +157,7 @@ class KernelLink:
             raise self.lose(lost(self.bus, code, str(error))) from error
         return True
 
-    def lose(self, error: Transient) -> Transient:
-        """The bus is gone: everybody who waits for it is told. Returns ``error``."""
-        if self.lost is None:
-            self.lost = error
-            for listener in self._listeners:
-                listener.lose(error)
-            for peer in self._peers:
-                peer.fail(error)
-        return error
-
-    def _filter(self) -> None:
+    def _heard_changed(self) -> None:
         if self._raw is None:
             return
         wanted = {key for ids in self._listeners.values() for key in ids}
@@ -208,24 +172,8 @@ class KernelLink:
             self.lose(lost(self.bus, _code(error), str(error)))
             return
         if message is not None:
-            self._arrived(message)
-
-    def _arrived(self, message: can.Message) -> None:
-        if message.is_error_frame:
-            failure = self.errors.saw(message.arbitration_id, bytes(message.data))
-            if failure is not None:
-                self.lose(failure)
-            return
-        if self._measured:
-            seconds = wire_s(len(message.data), self.bus, extended=message.is_extended_id, fd=message.is_fd)
             # what other sockets of this machine send comes back marked; most of it is ours
-            self.load.saw(seconds, own=not message.is_rx)
-        if message.is_remote_frame:
-            return
-        key = message.arbitration_id, message.is_extended_id
-        for listener, ids in self._listeners.items():
-            if key in ids:
-                listener.put(to_frame(message))
+            self._arrived(message, own=not message.is_rx)
 
 
 class _KernelPeer:

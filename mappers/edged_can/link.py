@@ -54,6 +54,26 @@ class Listener:
         self._more.set()
 
 
+class Turns:
+    """Who programs a controller on this bus. One that tells everyone what to do has it alone: the others would be thrown out
+    of their sessions. Nobody waits here: that is the engine's."""
+
+    def __init__(self, bus: str) -> None:
+        self._bus = bus
+        self._alone: dict[str, bool] = {}
+
+    def take(self, device: str, *, alone: bool) -> None:
+        """Until :meth:`give`. Raises Transient(LINK_BUSY) where others are at work, and one of them or ``device`` alone."""
+        others = [name for name in self._alone if name != device]
+        if others and (alone or any(self._alone[name] for name in others)):
+            text = f"{self._bus}: {', '.join(others)} is being programmed, and one of them tells all controllers to be quiet"
+            raise Transient(Reason.LINK_BUSY, text)
+        self._alone[device] = alone
+
+    def give(self, device: str) -> None:
+        self._alone.pop(device, None)
+
+
 class CanLink(Protocol):
     """An open bus. ``kernel``: the kernel's own ISO-TP carries the messages; else can-isotp in a thread does."""
 
@@ -67,6 +87,8 @@ class CanLink(Protocol):
     def load(self) -> BusLoad: ...
     @property
     def kernel(self) -> bool: ...
+    @property
+    def turns(self) -> Turns: ...
 
     def transport(self, peer: Peer, shape: Shape) -> AbstractAsyncContextManager[Transport]:
         """Messages to and from ``peer``. Raises Permanent(CONFIG_INVALID) for a shape that this bus cannot carry."""

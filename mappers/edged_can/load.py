@@ -26,7 +26,6 @@ class BusLoad:
         self._now = now
         self._lock = threading.Lock()
         self._began = now()
-        self._all = [0.0, 0.0]
         self._others = [0.0, 0.0]
         self._debts: dict[float, tuple[float, float]] = {}
         self._own_at = self._began
@@ -35,7 +34,6 @@ class BusLoad:
         """A frame went by; ``own``: this process sent it."""
         with self._lock:
             now = self._turn()
-            self._all[0] += wire_s
             if own:
                 self._own_at = now
             else:
@@ -43,15 +41,12 @@ class BusLoad:
             for share, (debt_s, since) in self._debts.items():
                 self._debts[share] = (min(_left(debt_s, since, now, share) + wire_s, _MOST_DEBT_S), now)
 
-    def used(self) -> float:
-        """Part of the time in which the bus was seen busy lately, 0 to 1."""
-        with self._lock:
-            return self._part(self._all)
-
     def used_by_others(self) -> float:
-        """The same, without the frames that this process sent."""
+        """Part of the time in which the bus was lately seen busy with frames that this process did not send, 0 to 1."""
         with self._lock:
-            return self._part(self._others)
+            now = self._turn()
+            weight = 1 - (now - self._began) / _WINDOW_S
+            return min(1.0, (self._others[0] + self._others[1] * weight) / _WINDOW_S)
 
     def wait_s(self, share: float) -> float:
         """How long to wait before the next frame, so that the whole load stays below ``share``.
@@ -66,20 +61,13 @@ class BusLoad:
         wait_s = min(excess / share, due_s)
         return wait_s if wait_s > _NOTHING_S else 0.0
 
-    def _part(self, seen: list[float]) -> float:
-        now = self._turn()
-        in_window = now - self._began
-        weight = 1 - in_window / _WINDOW_S
-        return min(1.0, (seen[0] + seen[1] * weight) / _WINDOW_S)
-
     def _turn(self) -> float:
         """Begin a new window where the present one is over."""
         now = self._now()
         passed = now - self._began
         if passed >= _WINDOW_S:
             kept = passed < 2 * _WINDOW_S
-            for seen in (self._all, self._others):
-                seen[:] = [0.0, seen[0] if kept else 0.0]
+            self._others = [0.0, self._others[0] if kept else 0.0]
             self._began = self._began + _WINDOW_S if kept else now
         return now
 

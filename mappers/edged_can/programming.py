@@ -11,21 +11,25 @@ import hashlib
 import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from datetime import datetime
 from typing import Final
 
 from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
 
 from edged.api import Image, Phase, Progress, Segment
 from edged.errors import Permanent, Reason, Transient
-from edged_can.client import NegativeResponse, RefusedForGood, RefusedForNow, UdsClient
-from edged_can.config import Routine, UdsConfig
-from edged_can.security import key_for, secret_bytes
+from edged_can.access import Access
+from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
+from edged_can.config import Fingerprint, Routine, UdsConfig
+from edged_can.functional import Everyone
+from edged_can.link import CanLink
 
 DEFAULT_SESSION: Final = 1
 PROGRAMMING_SESSION: Final = 2
 EXTENDED_SESSION: Final = 3
 
 _START_ROUTINE: Final = 1
+_REQUEST_RESULTS: Final = 3
 _DTC_OFF: Final = 2
 _NO_NORMAL_MESSAGES: Final = bytes((0x01,))
 _DISABLE_RX_AND_TX: Final = 3
@@ -36,35 +40,52 @@ _STARTS: Final = 4
 _SENDS: Final = 3
 """Of one block: the server acknowledges a repeated one and writes it once (14.5.2.3), or refuses it."""
 _SECURITY_ACCESS_DENIED: Final = 0x33
-_EXCEEDED_NUMBER_OF_ATTEMPTS: Final = 0x36
+_UNLOCKS: Final = frozenset({"security_access", "second_security_access"})
 _DROPPED: Final = frozenset({0x24, 0x70, 0x71, 0x73})
 """requestSequenceError, uploadDownloadNotAccepted, transferDataSuspended, wrongBlockSequenceCounter: no transfer is under way
 as the client knows it, and a new one begins at RequestDownload."""
-
-Secret = Callable[[str], Awaitable[str]]
 
 
 class Programming:
     """Writes images into one controller. ``entered``: it is in its programming session, as far as is known."""
 
-    def __init__(self, client: UdsClient, config: UdsConfig, secret: Secret, name: str) -> None:
+    def __init__(
+        self,
+        client: UdsClient,
+        config: UdsConfig,
+        link: CanLink,
+        access: Access,
+        name: str,
+        now: Callable[[], datetime],
+    ) -> None:
         self._client = client
         self._config = config
-        self._secret = secret
+        self._turns = link.turns
         self._name = name
+        self._now = now
+        self.everyone = everyone = Everyone(link, config)
         self.entered = False
         self._steps: dict[str, Callable[[], Awaitable[None]]] = {
             "default_session": lambda: client.session(DEFAULT_SESSION),
             "extended_session": lambda: client.session(EXTENDED_SESSION),
             "check_preconditions": self._check_preconditions,
-            "dtc_off": self._dtc_off,
-            "communication_off": self._communication_off,
+            "dtc_off": lambda: self._ask_for(_dtc_off(), _DTC_OFF),
+            "communication_off": lambda: self._ask_for(_communication_off(), _DISABLE_RX_AND_TX),
             "programming_session": self._programming_session,
-            "security_access": self.unlock,
+            "security_access": lambda: access.unlock(config.security),
+            "second_security_access": lambda: access.unlock(config.second_security),
+            "fingerprint": self._fingerprint,
+            "functional_extended_session": lambda: everyone.hold(
+                services.DiagnosticSessionControl.make_request(EXTENDED_SESSION)
+            ),
+            "functional_dtc_off": lambda: everyone.hold(_dtc_off()),
+            "functional_communication_off": lambda: everyone.hold(_communication_off()),
         }
 
     async def enter(self) -> None:
-        """What comes before the first erase. Raises NegativeResponse and Transient."""
+        """What comes before the first erase. Raises NegativeResponse, Permanent; Transient, LINK_BUSY where it would disturb
+        another update on the bus, or be disturbed."""
+        self._turns.take(self._name, alone=self._config.tells_everyone)
         self.entered = True
         for step in self._config.sequence:
             await self._steps[step]()
@@ -77,7 +98,7 @@ class Programming:
         try:
             await self._write(image, progress)
         except RefusedForGood as error:
-            if error.code != _SECURITY_ACCESS_DENIED or "security_access" not in self._config.sequence:
+            if error.code != _SECURITY_ACCESS_DENIED or not _UNLOCKS & set(self._config.sequence):
                 raise
             raise Transient(error.reason, f"{error.detail}: was it reset since it was unlocked?") from error
 
@@ -98,35 +119,23 @@ class Programming:
         """ECUReset (10.3), acknowledged before it happens."""
         kind = self._config.reset
         await self._client.ask(services.ECUReset.make_request(kind), bytes((kind,)))
-        self.entered = False
+        await self._let_go()
 
     async def leave(self) -> None:
         """Back to the default session, where the programming session was entered and no reset ended it."""
         if self.entered:
-            self.entered = False
-            await self._client.session(DEFAULT_SESSION)
+            try:
+                await self._let_go()
+            finally:
+                await self._client.session(DEFAULT_SESSION)
 
-    async def unlock(self) -> None:
-        """SecurityAccess (10.4). A seed of zeros says that the server is unlocked already."""
-        settings = self._config.security
-        level = settings.level
-        seed = await self._client.ask(Request(services.SecurityAccess, level), bytes((level,)))
-        if not any(seed):
-            return
-        secret = await self._secret(settings.credential) if settings.credential else ""
+    async def _let_go(self) -> None:
+        """The others on the bus go on as before, and may be programmed."""
+        self.entered = False
         try:
-            raw = secret_bytes(secret)
-        except ValueError:
-            text = f"credential {settings.credential!r}: no hexadecimal digits after 'hex:'"
-            raise Permanent(Reason.CONFIG_INVALID, text) from None
-        key = await asyncio.to_thread(key_for, settings.algorithm, seed, raw, level)
-        try:
-            await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
-        except RefusedForNow as error:
-            if error.code == _EXCEEDED_NUMBER_OF_ATTEMPTS:
-                # a key that is wrong is wrong the next time, and the device is locked for longer
-                raise Permanent(error.reason, error.detail) from error
-            raise
+            await self.everyone.release()
+        finally:
+            self._turns.give(self._name)
 
     async def _programming_session(self) -> None:
         """The boot loader's session: many a controller gets there by a reset, before or after its answer."""
@@ -137,14 +146,13 @@ class Programming:
     async def _check_preconditions(self) -> None:
         await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")
 
-    async def _dtc_off(self) -> None:
-        """ControlDTCSetting (10.8): no fault codes for what follows."""
-        await self._client.ask(Request(services.ControlDTCSetting, _DTC_OFF), bytes((_DTC_OFF,)))
+    async def _ask_for(self, request: Request, subfunction: int) -> None:
+        await self._client.ask(request, bytes((subfunction,)))
 
-    async def _communication_off(self) -> None:
-        """CommunicationControl (10.5): normal messages neither sent nor heard."""
-        request = Request(services.CommunicationControl, _DISABLE_RX_AND_TX, data=_NO_NORMAL_MESSAGES)
-        await self._client.ask(request, bytes((_DISABLE_RX_AND_TX,)))
+    async def _fingerprint(self) -> None:
+        """Who programs when, before anything is erased (annex C.1: applicationSoftwareFingerprint and its like)."""
+        settings = self._config.fingerprint
+        await self._client.write(settings.did, fingerprint(settings, self._now()))
 
     async def _write_segment(self, image: Image, number: int, before: _Sent, progress: Progress) -> _Sent:
         """One segment, begun anew where the server lost its place; ``before`` with what was sent."""
@@ -211,12 +219,31 @@ class Programming:
         echo = bytes((_START_ROUTINE,)) + routine.routine.to_bytes(2, "big")
         request = services.RoutineControl.make_request(routine.routine, _START_ROUTINE, parameters)
         status = await self._client.ask(request, echo)
+        if routine.poll_s:
+            status = await self._results(routine, what)
         if not status.startswith(bytes.fromhex(routine.ok)):
             found = status.hex() or "nothing"
             raise Permanent(
                 Reason.VERIFY_FAILED,
                 f"{self._name}: the {what} routine {routine.routine:#06x} answered {found}, not {routine.ok}",
             )
+
+    async def _results(self, routine: Routine, what: str) -> bytes:
+        """requestRoutineResults (13.2) until it is not at work any more: its status. Raises Transient(NO_RESPONSE) after
+        ``pending_s``."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._config.pending_s
+        echo = bytes((_REQUEST_RESULTS,)) + routine.routine.to_bytes(2, "big")
+        request = services.RoutineControl.make_request(routine.routine, _REQUEST_RESULTS)
+        running = bytes.fromhex(routine.running)
+        while True:
+            await asyncio.sleep(routine.poll_s)
+            status = await self._client.ask(request, echo)
+            if not running or not status.startswith(running):
+                return status
+            if loop.time() > deadline:
+                text = f"{self._name}: the {what} routine {routine.routine:#06x} is at work after {self._config.pending_s:g} s"
+                raise Transient(Reason.NO_RESPONSE, text)
 
 
 class _PlaceLost(Exception):
@@ -262,6 +289,30 @@ async def _blocks(image: Image, number: int, size: int) -> AsyncGenerator[bytes,
     finally:
         reading.cancel()
         await asyncio.gather(reading, return_exceptions=True)
+
+
+def _dtc_off() -> Request:
+    """ControlDTCSetting (10.8): no fault codes for what follows."""
+    return Request(services.ControlDTCSetting, _DTC_OFF)
+
+
+def _communication_off() -> Request:
+    """CommunicationControl (10.5): normal messages neither sent nor heard."""
+    return Request(services.CommunicationControl, _DISABLE_RX_AND_TX, data=_NO_NORMAL_MESSAGES)
+
+
+def fingerprint(settings: Fingerprint, now: datetime) -> bytes:
+    """The record, with the time of day where it has a place for it; the digits of a date are its bytes (BCD)."""
+    parts = {
+        "{yymmdd}": now.strftime("%y%m%d"),
+        "{yyyymmdd}": now.strftime("%Y%m%d"),
+        "{hhmmss}": now.strftime("%H%M%S"),
+        "{serial}": settings.serial.encode("ascii").hex(),
+    }
+    text = settings.record
+    for place, digits in parts.items():
+        text = text.replace(place, digits)
+    return bytes.fromhex(text)
 
 
 def _block_length(answer: bytes, name: str) -> int:

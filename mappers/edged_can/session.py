@@ -27,6 +27,7 @@ from edged.api import (
     Slots,
 )
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged_can.access import Access
 from edged_can.client import NegativeResponse, Timing, UdsClient
 from edged_can.config import Property, UdsConfig
 from edged_can.dbc import Signals, load
@@ -34,6 +35,7 @@ from edged_can.frames import ceiling_bytes_per_s
 from edged_can.link import CanLink
 from edged_can.programming import DEFAULT_SESSION, EXTENDED_SESSION, Programming
 from edged_can.properties import decode, encode, text_of
+from edged_can.refused import RefusedKeys
 
 PROTOCOL: Final = "uds"
 NO_APPLICATION: Final = ""
@@ -45,14 +47,21 @@ _NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F}
 
 
 @asynccontextmanager
-async def connected(device: Device, config: UdsConfig, link: CanLink, env: Env) -> AsyncIterator[UdsSession]:
-    """A session; at its end the controller is told that the tester goes. Errors as the transport's."""
+async def connected(
+    device: Device, config: UdsConfig, link: CanLink, env: Env, refused: RefusedKeys
+) -> AsyncIterator[UdsSession]:
+    """A session; at its end the controller is told that the tester goes. Errors as the transport's.
+
+    ``refused``: the keys that devices refused since the daemon started.
+    """
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
         signals = await _signals(config)
-        session = UdsSession(device, config, link, client, env, signals)
+        access = Access(client, env.credential, device.id, refused)
+        session = UdsSession(device, config, link, client, access, env, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
+        await stack.enter_async_context(session.programming.everyone.kept_alive())
         try:
             yield session
         finally:
@@ -71,6 +80,7 @@ class UdsSession:
         config: UdsConfig,
         link: CanLink,
         client: UdsClient,
+        access: Access,
         env: Env,
         signals: Signals | None = None,
     ) -> None:
@@ -80,7 +90,11 @@ class UdsSession:
         self._client = client
         self._signals = signals
         self._loop = asyncio.get_running_loop()
-        self.programming = Programming(client, config, env.credential, device.id)
+        self._access = access
+        self._env = env
+        self._complained: set[tuple[str, int]] = set()
+        self._untold: set[str] = set()
+        self.programming = Programming(client, config, link, access, device.id, env.now)
         peer, shape = config.peer, config.shape
         self.traits = SessionTraits(
             ceiling_bytes_per_s=ceiling_bytes_per_s(
@@ -161,9 +175,9 @@ class UdsSession:
             while True:
                 prop = polls.due()
                 if prop is not None:
-                    # the device may not offer it now, or in this session: the others may be had
-                    with suppress(NegativeResponse):
-                        yield await self._report(prop)
+                    polled = await self._polled(prop)
+                    if polled is not None:
+                        yield polled
                     continue
                 frame = await listener.next(polls.wait_s())
                 if frame is not None and self._signals is not None:
@@ -192,7 +206,7 @@ class UdsSession:
         await self._client.session(EXTENDED_SESSION)
         try:
             if prop.security:
-                await self.programming.unlock()
+                await self._access.unlock(self._config.security)
             await self._client.write(prop.did, record)
         finally:
             await self._client.session(DEFAULT_SESSION)
@@ -224,6 +238,25 @@ class UdsSession:
             if error.code in _NOT_OFFERED:
                 return None
             raise
+
+    async def _polled(self, prop: Property) -> Reported | None:
+        """What the device says; where it refuses to, a null in place of what it said before, and nothing from then on.
+
+        It may not offer the property now, or in this session, and the others may be had. Every refusal is counted; it is
+        logged once for each property and answer.
+        """
+        try:
+            reported = await self._report(prop)
+        except NegativeResponse as error:
+            self._env.count("property_refused")
+            if (prop.name, error.code) not in self._complained:
+                self._complained.add((prop.name, error.code))
+                self._env.log.warning("property %s is not told: %s", prop.name, error.detail)
+            known = prop.name not in self._untold
+            self._untold.add(prop.name)
+            return Reported(prop.name, None, prop.unit or None) if known else None
+        self._untold.discard(prop.name)
+        return reported
 
     async def _report(self, prop: Property) -> Reported:
         return decode(prop, await self._client.read(prop.did))

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Final
@@ -25,11 +25,12 @@ from isotp.protocol import RateLimiter, TransportLayerLogic
 
 from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
-from edged_can.bus_errors import FULL, BusErrors, lost, not_opened, queue_full
-from edged_can.frames import Frame, wire_s
-from edged_can.link import CanLink, Listener, again
+from edged_can.base import BaseLink
+from edged_can.bus_errors import FULL, lost, not_opened, queue_full
+from edged_can.frames import Frame
+from edged_can.link import CanLink, again
 from edged_can.load import BusLoad
-from edged_can.messages import to_frame, to_message
+from edged_can.messages import to_message
 from edged_can.transport import MESSAGE_BYTES, N_AS_S, Peer, Shape, Transport
 
 # at level debug they write every frame, keys and seeds in them
@@ -68,32 +69,23 @@ async def opened(bus: CanAddress, log: logging.LoggerAdapter[logging.Logger]) ->
         await link.close()
 
 
-class ThreadedLink:
+class ThreadedLink(BaseLink["_ThreadedPeer"]):
     """See :class:`edged_can.link.CanLink`."""
 
-    exclusive = False
     kernel = False
 
     def __init__(self, bus: CanAddress, log: logging.LoggerAdapter[logging.Logger]) -> None:
-        self.address = str(bus)
-        self.bus = bus
-        self.load = BusLoad()
+        super().__init__(bus)
         self._log = log
-        self._loop = asyncio.get_running_loop()
-        self._errors = BusErrors(bus)
         self._open_bus: can.BusABC | None = None
         self._lock_fd = -1
-        self._lost: Transient | None = None
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._peers: list[_ThreadedPeer] = []
-        self._measured = 0
         # a serial port with a limit asks twice before each write, which costs more than the write; see _ThreadedPeer.send
         self._send_limit_s = None if bus.interface == "slcan" else N_AS_S
-        self.turns = 0
+        self.rounds = 0
         self._opening: asyncio.Task[None] | None = None
-        self._listeners: dict[Listener, frozenset[tuple[int, bool]]] = {}
 
     async def open(self) -> None:
         self._opening = asyncio.create_task(asyncio.to_thread(self._open))
@@ -111,10 +103,6 @@ class ThreadedLink:
             await asyncio.wait([self._opening])
         await asyncio.to_thread(self._close)
 
-    def speaks_to(self, response_id: int, extended: bool) -> bool:
-        """As :class:`~edged_can.link.CanLink`."""
-        return any(peer.key == (response_id, extended) for peer in tuple(self._peers))
-
     @asynccontextmanager
     async def transport(self, peer: Peer, shape: Shape) -> AsyncIterator[Transport]:
         """As :class:`~edged_can.link.CanLink`."""
@@ -130,42 +118,22 @@ class ThreadedLink:
             self._measured -= keeps_to_share
             self.in_thread(lambda: self._peers.remove(port))
 
-    @asynccontextmanager
-    async def listen(self, ids: Collection[tuple[int, bool]]) -> AsyncIterator[Listener]:
-        """As :class:`~edged_can.link.CanLink`."""
-        listener = Listener()
-        if self._lost is not None:
-            listener.lose(self._lost)
-        self._listeners = {**self._listeners, listener: frozenset(ids)}
-        try:
-            yield listener
-        finally:
-            self._listeners = {key: ids for key, ids in self._listeners.items() if key is not listener}
-
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
         sent: asyncio.Future[None] = self._loop.create_future()
         self.in_thread(lambda: self._send_one(frame, sent))
         await sent
 
-    @property
-    def lost(self) -> Transient | None:
-        return self._lost
-
-    @property
-    def errors(self) -> BusErrors:
-        return self._errors
-
     def lose_stuck(self) -> None:
         """The sending thread does not come back from its driver."""
-        self._lose(queue_full(self.bus, self._errors))
+        self.lose(queue_full(self.bus, self.errors))
 
     def in_thread(self, job: Callable[[], None]) -> None:
         """Have the sending thread do ``job``, in order."""
         self._jobs.put(job)
 
     def in_loop(self, call: Callable[..., None], *arguments: object) -> None:
-        """Have the event loop do ``call``; only from the threads."""
+        """As :class:`BaseLink`; only from the threads."""
         if not self._closing.is_set():
             self._loop.call_soon_threadsafe(call, *arguments)
 
@@ -208,7 +176,7 @@ class ThreadedLink:
             body()
         except Exception as error:  # noqa: BLE001 - the end of a thread, and a vendor's driver below it
             self._log.exception("%s: a thread of the link ended", self.bus)
-            self._lose(lost(self.bus, None, f"its driver failed: {error!r}"))
+            self.lose(lost(self.bus, None, f"its driver failed: {error!r}"))
 
     def _lock(self, path: str) -> None:
         """python-can opens a serial port whoever else has it."""
@@ -239,52 +207,27 @@ class ThreadedLink:
     def _receive(self) -> None:
         bus = self._open_bus
         assert bus is not None
-        while not self._closing.is_set() and self._lost is None:
+        while not self._closing.is_set() and self.lost is None:
             try:
                 message = bus.recv(_POLL_S)
             except (can.CanError, OSError) as error:
-                self._lose(lost(self.bus, _code(error), _first_line(error)))
+                self.lose(lost(self.bus, _code(error), _first_line(error)))
             except (ValueError, LookupError):
                 # a damaged line of a serial adapter: a frame is lost, which ISO-TP notices
-                self._errors.newest = "damaged frames"
+                self.errors.damaged()
             else:
                 if message is not None:
-                    self._arrived(message)
+                    self._take(message)
                 elif bus.state is can.BusState.ERROR:
-                    self._lose(lost(self.bus, None, "bus off"))
+                    self.lose(lost(self.bus, None, "bus off"))
 
-    def _arrived(self, message: can.Message) -> None:
-        if message.is_error_frame:
-            failure = self._errors.saw(message.arbitration_id, bytes(message.data))
-            if failure is not None:
-                self._lose(failure)
-            return
-        if self._measured:
-            self._saw(message, own=False)
-        if message.is_remote_frame:
+    def _take(self, message: can.Message) -> None:
+        if not self._arrived(message, own=False):
             return
         key = message.arbitration_id, message.is_extended_id
-        for listener, ids in self._listeners.items():
-            if key in ids:
-                self.in_loop(listener.put, to_frame(message))
         for peer in tuple(self._peers):
             if peer.key == key:
                 self.in_thread(lambda peer=peer: peer.feed(message))  # type: ignore[misc]
-
-    def _saw(self, message: can.Message, *, own: bool) -> None:
-        seconds = wire_s(len(message.data), self.bus, extended=message.is_extended_id, fd=message.is_fd)
-        self.load.saw(seconds, own=own)
-
-    def _lose(self, error: Transient) -> None:
-        if self._lost is None:
-            self._lost = error
-            self.in_loop(self._tell_lost, error)
-
-    def _tell_lost(self, error: Transient) -> None:
-        for listener in self._listeners:
-            listener.lose(error)
-        for peer in tuple(self._peers):
-            peer.fail(error)
 
     def _work(self) -> None:
         wait_s: float | None = None
@@ -294,7 +237,7 @@ class ThreadedLink:
                     self._jobs.get(timeout=wait_s)()
             while not self._jobs.empty():
                 self._jobs.get()()
-            self.turns += 1
+            self.rounds += 1
             waits = [wait for peer in self._peers if (wait := peer.turn()) is not None]
             wait_s = min(waits, default=None)
 
@@ -312,8 +255,8 @@ class ThreadedLink:
         assert bus is not None
         waited_s = 0.0
         while True:
-            if self._lost is not None:
-                raise again(self._lost)
+            if self.lost is not None:
+                raise again(self.lost)
             try:
                 bus.send(message, timeout=self._send_limit_s)
                 break
@@ -321,21 +264,17 @@ class ThreadedLink:
                 code = _code(error)
                 if code not in FULL:
                     failure = (
-                        queue_full(self.bus, self._errors)
+                        queue_full(self.bus, self.errors)
                         if _is_full(error)
                         else lost(self.bus, code, _first_line(error))
                     )
-                    self._lose(failure)
-                    raise failure from error
+                    raise self.lose(failure) from error
                 if waited_s >= N_AS_S:
-                    failure = queue_full(self.bus, self._errors)
-                    self._lose(failure)
-                    raise failure from error
+                    raise self.lose(queue_full(self.bus, self.errors)) from error
             # select() calls a socket writable whose device's queue is full
             self._closing.wait(_FULL_WAIT_S)
             waited_s += _FULL_WAIT_S
-        if self._measured:
-            self._saw(message, own=True)
+        self._saw(message, own=True)
 
 
 class _ThreadedPeer:
@@ -372,9 +311,9 @@ class _ThreadedPeer:
         self._link.in_thread(lambda: self._logic.send(message))
         try:
             while not sent.done():
-                turns = self._link.turns
+                rounds = self._link.rounds
                 await asyncio.wait([sent], timeout=_STUCK_S)
-                if not sent.done() and self._link.turns == turns:
+                if not sent.done() and self._link.rounds == rounds:
                     self._link.lose_stuck()
             await sent
         finally:

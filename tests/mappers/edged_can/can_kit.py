@@ -88,8 +88,10 @@ async def verified(parts: Segments) -> Image:
 
 @asynccontextmanager
 async def connected(to: Device, pool: LinkPool | None = None) -> AsyncIterator[UdsSession]:
+    """A session of a mapper of its own: it remembers no keys that a device refused to another."""
     env = device_env(to.id, pool or LinkPool(LINKS))
-    async with SPEC.connect(to, env) as session:
+    (spec,) = edged_can.edged_mappers()
+    async with spec.connect(to, env) as session:
         assert isinstance(session, UdsSession)
         yield session
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from can_kit import Segments, bus_name, connected, device, on_bus, quiet, secret, verified
+from can_kit import LINKS, Segments, bus_name, connected, device, on_bus, quiet, secret, soon, verified
 from hypothesis import given
 from hypothesis import strategies as st
 from uds_server import BASE, SECRET, Controller, make_app
 
-from edged.api import Desired, Device, HealthCheck
+from edged.api import Desired, Device, HealthCheck, Reported
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool
 from edged_can import security
 from edged_can.client import RefusedForGood, RefusedForNow, code_name, negative
 from edged_can.config import TYPES, Property, UdsConfig, parse
@@ -42,6 +43,22 @@ FAULTS = [
     ({"erase": 5}, "erase: found 5; allowed: a table"),
     ({"erase": {"parameters": ["crc16"]}}, "erase.parameters: found ['crc16']"),
     ({"check": {"ok": "0"}}, "check.ok: found '0'; allowed: pairs of hexadecimal digits"),
+    ({"check": {"running": "01"}}, "check.running: found '01'; allowed: with a poll_s"),
+    ({"functional_id": 0x800}, "functional_id: found 0x800; allowed: at most 0x7ff without extended_ids"),
+    ({"functional_id": 0}, "functional_id: found 0; allowed: a whole number from 1"),
+    ({"functional_id": 0x7E8}, "functional_id: found 0x7e8, which is the device's own"),
+    (
+        {"functional_id": 0x7DF, "target_address": 1, "source_address": 2},
+        "functional_id: found one with target",
+    ),
+    ({"sequence": ["functional_dtc_off"]}, "functional_id: found false; allowed: an identifier"),
+    ({"sequence": ["fingerprint"]}, "fingerprint.record: found nothing"),
+    ({"fingerprint": {"record": "{today}"}}, "fingerprint.record: found '{today}'; allowed: pairs of"),
+    ({"fingerprint": {"serial": "\u00fc"}}, "fingerprint.serial: found '\u00fc'; allowed: printable ASCII"),
+    (
+        {"sequence": ["second_security_access"], "second_security": {"algorithm": "none"}},
+        "second_security.algorithm: found 'none'; allowed: add, aes-cmac",
+    ),
     ({"security": {"level": 2}}, "security.level: found 2; allowed: an odd number"),
     (
         {"security": {"algorithm": "none-such"}},
@@ -176,8 +193,13 @@ def test_properties_are_polled_and_set() -> None:
     async def body() -> None:
         async with connected(device(f"can:virtual@{name}", properties=POLLED)) as session:
             reports = session.reports()
-            seen = [await anext(reports) for _ in range(3)]
-            assert [(one.name, one.value, one.unit) for one in seen] == [("pressure", 0.0, "bar")] * 3
+            seen = [await anext(reports) for _ in range(4)]
+            told = [("pressure", 0.0, "bar")] * 3
+            assert [(one.name, one.value, one.unit) for one in seen] == [
+                told[0],
+                ("gone", None, None),
+                *told[1:],
+            ]
             await reports.aclose()
             told = await session.apply(Desired("pressure", 12.3, 1))
             assert told.value == pytest.approx(12.3) and controller.properties[0x0101] == b"\x00\x7b"
@@ -192,6 +214,37 @@ def test_properties_are_polled_and_set() -> None:
 
     with on_bus(name, controller):
         asyncio.run(body())
+
+
+def test_a_property_that_is_refused_is_null_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """In place of what the device said before; when it says it again, that."""
+    name, controller = bus_name(), Controller()
+    counted: list[tuple[str, str]] = []
+    pool = LinkPool(LINKS, count=lambda source, event: counted.append((source, event)))
+    (pressure, *_) = POLLED
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", properties=[pressure]), pool) as session:
+            reports = session.reports()
+            assert (await anext(reports)).value == 0.0
+            record = controller.properties.pop(0x0101)
+            assert await anext(reports) == Reported("pressure", None, "bar")
+            following = asyncio.create_task(anext(reports))
+            await soon(lambda: len(counted) >= 3)
+            assert not following.done(), "it was told again and again"
+            controller.properties[0x0101] = record
+            assert (await following).value == 0.0
+            controller.properties.pop(0x0101)
+            assert (await anext(reports)).value is None
+            await reports.aclose()
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert set(counted) == {("ecu", "property_refused")}
+    (said,) = [record.getMessage() for record in caplog.records if "is not told" in record.getMessage()]
+    assert said.startswith(
+        "property pressure is not told: ReadDataByIdentifier 0x0101: the device answered requestOut"
+    )
 
 
 def test_health_is_what_an_identifier_or_a_property_says() -> None:

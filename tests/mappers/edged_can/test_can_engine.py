@@ -159,15 +159,31 @@ def test_another_controller_at_the_address_is_not_touched(site: Site) -> None:
     assert controller.counts.erased == controller.counts.seeds == 0
 
 
-def test_a_wrong_secret_ends_with_the_standards_word_and_one_try_each_way(
+def test_a_wrong_secret_is_sent_once_and_again_only_when_it_is_another(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither on the way back nor for another wish, while the daemon runs: a controller locks itself after a few."""
     secret(monkeypatch, tmp_path, "hex:00000001")
     controller = site.controller()
-    job = run(site, controller, "2.0.0")
-    # the way there and the way back
-    assert job.state is State.FAILED and "SecurityAccess: the device answered invalidKey (0x35)" in job.detail
-    assert controller.counts.wrong_keys == 2 and controller.counts.erased == 0 and controller.runs == b"1.0.0"
+
+    async def body() -> list[Job]:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            ended = [await update(node, version) for version in ("2.0.0", "4.0.0")]
+            assert controller.counts.wrong_keys == controller.counts.seeds == 1
+            secret(monkeypatch, tmp_path)
+            return [*ended, await update(node, "2.0.0")]
+
+    with alive(site, controller):
+        *failed, good = asyncio.run(body())
+    for job in failed:
+        assert (
+            job.state is State.FAILED
+            and "SecurityAccess: the device answered invalidKey (0x35)" in job.detail
+        )
+        assert "that key is not sent again: correct the credential" in job.detail
+    assert good.state is State.SUCCEEDED, good.detail
+    assert controller.counts.wrong_keys == 1 and controller.runs == b"2.0.0"
 
 
 def test_a_missing_secret_is_named(site: Site, tmp_path: Path) -> None:

@@ -367,7 +367,7 @@ def test_frames_that_wait_as_they_are_told_keep_to_the_share(share: float, other
     assert used <= most
     if others < share - 0.1:
         assert used >= share - 0.05
-        assert abs(load.used() - used) < 0.1 and abs(load.used_by_others() - others) < 0.1
+        assert abs(load.used_by_others() - others) < 0.1
 
 
 @given(st.floats(0.05, 1), st.floats(0, 1))
@@ -446,7 +446,32 @@ def test_a_bus_that_is_fuller_than_the_share_slows_and_does_not_stop() -> None:
 def test_error_frames_in_words(error_class: int, data: bytes, says: str) -> None:
     errors = BusErrors(BUS)
     assert errors.saw(error_class, data) is None
-    assert says in errors.explained("x") and errors.count == 1
+    assert says in errors.explained("x")
+
+
+def test_what_the_bus_said_long_ago_explains_nothing() -> None:
+    clock = Clock()
+    errors = BusErrors(BUS, clock)
+    errors.saw(0x20, b"")
+    clock.now = 9.0
+    assert errors.explained("x") == "x; the bus says: no node acknowledges"
+    clock.now = 11.0
+    assert errors.explained("x") == "x"
+    errors.damaged()
+    assert errors.explained("x") == "x; the bus says: damaged frames"
+
+
+@pytest.mark.parametrize("over", [(0x04, b"\0\x40"), (0x100, b"")], ids=["active", "started again"])
+def test_a_state_of_the_controller_explains_until_it_is_over(over: tuple[int, bytes]) -> None:
+    """It is told once, when it begins: a bus without termination is error-passive for days."""
+    clock = Clock()
+    errors = BusErrors(BUS, clock)
+    errors.saw(0x04, b"\0\x10")
+    clock.now = 1000.0
+    assert errors.explained("x") == "x; the bus says: the controller is error-passive"
+    errors.saw(*over)
+    clock.now = 2000.0
+    assert errors.explained("x") == "x"
 
 
 def test_bus_off_is_the_end_of_the_link() -> None:

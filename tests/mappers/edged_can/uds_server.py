@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -22,7 +23,7 @@ import time
 import types
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +32,10 @@ DEFAULT, PROGRAMMING, EXTENDED = 1, 2, 3
 PENDING = 0x78
 ERASED = 0xFF
 SECRET = b"\x5a\xa5\x0f\xf0"
+SECOND_SECRET = b"\x13\x57\x9b\xdf"
+FINGERPRINT = 0xF15A
+SILENT_TO_ALL = frozenset({0x11, 0x12, 0x31, 0x7E, 0x7F})
+"""Nobody says to a question to everyone that he is not the one who was meant (ISO 14229-1, 8.7.3)."""
 BASE = 0x08000000
 _HEAD = struct.Struct(">4s16sHI")
 _EXTENT = struct.Struct(">II")
@@ -80,6 +85,8 @@ class Counts:
     downloads: int = 0
     seeds: int = 0
     wrong_keys: int = 0
+    polls: int = 0
+    to_all: int = 0
     pending: int = 0
     testers: int = 0
 
@@ -93,7 +100,9 @@ class Controller:
     ``never_boots``: it stays in its boot loader; ``lingers_s``: it is there for so long after a start, and answers.
     ``starts_anew_s``: it gets into its programming session by a start, after it has answered, and hears nothing for so long.
     ``resets_after_s``: from its answer to a reset to the reset. ``refuses_download``: with this code.
-    ``locked_for_s``: after three wrong keys.
+    ``locked_for_s``: after three wrong keys. ``programming_level``: of SecurityAccess, without which nothing is erased.
+    ``needs_fingerprint``: nothing is erased before somebody has said who he is, with that many bytes. ``background_s``: erasing
+    and checking go on for so long after their start, and requestRoutineResults tells how they went.
     """
 
     hardware: bytes = b"ECU-7"
@@ -113,12 +122,16 @@ class Controller:
     s3_s: float = 5.0
     p2_star_s: float = 5.0
     pending_every_s: float = 0.3
-    security: Callable[[bytes], bytes] = lambda seed: bytes(a ^ b for a, b in zip(seed, SECRET, strict=True))
+    programming_level: int = 1
+    needs_fingerprint: int = 0
+    background_s: float = 0.0
+    secrets: dict[int, bytes] = field(default_factory=lambda: {1: SECRET, 3: SECOND_SECRET})
     effects: Effects = field(default_factory=Steady)
     flash: bytearray = field(default_factory=bytearray)
     properties: dict[int, bytes] = field(default_factory=lambda: {0x0101: bytes(2), 0x0102: b"\x01"})
     counts: Counts = field(default_factory=Counts)
     heard: list[bytes] = field(default_factory=list)
+    heard_by_all: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.flash:
@@ -155,8 +168,10 @@ class Controller:
     def _reset(self) -> None:
         self.session = DEFAULT
         self.runs = None if self.never_boots else self.version
-        self.unlocked = False
-        self.seed: bytes | None = None
+        self.unlocked = 0  # the level
+        self.seed: tuple[int, bytes] | None = None
+        self.fingerprinted = False
+        self.started: dict[int, tuple[float, Callable[[], bytes]]] = {}
         self.transfer: tuple[int, int] | None = None  # next address, bytes that are left
         self.transferred: list[tuple[int, int]] = []
         self.expected = 1
@@ -174,20 +189,22 @@ class Controller:
             self._leave()
 
     def _leave(self) -> None:
-        self.session, self.unlocked, self.transfer, self.seed = DEFAULT, False, None, None
+        self.session, self.unlocked, self.transfer, self.seed = DEFAULT, 0, None, None
         self.dtc_on = self.talks = True
 
-    def answer(self, request: bytes) -> Iterator[bytes | float]:
-        """Answers, and seconds that pass before the next one."""
+    def answer(self, request: bytes, to_all: bool = False) -> Iterator[bytes | float]:
+        """Answers, and seconds that pass before the next one. ``to_all``: it came by functional addressing."""
         if time.monotonic() < self.deaf_until or not request:
             return
         self.tick()
-        self.heard.append(request)
+        (self.heard_by_all if to_all else self.heard).append(request)
+        self.counts.to_all += to_all
         service = request[0]
         try:
             yield from self._answer(service, request[1:])
         except Negative as no:
-            yield bytes((0x7F, service, no.code))
+            if not (to_all and no.code in SILENT_TO_ALL):
+                yield bytes((0x7F, service, no.code))
         self.asked_at = time.monotonic()
 
     def _answer(self, service: int, data: bytes) -> Iterator[bytes | float]:
@@ -222,7 +239,7 @@ class Controller:
         if kind == PROGRAMMING and self.session == DEFAULT:
             raise Negative(0x22)
         # what was turned off stays so between the other sessions; every change locks (10.2.1, 10.4.1)
-        self.unlocked, self.transfer, self.seed = False, None, None
+        self.unlocked, self.transfer, self.seed = 0, None, None
         if kind == DEFAULT:
             self._leave()
         self.session = kind
@@ -264,6 +281,9 @@ class Controller:
 
     def _write(self, data: bytes) -> Iterator[bytes | float]:
         (did,) = struct.unpack(">H", data[:2])
+        if did == FINGERPRINT and self.needs_fingerprint:
+            yield from self._write_fingerprint(data)
+            return
         if did not in self.properties:
             raise Negative(0x31)
         if len(data) - 2 != len(self.properties[did]):
@@ -273,26 +293,41 @@ class Controller:
         self.properties[did] = data[2:]
         yield b"\x6e" + data[:2]
 
+    def _write_fingerprint(self, data: bytes) -> Iterator[bytes | float]:
+        if self.session != PROGRAMMING:
+            raise Negative(0x7F)
+        if self.unlocked != self.programming_level:
+            raise Negative(0x33)
+        if len(data) - 2 != self.needs_fingerprint:
+            raise Negative(0x13)
+        self.properties[FINGERPRINT] = data[2:]
+        self.fingerprinted = True
+        yield b"\x6e" + data[:2]
+
     def _security(self, data: bytes) -> Iterator[bytes | float]:
         level = data[0] & 0x7F
+        if level - (1 - level % 2) not in self.secrets:
+            raise Negative(0x12)
         if level % 2:
             if time.monotonic() < self.locked_until:
                 raise Negative(0x37)
             self.counts.seeds += 1
-            self.seed = bytes(4) if self.unlocked else os.urandom(3) + b"\x01"
-            yield bytes((0x67, level)) + self.seed
+            seed = bytes(4) if self.unlocked == level else os.urandom(3) + b"\x01"
+            self.seed = level, seed
+            yield bytes((0x67, level)) + seed
             return
-        if self.seed is None:
+        if self.seed is None or self.seed[0] != level - 1:
             raise Negative(0x24)
-        seed, self.seed = self.seed, None
-        if data[1:] != self.security(seed):
+        (_, seed), self.seed = self.seed, None
+        if data[1:] != bytes(a ^ b for a, b in zip(seed, self.secrets[level - 1], strict=True)):
             self.counts.wrong_keys += 1
             self.tries += 1
             if self.tries >= 3:
                 self.tries, self.locked_until = 0, time.monotonic() + self.locked_for_s
                 raise Negative(0x36)
             raise Negative(0x35)
-        self.unlocked, self.tries = True, 0
+        # one level is unlocked at a time (10.4.1)
+        self.unlocked, self.tries = level - 1, 0
         yield bytes((0x67, level))
 
     def _communication(self, data: bytes) -> Iterator[bytes | float]:
@@ -311,7 +346,7 @@ class Controller:
         if len(data) < 3:
             raise Negative(0x13)
         kind, routine = data[0] & 0x7F, int.from_bytes(data[1:3], "big")
-        if kind != 1:
+        if kind not in (1, 3) or (kind == 3 and not self.background_s):
             raise Negative(0x12)
         answer = b"\x71" + bytes((kind,)) + data[1:3]
         if routine == 0x0203:
@@ -319,25 +354,45 @@ class Controller:
             return
         if self.session != PROGRAMMING:
             raise Negative(0x7F)
-        if not self.unlocked:
+        if self.unlocked != self.programming_level:
             raise Negative(0x33)
-        if routine == 0xFF00:
-            yield from self._erase(data[3:])
-            yield answer
-        elif routine == 0xFF01:
-            yield answer + self._check(data[3:])
-        else:
+        if routine not in (0xFF00, 0xFF01):
             raise Negative(0x31)
+        yield answer + (self._results(routine) if kind == 3 else (yield from self._start(routine, data[3:])))
 
-    def _erase(self, data: bytes) -> Iterator[bytes | float]:
-        address, length = self._extent(data)
-        yield from self._takes(self.slow_erase_s, 0x31)
+    def _start(self, routine: int, data: bytes) -> Generator[bytes | float, None, bytes]:
+        """The status. What goes on in the background has done its work when it is asked for it."""
+        if routine == 0xFF01:
+            work = functools.partial(self._check, data)
+        else:
+            if self.needs_fingerprint and not self.fingerprinted:
+                raise Negative(0x22)
+            address, length = self._extent(data)
+            yield from self._takes(self.slow_erase_s, 0x31)
+            work = functools.partial(self._erase, address, length)
+        if not self.background_s:
+            return work()
+        self.started[routine] = time.monotonic() + self.background_s, work
+        return b"\x01"
 
+    def _results(self, routine: int) -> bytes:
+        """requestRoutineResults: 01 while it is at work, then how it went; it was started before (13.2.4)."""
+        self.counts.polls += 1
+        if routine not in self.started:
+            raise Negative(0x24)
+        due, work = self.started[routine]
+        if time.monotonic() < due:
+            return b"\x01"
+        del self.started[routine]
+        return work() or b"\x00"
+
+    def _erase(self, address: int, length: int) -> bytes:
         def erase(part: int = length) -> None:
             self.flash[address - BASE : address - BASE + part] = bytes([ERASED]) * part
 
         self.effects.effect("device.erase", erase, lambda: erase(length // 2))
         self.counts.erased += length
+        return b""
 
     def _takes(self, seconds: float, service: int) -> Iterator[bytes | float]:
         """requestCorrectlyReceived-ResponsePending until it is done."""
@@ -371,8 +426,10 @@ class Controller:
         return address, length
 
     def _download(self, data: bytes) -> Iterator[bytes | float]:
-        if not self.unlocked:
+        if self.unlocked != self.programming_level:
             raise Negative(0x33)
+        if self.started:
+            raise Negative(0x22)
         if self.refuses_download:
             raise Negative(self.refuses_download)
         address, length = self._extent(data[1:])
@@ -446,6 +503,7 @@ class Wiring:
     block_size: int = 0
     st_min: int = 0
     padding: int | None = 0x55
+    functional: int | None = None
 
 
 class IsoTp:
@@ -487,6 +545,11 @@ class IsoTp:
         if kind == 3 and len(frame) >= 3:
             self.controls.append((frame[0] & 0xF, frame[1], frame[2]))
         return None
+
+    def single(self, frame: bytes) -> bytes | None:
+        """The message of a frame to everyone. It has one frame only, and disturbs no message that is under way."""
+        length = frame[0] if frame else 0
+        return bytes(frame[1 : 1 + length]) if 0 < length < min(8, len(frame)) else None
 
     def _single(self, frame: bytes) -> bytes | None:
         length, at = (frame[0] & 0xF, 1) if frame[0] & 0xF else (frame[1] if len(frame) > 1 else 0, 2)
@@ -585,6 +648,7 @@ class OnBus:
         self.wire: Wire = wire or (lambda way, frame: [frame])
         self._bus = bus
         self._isotp = IsoTp(self.wiring, self._put)
+        self._to_all: deque[bytes] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
@@ -608,6 +672,8 @@ class OnBus:
         try:
             while not self._stop.is_set():
                 message = self._next(0.05)
+                while self._to_all:
+                    self._serve(self._to_all.popleft(), to_all=True)
                 if message is not None:
                     self._serve(message)
         except BaseException as fault:  # noqa: BLE001 - told to whoever made it, or the power, of which the flash is left
@@ -623,8 +689,8 @@ class OnBus:
 
         self._bus.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
 
-    def _serve(self, request: bytes) -> None:
-        for answer in self.controller.answer(request):
+    def _serve(self, request: bytes, to_all: bool = False) -> None:
+        for answer in self.controller.answer(request, to_all):
             if isinstance(answer, float):
                 self._stop.wait(answer)
             else:
@@ -635,11 +701,13 @@ class OnBus:
     def _next(self, timeout_s: float) -> bytes | None:
         message = self._bus.recv(timeout_s)
         wiring = self.wiring
-        if (
-            message is None
-            or message.is_error_frame
-            or (message.arbitration_id, message.is_extended_id) != (wiring.receives, wiring.extended)
-        ):
+        if message is None or message.is_error_frame:
+            return None
+        if (message.arbitration_id, message.is_extended_id) == (wiring.functional, wiring.extended):
+            whole = self._isotp.single(bytes(message.data))
+            self._to_all.extend([whole] if whole else [])
+            return None
+        if (message.arbitration_id, message.is_extended_id) != (wiring.receives, wiring.extended):
             return None
         whole = None
         for frame in self.wire("in", bytes(message.data)):

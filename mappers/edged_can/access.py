@@ -1,0 +1,63 @@
+"""SecurityAccess (ISO 14229-1, 10.4) with one controller: seed, key, and no key that it refused once already."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from udsoncan import Request, services
+
+from edged.errors import Permanent, Reason
+from edged_can.client import NegativeResponse, UdsClient
+from edged_can.config import Security
+from edged_can.refused import RefusedKeys
+from edged_can.security import key_for, secret_bytes
+
+_REFUSED: Final = frozenset({0x35, 0x36})
+"""invalidKey, exceededNumberOfAttempts."""
+
+Secret = Callable[[str], Awaitable[str]]
+
+
+class Access:
+    """Unlocks one controller. ``name``: the device's id."""
+
+    def __init__(self, client: UdsClient, secret: Secret, name: str, refused: RefusedKeys) -> None:
+        self._client = client
+        self._secret = secret
+        self._name = name
+        self._refused = refused
+
+    async def unlock(self, settings: Security) -> None:
+        """Nothing is sent for a seed of zeros: it says that the server is unlocked already.
+
+        Raises NegativeResponse, Transient; Permanent: DEVICE_ERROR for a key that the device refuses, or refused before,
+        CONFIG_INVALID for a secret that cannot be used.
+        """
+        secret = await self._secret_of(settings)
+        before = self._refused.why(self._name, settings, secret)
+        if before:
+            text = f"{before}; that key is not sent again: correct the credential and restart edged"
+            raise Permanent(Reason.DEVICE_ERROR, text)
+        level = settings.level
+        seed = await self._client.ask(Request(services.SecurityAccess, level), bytes((level,)))
+        if not any(seed):
+            return
+        key = await asyncio.to_thread(key_for, settings.algorithm, seed, secret, level)
+        try:
+            await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+        except NegativeResponse as error:
+            if error.code not in _REFUSED:
+                raise
+            self._refused.add(self._name, settings, secret, error.detail)
+            # a key that is wrong is wrong the next time, and the device is locked for longer
+            raise Permanent(error.reason, error.detail) from error
+
+    async def _secret_of(self, settings: Security) -> bytes:
+        text = await self._secret(settings.credential) if settings.credential else ""
+        try:
+            return secret_bytes(text)
+        except ValueError:
+            wrong = f"credential {settings.credential!r}: no hexadecimal digits after 'hex:'"
+            raise Permanent(Reason.CONFIG_INVALID, wrong) from None
