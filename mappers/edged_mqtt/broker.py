@@ -36,8 +36,10 @@ SESSION_S: Final = 86_400
 """So long the broker keeps what devices say while this node is away."""
 FIRST_RETRY_S: Final = 0.5
 LONGEST_RETRY_S: Final = 30.0
-LARGEST_BYTES: Final = 1024 * 1024
-"""A message to a device: it goes through the broker's memory and ours whole."""
+LARGE_BYTES: Final = 1024 * 1024
+"""A message to a device goes through memory whole: of those that are larger there is one at a time."""
+SLOWEST_BYTES_PER_S: Final = 100_000
+"""So fast at least must the broker take it."""
 MOST_OUTGOING: Final = 256
 """So many messages wait for the broker at most."""
 LARGEST_HEARD_BYTES: Final = 128 * 1024
@@ -99,6 +101,8 @@ class Broker:
         self._fault: Transient | Permanent | None = None
         self._held = _Held()
         self._closing = False
+        self.large = asyncio.Lock()
+        """Held by whoever has a large message in memory."""
         self._pump = self._start()
 
     def _start(self) -> asyncio.Task[None]:
@@ -226,6 +230,11 @@ class Broker:
                 self._client = None
 
     @property
+    def largest_bytes(self) -> int:
+        """See :attr:`edged_mqtt.wire.Seat.largest_bytes`."""
+        return self._config.largest_message_bytes
+
+    @property
     def _properties(self) -> Properties:
         """With a name of its own the broker keeps what devices say meanwhile (v5 3.1.2.11.2)."""
         found = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
@@ -269,7 +278,8 @@ class Broker:
         if self._client is None:
             raise Transient(Reason.LINK_LOST, f"{self.address} is not there")
         try:
-            await self._client.publish(topic, payload, qos)
+            limit_s = CONNECT_S + len(payload) / SLOWEST_BYTES_PER_S
+            await self._client.publish(topic, payload, qos, timeout=limit_s)
         except (aiomqtt.MqttError, TimeoutError) as exc:
             raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
 
@@ -317,8 +327,6 @@ def _held_bytes(topic: str, payload: bytes) -> int:
 class BrokerSeat:
     """One device's topics; see :class:`~edged_mqtt.wire.Seat`."""
 
-    largest_bytes = LARGEST_BYTES
-
     def __init__(self, broker: Broker, prefix: str, guest: Guest) -> None:
         # both sides use the same topic for attributes: what this node says must not come back to it (v5 3.8.3.1)
         # nor what the broker kept: it is no sign of life, whoever said it may be long gone
@@ -335,6 +343,10 @@ class BrokerSeat:
     @property
     def present(self) -> bool:
         return self._prefix in self._broker.present
+
+    @property
+    def largest_bytes(self) -> int:
+        return self._broker.largest_bytes
 
     def received(self, topic: str, payload: bytes) -> None:
         """A message of the device: it is there."""
@@ -375,7 +387,8 @@ class BrokerSeat:
         raise Transient(Reason.LINK_LOST, f"{self._prefix} is not reached at once")
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
-        await self.send(topic, b"".join([part async for part in parts]))
+        async with self._broker.large if length > LARGE_BYTES else contextlib.nullcontext():
+            await self.send(topic, b"".join([part async for part in parts]))
 
     def tell(self, topic: str, payload: bytes) -> None:
         if len(self._telling) < MOST_OUTGOING:

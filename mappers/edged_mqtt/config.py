@@ -158,6 +158,7 @@ class BrokerConfig:
     - ``certificate``, ``key_credential``: this node's own certificate and the secret that is its key; empty: none.
     - ``client_id``: with one the broker keeps what devices say while this node is away; empty: one that the broker makes up.
     - ``keep_alive_s``: the broker is asked whether it is there so often.
+    - ``largest_message_bytes``: of a message to a device; it goes through the memory of both whole.
     """
 
     tls: bool = key(False, flag())
@@ -168,6 +169,7 @@ class BrokerConfig:
     key_credential: str = key("mqtt-client-key", _SECRET)
     client_id: str = key("", printable())
     keep_alive_s: int = key(30, whole(5, 3600))
+    largest_message_bytes: int = key(1024 * 1024, whole(1024, 256_000_000))
 
 
 @dataclass(frozen=True, slots=True)

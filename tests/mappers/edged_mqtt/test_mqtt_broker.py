@@ -198,6 +198,42 @@ def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tm
         asyncio.run(run())
 
 
+@pytest.mark.parametrize("largest", [0, 3 * 1024 * 1024], ids=["as it is", "as the table says"])
+def test_a_large_image_goes_through_a_broker_at_once_where_the_table_says_so(
+    tmp_path: Path, largest: int
+) -> None:
+    plant, size = Plant(tmp_path / "plant"), 2_500_000
+    plant.publish("1.0.0", "2.0.0", size=size)
+    broker = Mosquitto(tmp_path)
+    link = f"mqtt:127.0.0.1:{broker.port}"
+    plant.device(address=f"{link}/devices/pump-1")
+    if largest:
+        plant.links.append(LinkSettings(address=link, config={"largest_message_bytes": largest}))
+    device = PullingDevice(broker.port, prefix="devices/pump-1/", chunk_bytes=0, every_s=0.2, repeats=True)
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            await listening(node)
+            device.start()
+            try:
+                first = await deployed(node, "pump@1.0.0")
+                assert first.state is State.SUCCEEDED, first.detail
+                job = await deployed(node, "pump@2.0.0")
+                if largest:
+                    assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+                    assert bytes(device.flash) == image_bytes("2.0.0", size)
+                    assert device.requests == 1
+                else:
+                    assert job.state is State.REVERTED, job.detail
+                    assert f"asked for {size} bytes at once; allowed: 1048576" in job.detail
+                    assert not device.written
+            finally:
+                await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
 # -- the broker's connection alone
 
 
@@ -400,7 +436,7 @@ def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
                 broker.freeze()
                 with pytest.raises(Transient, match="timed out"):
                     for _ in range(64):
-                        await seat.send("x", bytes(subject.LARGEST_BYTES))
+                        await seat.send("x", bytes(subject.LARGE_BYTES))
                 begun = loop.time()
             assert loop.time() - begun >= 1.0, "it took the farewell"
 
