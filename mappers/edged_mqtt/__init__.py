@@ -20,6 +20,7 @@ from edged_mqtt.config import (
     LinkConfig,
     ListenAddress,
     MqttConfig,
+    longest_call_s,
     parse_address,
     parse_config,
     parse_device,
@@ -49,6 +50,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             _probe,
             schemes=frozenset({SCHEME}),
             probe_disturbs=False,
+            longest_call_s=longest_call_s,
         )
     ]
 

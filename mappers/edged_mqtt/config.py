@@ -229,6 +229,11 @@ class MqttConfig:
     units: Mapping[str, str] = named_values(_ATTRIBUTE, _UNIT, "names and UCUM codes")
 
 
+def longest_call_s(config: object) -> float:
+    """See :attr:`edged.api.MapperSpec.longest_call_s`: a device is asked who it is and what it runs, or takes a property."""
+    return max(config.report_s, config.confirm_s) if isinstance(config, MqttConfig) else 0.0
+
+
 def parse_link(values: Mapping[str, object]) -> LinkConfig:
     """A ``[[link]]`` table. Raises ValueError: a line for each fault."""
     check(values, rules_of(BrokerConfig) | rules_of(ListenConfig))

@@ -32,6 +32,13 @@ def test_the_configuration_is_one(tmp_path: Path) -> None:
     assert answer.output.endswith("1 model, 4 devices, no fault.\n"), answer.output
 
 
+def test_a_device_that_may_take_longer_to_say_what_it_runs_than_a_call_is_found(tmp_path: Path) -> None:
+    config = tmp_path / "edged.toml"
+    config.write_text("[engine]\ncall_s = 60\n" + _TABLES + "config = {report_s = 61}\n")
+    answer = CliRunner().invoke(main, ["--config", str(config), "check-config"])
+    assert answer.exit_code == 2 and "one call of mqtt-thingsboard may take 61 s" in answer.stderr
+
+
 def test_every_count_has_its_word() -> None:
     said = set(re.findall(r"`(\w+)`", PAGE.partition("## Counts")[2].partition("##")[0]))
     counted: set[str] = set()
