@@ -40,6 +40,7 @@ from edged_firmware.image import MemorySource, pack
 
 CHUNK_BYTES = 512
 CANCEL_S = 10.0
+_WINDOW_BYTES = 16
 
 
 async def _nothing() -> None:
@@ -51,11 +52,12 @@ class Subject:
     """A device under test, real or simulated, in the state in which it left the factory.
 
     ``first`` and ``second`` are two applications as (address, bytes) segments, each larger than three write units and
-    different from the first unit on. ``sent`` returns every byte that went over the wire towards the device so far;
-    ``holds`` the bytes of its flash at (address, length), of the slot that is written; ``written`` counts the image bytes
-    that it stored so far. ``unit_bytes`` is what it stores at once (a page). ``unplug`` and ``plug`` break and mend the
-    wire. ``neighbour`` is a second device on the same link, where the wire can have one. ``reports``: it reports by itself.
-    ``resumes``: False where the device's own protocol makes every transfer begin anew, however well it can be read.
+    different from the first unit on. ``sent`` returns what went over the wire towards the device so far, the image's bytes in
+    a row: where frames or blocks are smaller than a unit, what they carry, joined; ``holds`` the bytes of its flash at
+    (address, length), of the slot that is written; ``written`` counts the image bytes that it stored so far. ``unit_bytes``
+    is what it stores at once (a page). ``unplug`` and ``plug`` break and mend the wire. ``neighbour`` is a second device on
+    the same link, where the wire can have one. ``reports``: it reports by itself. ``resumes``: False where the device's own
+    protocol makes every transfer begin anew, however well it can be read.
     """
 
     spec: MapperSpec
@@ -248,26 +250,45 @@ async def port_loss_is_transient(subject: Subject) -> None:
 
 
 async def no_unverified_byte_is_sent(subject: Subject) -> None:
-    """A flipped bit in the image: refused, and the damaged bytes never reach the wire or the flash."""
+    """A flipped bit in the image: refused, and the damaged bytes never reach the wire or the flash; the sound ones do."""
     address, data = subject.first[0]
-    header = len(pack(subject.first)) - sum(len(part) for _, part in subject.first)
-    at = header + len(data) * 3 // 4
-    damaged = bytearray(data)
-    damaged[at - header] ^= 0x01
-    window = bytes(damaged[at - header - 8 : at - header + 8])
+    start = _to_be_written(subject)
+    sound = data[start : start + _WINDOW_BYTES]
+    at = start + _WINDOW_BYTES // 2
+    damaged = bytearray(sound)
+    damaged[at - start] ^= 0x01
     before = len(subject.sent())
-    refusal: BaseException | None = None
+    refusal = await _refusal(subject, at)
+    assert isinstance(refusal, Refused), "an image with a flipped bit was staged"
+    assert refusal.reason is Reason.CHUNK_MISMATCH, f"refused for {refusal.reason}, not for the chunk"
+    assert damaged not in subject.sent()[before:], "damaged bytes went over the wire"
+    assert subject.holds(address + start, _WINDOW_BYTES) != damaged, "damaged bytes are in the flash"
+    refused = len(subject.sent())
+    await _stage(subject, subject.first)
+    # else the damaged ones were not looked for where they would have been
+    assert sound in subject.sent()[refused:], "sent() does not show the image's bytes in a row"
+
+
+def _to_be_written(subject: Subject) -> int:
+    """Where 16 bytes of the first segment begin that lie in one unit, one that the device does not have."""
+    address, data = subject.first[0]
+    unit = subject.unit_bytes
+    units = [at for at in range(0, len(data) - unit, unit) if at <= len(data) * 3 // 4]
+    new = [at for at in units if subject.holds(address + at, unit) != data[at : at + unit]]
+    assert new, "first: the device holds it already"
+    return new[-1] + max(0, unit - _WINDOW_BYTES) // 2
+
+
+async def _refusal(subject: Subject, at: int) -> Refused | None:
+    """What comes out where a bit of byte ``at`` of the first segment is not what was signed."""
+    header = len(pack(subject.first)) - sum(len(part) for _, part in subject.first)
     try:
         async with _connected(subject) as session:
             await session.identify()
-            await _firmware(session).stage(await _image(subject.first, damaged_at=at), _quiet)
+            await _firmware(session).stage(await _image(subject.first, damaged_at=header + at), _quiet)
     except Refused as exc:
-        refusal = exc
-    assert isinstance(refusal, Refused), "an image with a flipped bit was staged"
-    assert refusal.reason is Reason.CHUNK_MISMATCH, f"refused for {refusal.reason}, not for the chunk"
-    assert window not in subject.sent()[before:], "damaged bytes went over the wire"
-    start = at - header - 8
-    assert subject.holds(address + start, 16) != window, "damaged bytes are in the flash"
+        return exc
+    return None
 
 
 async def reports_go_on_around_a_lease(subject: Subject) -> None:

@@ -101,6 +101,14 @@ def test_the_kit_notices(
         asyncio.run(check(subject()))
 
 
+def test_the_kit_notices_that_it_cannot_see_what_is_sent() -> None:
+    """Bytes of the image with something between them, as in frames: damaged ones would be looked for in vain."""
+    whole = subject()
+    apart = replace(whole, sent=lambda: b"\0".join(bytes([byte]) for byte in whole.sent()))
+    with pytest.raises(AssertionError, match="in a row"):
+        asyncio.run(conformance.no_unverified_byte_is_sent(apart))
+
+
 def test_only_a_whole_application_runs() -> None:
     hardware = FakeDevice("dev-1")
     image = fake_app("1.0.0", 1024)

@@ -14,7 +14,7 @@ from edged.testing.fake import FakeDevice, fake_app
 
 async def check_lamp(check: Check) -> None:
     hardware = FakeDevice("lamp-1", hardware_id="lamp:1", page_bytes=edged_lamp.PAGE_BYTES)
-    hardware.install(fake_app("0.1.0"))
+    hardware.install(fake_app("0.2.0"))
     plugins = discover([("lamp under test", edged_lamp)])
     async with simulated_lamp(hardware) as lamp:
         subject = Subject(

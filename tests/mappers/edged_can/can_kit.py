@@ -110,6 +110,11 @@ class Unpluggable:
         return [] if self.out else [frame]
 
 
+def carried(requests: list[bytes]) -> bytes:
+    """What whole requests carry, joined: a block of TransferData begins with its service and its counter."""
+    return b"".join(request[2:] if request[:1] == b"\x36" else request for request in requests)
+
+
 def subject(server: OnBus, to: Device, neighbour: Device, wire: Unpluggable) -> Subject:
     async def unplug() -> None:
         wire.out = True
@@ -123,7 +128,7 @@ def subject(server: OnBus, to: Device, neighbour: Device, wire: Unpluggable) -> 
         device=to,
         first=make_app("1.2.0"),
         second=make_app("1.3.0"),
-        sent=lambda: bytes(server.sent),
+        sent=lambda: carried(server.controller.heard),
         holds=server.controller.held,
         written=lambda: server.controller.counts.written,
         unit_bytes=server.controller.longest_block - 2,

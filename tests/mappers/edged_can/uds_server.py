@@ -642,7 +642,6 @@ class OnBus:
         self.controller = controller
         self.wiring = wiring or Wiring()
         self.dead = False
-        self.sent = bytearray()
         self.frames = 0
         self.fault: BaseException | None = None
         self.wire: Wire = wire or (lambda way, frame: [frame])
@@ -712,7 +711,6 @@ class OnBus:
         whole = None
         for frame in self.wire("in", bytes(message.data)):
             self.frames += 1
-            self.sent += frame
             whole = self._isotp.feed(frame) or whole
         return whole
 

@@ -68,7 +68,8 @@ class PullingDevice:
 
     ``chunk_bytes`` 0: the whole image at once. ``version`` is what it runs. ``flash`` is the image that it downloaded last,
     byte by byte as it came. ``boots``: it comes up with what it was offered; False: with what it ran before. ``reboots``: it
-    loses its connection when it does. ``received`` is all that it was sent. ``every_s``: it reports ``values`` so often;
+    loses its connection when it does. ``received`` is all that it was sent, ``chunks`` what those of images
+    carried. ``every_s``: it reports ``values`` so often;
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
     ``on_whole``: what it does with a whole image in place of installing it. ``retains``: the broker is to keep what it says.
     ``tries_again``: it asks anew after a failure. ``hello_s``: it says so late who it is.
@@ -90,6 +91,7 @@ class PullingDevice:
     values: dict[str, Any] = field(default_factory=lambda: {"temperature": 20.5})
     flash: bytearray = field(default_factory=bytearray)
     received: bytearray = field(default_factory=bytearray)
+    chunks: bytearray = field(default_factory=bytearray)
     written: int = 0
     requests: int = 0
     log: list[str] = field(default_factory=list)
@@ -250,6 +252,7 @@ class PullingDevice:
         elif topic.startswith("v1/devices/me/attributes/response/"):
             self._given(json.loads(payload).get("shared", {}))
         elif topic.startswith(f"v2/{self.component}/response/"):
+            self.chunks += payload
             await self._got(topic, payload)
         elif topic.endswith("/error"):
             self.log.append(f"error: {payload.decode()}")

@@ -63,7 +63,7 @@ def test_conformance(edged_conformance: Any, tmp_path: Path) -> None:
             device=_on_broker(broker.port, "pump-1"),
             first=FIRST,
             second=SECOND,
-            sent=lambda: bytes(device.received),
+            sent=lambda: bytes(device.chunks),
             holds=device.holds,
             written=lambda: device.written,
             unit_bytes=1024,

@@ -39,7 +39,7 @@ def test_conformance(edged_conformance: Any, protocol: int) -> None:
             device=mqtt_device(port),
             first=FIRST,
             second=SECOND,
-            sent=lambda: bytes(device.received),
+            sent=lambda: bytes(device.chunks),
             holds=device.holds,
             written=lambda: device.written,
             unit_bytes=1024,
