@@ -351,7 +351,7 @@ class Env(Protocol):
         ...
 
 
-def no_config(table: Mapping[str, object]) -> None:
+def no_config(table: Mapping[str, object], rest: str = "") -> None:
     """The ``parse_config`` of what needs no table of its own. Raises ``ValueError`` for any key."""
     if table:
         raise ValueError("\n".join(f"{key}: found an unknown key; allowed: none" for key in sorted(table)))
@@ -366,9 +366,9 @@ class LinkSpec:
     parse_address: Callable[[str], object] = str
     """Given the same rest. Raises ``ValueError`` with a useful text, such as "allowed: HOST:PORT", where ``open`` could not
     understand it; what it returns is not used. A slip is then found before the first job; without it everything passes."""
-    parse_config: Callable[[Mapping[str, object]], object] = no_config
-    """As :attr:`MapperSpec.parse_config`, for the ``[[link]]`` table of an address; ``open`` finds the result in
-    ``env.config``."""
+    parse_config: Callable[[Mapping[str, object], str], object] = no_config
+    """As :attr:`MapperSpec.parse_config`, for the ``[[link]]`` table of an address, an empty one where it has none. Given the
+    rest of the address as well: what is allowed may depend on it. ``open`` finds the result in ``env.config``."""
     linger_s: float = 0.0
     """So long a wire stays open that nobody uses: a listener that were closed between two sessions would throw its devices
     out."""

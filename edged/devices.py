@@ -141,7 +141,7 @@ def access_list(config: Config, plugins: Plugins, address: str) -> str:
     if spec.access_list is None:
         raise Permanent(Reason.UNSUPPORTED, f"there is no access list for a wire {scheme}:")
     table = next((link for link in config.link if link.address == address), None)
-    parsed = link_config(spec, table.config if table else {})
+    parsed = link_config(spec, rest, table.config if table else {})
     beside = [device.address.partition(":") for device in config.device]
     try:
         return spec.access_list(rest, parsed, [found for kind, _, found in beside if kind == scheme])
@@ -153,11 +153,11 @@ def access_list(config: Config, plugins: Plugins, address: str) -> str:
 
 def _link_config(settings: LinkSettings, plugins: Plugins) -> object:
     """What the wire's plugin makes of its table, or the ``Permanent`` that says why nothing."""
-    scheme = settings.address.partition(":")[0]
+    scheme, _, rest = settings.address.partition(":")
     if scheme not in plugins.links:
         return Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r}")
     try:
-        return link_config(plugins.links[scheme], settings.config)
+        return link_config(plugins.links[scheme], rest, settings.config)
     except Permanent as exc:
         return exc
 

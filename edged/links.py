@@ -88,7 +88,7 @@ class LinkPool:
         if spec is None:
             known = ", ".join(sorted(self._specs)) or "none"
             raise Permanent(Reason.UNSUPPORTED, f"no link for {scheme!r} in {address!r}; links: {known}")
-        env = self._link_env(spec, address)
+        env = self._link_env(spec, address, rest)
         shared = _Shared(asyncio.get_running_loop().create_future(), linger_s=spec.linger_s)
         shared.holder = asyncio.create_task(
             _hold(spec, rest, env, shared, self._closing.get(address)), name=f"link {address}"
@@ -96,13 +96,13 @@ class LinkPool:
         self._shared[address] = shared
         return shared
 
-    def _link_env(self, spec: LinkSpec, address: str) -> DeviceEnv:
+    def _link_env(self, spec: LinkSpec, address: str, rest: str) -> DeviceEnv:
         """A wire's own environment: it outlives its first user. Raises ``Permanent(CONFIG_INVALID)``."""
         config = self._configs.get(address)
         if isinstance(config, Permanent):
             raise config
         if address not in self._configs:
-            config = link_config(spec, {})
+            config = link_config(spec, rest, {})
         return DeviceEnv(address, self, _Lines(log, {"link": address}), config)
 
     async def _leave(self, address: str, shared: _Shared) -> None:
@@ -157,11 +157,11 @@ def _fail(shared: _Shared, error: EdgedError) -> None:
         shared.opened.exception()  # a user that was cancelled meanwhile does not ask for it
 
 
-def link_config(spec: LinkSpec, table: Mapping[str, object]) -> object:
-    """What the plugin makes of a wire's own table. Raises ``Permanent``: ``CONFIG_INVALID``, a fault in each line, or
-    ``PLUGIN_FAILED``."""
+def link_config(spec: LinkSpec, rest: str, table: Mapping[str, object]) -> object:
+    """What the plugin makes of the own table of the wire ``SCHEME:REST``. Raises ``Permanent``: ``CONFIG_INVALID``, a fault in
+    each line, or ``PLUGIN_FAILED``."""
     try:
-        return spec.parse_config(table)
+        return spec.parse_config(table, rest)
     except ValueError as exc:
         faults = str(exc).splitlines() or [repr(exc)]
         raise Permanent(Reason.CONFIG_INVALID, "\n".join(f"config.{line}" for line in faults)) from exc

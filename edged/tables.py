@@ -144,18 +144,6 @@ def named_tables(record: type[Any]) -> Any:
     return field(default_factory=dict, hash=False, metadata={_RULE: _NamedTables(record)})
 
 
-def check(values: Mapping[str, object], rules: Mapping[str, _Reader]) -> None:
-    """Whether a table holds what ``rules`` allow, where no one record has all of its keys. Raises ValueError as ``read``."""
-    faults: list[str] = []
-    _values(rules, values, "", faults, {})
-    refuse(faults)
-
-
-def rules_of(record: type[Any]) -> dict[str, _Reader]:
-    """The keys of ``record`` and what each allows."""
-    return {each.name: each.metadata[_RULE] for each in dataclasses.fields(record)}
-
-
 def read(record: type[T], values: Mapping[str, object], *, without: Collection[str] = ()) -> T:
     """What a table holds, as a ``record``. Raises ValueError: a line for each fault.
 
@@ -209,9 +197,14 @@ class _NamedTables:
         return {name: _read(self.record(), one, f"{path}.{name}", faults) for name, one in value.items()}
 
 
+def _rules_of(record: type[Any]) -> dict[str, _Reader]:
+    """The keys of ``record`` and what each allows."""
+    return {each.name: each.metadata[_RULE] for each in dataclasses.fields(record)}
+
+
 def _read(default: T, values: object, path: str, faults: list[str], without: Collection[str] = ()) -> T:
     """``default`` with what ``values`` say."""
-    rules = {name: rule for name, rule in rules_of(type(default)).items() if name not in without}
+    rules = {name: rule for name, rule in _rules_of(type(default)).items() if name not in without}
     defaults = {name: getattr(default, name) for name in rules}
     return dataclasses.replace(default, **_values(rules, values, path, faults, defaults))  # type: ignore[type-var]
 

@@ -271,11 +271,11 @@ def test_the_checks_defaults_of_the_can_mapper() -> None:
 MQTT_TABLES: dict[str, tuple[Any, Any]] = {
     "### `[link.config]` of a listener, `mqtt:listen@ADDRESS:PORT`": (
         ListenConfig(),
-        lambda table: parse_link(table).listen(),
+        lambda table: parse_link({"certificate": "/c", "client_ca": "/ca"} | table, "listen@127.0.0.1:8883"),
     ),
     "### `[link.config]` of a broker, `mqtt:HOST:PORT`": (
         BrokerConfig(),
-        lambda table: parse_link(table).broker(),
+        lambda table: parse_link(table, "localhost:8883"),
     ),
     "### `[device.config]` of `mqtt-thingsboard`": (MqttConfig(), parse_config),
 }

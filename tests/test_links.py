@@ -192,7 +192,7 @@ def test_a_wire_is_opened_with_its_own_table_and_counts_in_its_own_name() -> Non
         env.count("opened")
         yield Wire(f"wire:{rest}", exclusive=False)
 
-    spec = LinkSpec("wire", opening, parse_config=dict)
+    spec = LinkSpec("wire", opening, parse_config=lambda table, rest: {"rest": rest, **table})
     pool = LinkPool(
         {"wire": spec},
         {"wire:a": {"x": 1}, "wire:bad": Permanent(Reason.CONFIG_INVALID, "config.x: found 2")},
@@ -203,7 +203,7 @@ def test_a_wire_is_opened_with_its_own_table_and_counts_in_its_own_name() -> Non
         env = device_env("one", pool)
         async with env.link("wire:a"), env.link("wire:b"):
             env.count("used")
-        assert seen == [{"x": 1}, {}]
+        assert seen == [{"x": 1}, {"rest": "b"}]
         assert counted == [("wire:a", "opened"), ("wire:b", "opened"), ("one", "used")]
         with pytest.raises(Permanent, match="found 2"):
             async with env.link("wire:bad"):

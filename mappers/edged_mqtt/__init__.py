@@ -16,9 +16,10 @@ from edged.errors import EdgedError, Permanent, Reason
 from edged_mqtt.acl import access_list
 from edged_mqtt.config import (
     SCHEME,
+    BrokerConfig,
     DeviceAddress,
-    LinkConfig,
     ListenAddress,
+    ListenConfig,
     MqttConfig,
     longest_call_s,
     parse_address,
@@ -62,19 +63,15 @@ def edged_links() -> Iterable[LinkSpec]:
 
 
 def _open(rest: str, env: Env) -> AbstractAsyncContextManager[Link]:
-    config = env.config if isinstance(env.config, LinkConfig) else LinkConfig()
-    try:
-        address = parse_wire(rest)
-        # TLS and the client's library: only for nodes that have such a wire
-        if isinstance(address, ListenAddress):
-            from edged_mqtt.endpoint import open_endpoint
+    address = parse_wire(rest)
+    # TLS and the client's library: only for nodes that have such a wire
+    if isinstance(address, ListenAddress):
+        from edged_mqtt.endpoint import open_endpoint
 
-            return open_endpoint(address, config.listen(), env)
-        from edged_mqtt.broker import open_broker
+        return open_endpoint(address, cast(ListenConfig, env.config), env)
+    from edged_mqtt.broker import open_broker
 
-        return open_broker(address, config.broker(), env)
-    except ValueError as exc:
-        raise Permanent(Reason.CONFIG_INVALID, f"link {SCHEME}:{rest}: {exc}") from exc
+    return open_broker(address, cast(BrokerConfig, env.config), env)
 
 
 def _address(text: str) -> DeviceAddress:

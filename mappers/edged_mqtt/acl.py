@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from edged_mqtt.config import SCHEME, BrokerAddress, LinkConfig, parse_device, parse_wire
+from edged_mqtt.config import SCHEME, BrokerAddress, BrokerConfig, parse_device, parse_wire
 
 WRITES: Final = (
     "v1/devices/me/telemetry",
@@ -49,7 +49,7 @@ def access_list(rest: str, config: object, devices: Sequence[str]) -> str:
     wire = parse_wire(rest)
     if not isinstance(wire, BrokerAddress):
         raise ValueError("it is this node's own endpoint, where a device reaches nobody's topics but its own")
-    node = config.broker().user if isinstance(config, LinkConfig) else ""
+    node = config.user if isinstance(config, BrokerConfig) else ""
     if not node:
         raise ValueError("user: the [[link]] table has none: by what name does the broker know this node?")
     prefixes = sorted(parsed.place for parsed in map(parse_device, devices) if parsed.wire == wire)

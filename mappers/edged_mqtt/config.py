@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
 
 from edged.tables import (
-    check,
     flag,
     key,
     named_values,
     one_of,
     printable,
     read,
-    rules_of,
+    refuse,
     seconds,
     text,
     whole,
 )
-
-T = TypeVar("T")
 
 SCHEME: Final = "mqtt"
 ALLOWED_ADDRESSES: Final = (
@@ -56,10 +53,17 @@ class ListenAddress:
 
 @dataclass(frozen=True, slots=True)
 class BrokerAddress:
-    """A broker that this node connects to."""
+    """A broker that this node connects to. ``host`` is a name or an IP address."""
 
     host: str
     port: int
+
+    @property
+    def is_loopback(self) -> bool:
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
 
     def __str__(self) -> str:
         return f"{_bracketed(self.host)}:{self.port}"
@@ -134,7 +138,7 @@ class ListenConfig:
     - ``certificate``: file of the server's certificate, with those between it and the root; empty: no TLS.
     - ``key_credential``: name of the secret that is its key.
     - ``client_ca``: file of the authorities whose certificates devices may show; empty: none is asked for.
-    - ``client_certificates``: ``"optional"``, or ``"required"``: nobody connects without one.
+    - ``client_certificates``: ``"optional"``, or ``"required"``: nobody connects without one; needs ``client_ca``.
     - ``plain``: also without TLS on an address that is not loopback.
     - ``connections``: so many at a time.
     - ``longest_silence_s``: of whom nothing is heard for so long its connection is ended, whatever keep-alive it asked for.
@@ -153,7 +157,8 @@ class ListenConfig:
 class BrokerConfig:
     """The table of a broker.
 
-    - ``tls``: connect with TLS. ``ca``: file of the authorities that may vouch for the broker; empty: the system's.
+    - ``tls``: connect with TLS. ``plain``: ``ca``, ``certificate`` and ``credential`` may stand here without it, also where the
+      broker is not on loopback. ``ca``: file of the authorities that may vouch for the broker; empty: the system's.
     - ``user``, ``credential``: user name, and name of the secret that is its password; empty: none.
     - ``certificate``, ``key_credential``: this node's own certificate and the secret that is its key; empty: none.
     - ``client_id``: with one the broker keeps what devices say while this node is away; empty: one that the broker makes up.
@@ -162,6 +167,7 @@ class BrokerConfig:
     """
 
     tls: bool = key(False, flag())
+    plain: bool = key(False, flag())
     ca: str = key("", _FILE)
     user: str = key("", printable())
     credential: str = key("", _SECRET)
@@ -170,30 +176,6 @@ class BrokerConfig:
     client_id: str = key("", printable())
     keep_alive_s: int = key(30, whole(5, 3600))
     largest_message_bytes: int = key(1024 * 1024, whole(1024, 256_000_000))
-
-
-@dataclass(frozen=True, slots=True)
-class LinkConfig:
-    """The sound keys of a link's table: which of the two kinds it is, only its address tells."""
-
-    table: Mapping[str, Any] = field(default_factory=dict, hash=False)
-
-    def listen(self) -> ListenConfig:
-        """Raises ValueError for a key of the other kind."""
-        return self._only(ListenConfig, "a listener")
-
-    def broker(self) -> BrokerConfig:
-        """Raises ValueError for a key of the other kind."""
-        return self._only(BrokerConfig, "a broker")
-
-    def _only(self, record: type[T], what: str) -> T:
-        keys = rules_of(record)
-        extra = sorted(self.table.keys() - keys)
-        if extra:
-            raise ValueError(
-                f"{extra[0]}: found a key that {what} has not; allowed: {', '.join(sorted(keys))}"
-            )
-        return read(record, self.table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +216,42 @@ def longest_call_s(config: object) -> float:
     return max(config.report_s, config.confirm_s) if isinstance(config, MqttConfig) else 0.0
 
 
-def parse_link(values: Mapping[str, object]) -> LinkConfig:
-    """A ``[[link]]`` table. Raises ValueError: a line for each fault."""
-    check(values, rules_of(BrokerConfig) | rules_of(ListenConfig))
-    return LinkConfig(values)
+def parse_link(values: Mapping[str, object], rest: str) -> ListenConfig | BrokerConfig:
+    """The ``[[link]]`` table of the address ``mqtt:REST``. Raises ValueError: a line for each fault."""
+    address = parse_wire(rest)
+    if isinstance(address, ListenAddress):
+        listener = read(ListenConfig, values)
+        refuse(_listener_faults(listener, address))
+        return listener
+    broker = read(BrokerConfig, values)
+    refuse(_broker_faults(broker, address))
+    return broker
+
+
+def _listener_faults(config: ListenConfig, address: ListenAddress) -> Iterator[str]:
+    if not config.certificate and not (address.is_loopback or config.plain):
+        yield (
+            "certificate: found none, so that anybody on the way could read the devices' tokens; allowed: a file, with its key "
+            "in key_credential, or plain = true"
+        )
+    if config.client_ca and not config.certificate:
+        yield "client_ca: found a file, but no certificate: without TLS no device is asked for one; allowed: with certificate"
+    if config.client_certificates == "required" and not config.client_ca:
+        yield (
+            "client_certificates: found 'required', but no client_ca: a device without one would be let in; allowed: with "
+            "client_ca"
+        )
+
+
+def _broker_faults(config: BrokerConfig, address: BrokerAddress) -> Iterator[str]:
+    if config.tls or config.plain or address.is_loopback:
+        return
+    for name in ("ca", "certificate", "credential"):
+        if getattr(config, name):
+            yield (
+                f"{name}: found one, but no TLS: password and firmware would go to {address.host} in the clear; allowed: with "
+                "tls = true, or with plain = true"
+            )
 
 
 def parse_config(values: Mapping[str, object]) -> MqttConfig:

@@ -84,12 +84,6 @@ async def open_endpoint(address: ListenAddress, config: ListenConfig, env: Env) 
     Raises ``Transient(LINK_BUSY)`` where somebody listens there, ``Transient(DEVICE_ABSENT)`` where the address is not this
     machine's, and ``Permanent(CONFIG_INVALID)`` for keys that cannot be used.
     """
-    if not config.certificate and not (address.is_loopback or config.plain):
-        raise Permanent(
-            Reason.CONFIG_INVALID,
-            f"{address}: without a certificate anybody on the way reads the devices' tokens; set certificate and "
-            "key_credential in the [[link]] table, or plain = true",
-        )
     context = await asyncio.to_thread(server_context, config, env) if config.certificate else None
     endpoint = Endpoint(f"mqtt:{address}", config, env.count, env.log)
     try:

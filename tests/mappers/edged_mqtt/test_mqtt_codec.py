@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edged_mqtt import packets
 from edged_mqtt import thingsboard as tb
-from edged_mqtt.config import MqttConfig, parse_address, parse_config, parse_device, parse_link
+from edged_mqtt.config import BrokerConfig, MqttConfig, parse_address, parse_config, parse_device, parse_link
 from edged_mqtt.packets import Malformed
 
 
@@ -150,11 +150,46 @@ def test_tables_name_each_fault() -> None:
     assert all("allowed: " in line for line in lines)
     assert parse_config({}) == MqttConfig()
     with pytest.raises(ValueError, match="certificate: found 'x'; allowed: an absolute path"):
-        parse_link({"certificate": "x"})
-    link = parse_link({"tls": True})
-    with pytest.raises(ValueError, match="tls: found a key that a listener has not"):
-        link.listen()
-    assert link.broker().tls
+        parse_link({"certificate": "x"}, LISTENER)
+    with pytest.raises(ValueError, match="tls: found an unknown key"):
+        parse_link({"tls": True}, LISTENER)
+    assert parse_link({"tls": True}, "broker.example:8883") == BrokerConfig(tls=True)
+
+
+LISTENER = "listen@0.0.0.0:8883"
+CERTIFICATES = {"certificate": "/a.crt", "client_ca": "/ca.crt", "client_certificates": "required"}
+
+
+@pytest.mark.parametrize(
+    ("rest", "table", "keys"),
+    [
+        (LISTENER, {}, ["certificate"]),
+        ("listen@127.0.0.1:1883", {}, []),
+        ("listen@[::1]:1883", {}, []),
+        (LISTENER, {"plain": True}, []),
+        (LISTENER, CERTIFICATES, []),
+        (LISTENER, CERTIFICATES | {"client_ca": ""}, ["client_certificates"]),
+        ("listen@127.0.0.1:1883", CERTIFICATES | {"certificate": ""}, ["client_ca"]),
+        (LISTENER, {"plain": True, "client_certificates": "required"}, ["client_certificates"]),
+        ("broker.example:1883", {"user": "edged"}, []),
+        ("broker.example:1883", {"ca": "/c"}, ["ca"]),
+        ("192.0.2.1:1883", {"credential": "b", "certificate": "/c"}, ["certificate", "credential"]),
+        ("192.0.2.1:1883", {"credential": "b", "plain": True}, []),
+        ("192.0.2.1:8883", {"credential": "b", "tls": True}, []),
+        ("localhost.example:1883", {"credential": "b"}, ["credential"]),
+        *((host, {"credential": "b"}, []) for host in ("localhost:1883", "127.0.0.9:1883", "[::1]:1883")),
+    ],
+)
+def test_what_would_go_in_the_clear_or_ask_for_nothing_is_refused(
+    rest: str, table: dict[str, Any], keys: list[str]
+) -> None:
+    try:
+        parse_link(table, rest)
+        lines = []
+    except ValueError as error:
+        lines = str(error).splitlines()
+    assert [line.partition(":")[0] for line in lines] == keys
+    assert all("allowed: " in line for line in lines)
 
 
 # -- ThingsBoard's payloads

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from edged.cli import main
 from edged_mqtt.acl import access_list
-from edged_mqtt.config import LinkConfig
+from edged_mqtt.config import BrokerConfig
 
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "mqtt.md").read_text(encoding="utf-8")
@@ -100,11 +100,11 @@ def test_the_list_is_of_the_devices_on_that_broker_and_says_how_it_is_installed(
         answer = listed(words)
         assert answer.exit_code != 0 and said in answer.stderr, answer.output
     with pytest.raises(ValueError, match="a/pump and b/pump have the same user name 'pump'"):
-        access_list("h:1", LinkConfig({"user": "edged"}), ["h:1/b/pump", "h:1/a/pump"])
+        access_list("h:1", BrokerConfig(user="edged"), ["h:1/b/pump", "h:1/a/pump"])
     with pytest.raises(ValueError, match="this node and a/edged have the same user name 'edged'"):
-        access_list("h:1", LinkConfig({"user": "edged"}), ["h:1/a/edged"])
+        access_list("h:1", BrokerConfig(user="edged"), ["h:1/a/edged"])
     with pytest.raises(ValueError, match="no device of the configuration is on it"):
-        access_list("h:1", LinkConfig({"user": "edged"}), ["h:2/a"])
+        access_list("h:1", BrokerConfig(user="edged"), ["h:2/a"])
 
 
 @pytest.fixture

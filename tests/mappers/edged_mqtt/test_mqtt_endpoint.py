@@ -290,23 +290,13 @@ def test_keys_that_do_not_fit_are_said(tmp_path: Path) -> None:
     asyncio.run(run(ListenConfig("/nowhere.crt", key.name), "No such file"))
 
 
-def test_tokens_do_not_go_in_the_clear_over_a_network(tmp_path: Path) -> None:
-    async def run() -> None:
-        address = ListenAddress("0.0.0.0", free_port())
-        with pytest.raises(Permanent, match="without a certificate anybody on the way reads"):
-            async with open_endpoint(address, ListenConfig(), Env(tmp_path)):  # type: ignore[arg-type]
-                pass
-
-    asyncio.run(run())
-
-
 def test_a_port_that_is_taken_is_busy_and_an_address_that_is_not_ours_absent(tmp_path: Path) -> None:
     async def run() -> None:
         async with listening(tmp_path) as (_, env, port):
             for host, reason in (("127.0.0.1", Reason.LINK_BUSY), ("192.0.2.1", Reason.DEVICE_ABSENT)):
                 with pytest.raises(Transient) as caught:
-                    config = ListenConfig(plain=True)
-                    async with open_endpoint(ListenAddress(host, port), config, env):  # type: ignore[arg-type]
+                    address = ListenAddress(host, port)
+                    async with open_endpoint(address, ListenConfig(), env):  # type: ignore[arg-type]
                         pass
                 assert caught.value.reason is reason
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broker_kit import Mosquitto
+from click.testing import CliRunner
 from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
 from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
+from edged.cli import main
 from edged.config import LinkSettings
 from edged.domain.job import State
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.node import life
-from edged_mqtt.config import LinkConfig
+from edged_mqtt.config import parse_link
 
 
 @pytest.fixture
@@ -149,7 +152,7 @@ def test_a_probe_listens_for_a_device_on_a_broker(tmp_path: Path) -> None:
 async def _connects(broker: Mosquitto, **table: Any) -> None:
     """Raises what opening the broker's link raises."""
     address = f"mqtt:127.0.0.1:{broker.port}"
-    pool = LinkPool(LINKS, {address: LinkConfig(table)})
+    pool = LinkPool(LINKS, {address: parse_link(table, address.removeprefix("mqtt:"))})
     async with device_env("one", pool).link(address):
         pass
 
@@ -198,8 +201,39 @@ def test_a_key_of_the_other_kind_of_wire_is_a_fault(plant: Plant) -> None:
 
     async def run() -> None:
         async with life(plant.config, plant.plugins) as node:
-            with pytest.raises(Permanent, match="tls: found a key that a listener has not"):
+            with pytest.raises(Permanent, match="tls: found an unknown key; allowed: certificate, "):
                 async with node.sessions["pump-1"].lease(5):
                     pass
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("address", "table", "text"),
+    [
+        (
+            "mqtt:listen@0.0.0.0:8883",
+            {"certificate": "/x", "client_id": "x"},
+            "client_id: found an unknown key",
+        ),
+        (
+            "mqtt:listen@0.0.0.0:8883",
+            {"certificate": "/x", "client_certificates": "required"},
+            "client_certificates: found 'required', but no client_ca",
+        ),
+        (
+            "mqtt:broker.example.org:1883",
+            {"ca": "/x", "user": "edged", "credential": "broker"},
+            "credential: found one, but no TLS",
+        ),
+        ("mqtt:listen@0.0.0.0:1883", {}, "certificate: found none"),
+    ],
+)
+def test_check_config_tells_what_a_wire_s_table_would_not_do(
+    tmp_path: Path, address: str, table: dict[str, str], text: str
+) -> None:
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+    config = tmp_path / "edged.toml"
+    config.write_text(f'[[link]]\naddress = "{address}"\n[link.config]\n{lines}\n')
+    answer = CliRunner().invoke(main, ["--config", str(config), "check-config"])
+    assert answer.exit_code == 2 and f"config.{text}" in answer.stderr, answer.output
