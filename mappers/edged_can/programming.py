@@ -82,6 +82,14 @@ class Programming:
             "functional_communication_off": lambda: everyone.hold(_communication_off()),
         }
 
+    def check(self, image: Image) -> None:
+        """Whether every request can say where it is, and how long. Raises Permanent(IMAGE_TOO_LARGE)."""
+        for segment in image.segments:
+            _location(segment, self._config)
+        for routine in (self._config.erase, self._config.check):
+            if routine.per == "image" and {"address", "length"} & set(routine.parameters):
+                _location(_span(image.segments), self._config)
+
     async def enter(self) -> None:
         """What comes before the first erase. Raises NegativeResponse, Permanent; Transient, LINK_BUSY where it would disturb
         another update on the bus, or be disturbed."""

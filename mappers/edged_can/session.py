@@ -128,8 +128,12 @@ class UdsSession:
         return Slots((Slot("flash", active=True, runs=NO_APPLICATION if version is None else version),))
 
     async def stage(self, image: Image, progress: Progress) -> None:
-        """The programming sequence up to the check routine. Raises what :mod:`edged_can.programming` raises."""
+        """The programming sequence up to the check routine.
+
+        Raises, before anything is sent, Permanent(IMAGE_TOO_LARGE); then what :mod:`edged_can.programming` raises.
+        """
         self._check_bounds(image)
+        self.programming.check(image)
         await self.programming.enter()
         await self.programming.write(image, progress)
 
@@ -283,12 +287,16 @@ class UdsSession:
             raise
 
     def _check_bounds(self, image: Image) -> None:
-        size = self._device.flash_size_bytes
+        base, size = self._device.flash_base, self._device.flash_size_bytes
+        begin = min(segment.address for segment in image.segments)
         end = max(segment.address + segment.length for segment in image.segments)
-        if size is not None and end > self._device.flash_base + size:
+        if begin < base:
+            text = f"the image begins at {begin:#x}; {self._device.id} begins at {base:#x}"
+            raise Permanent(Reason.IMAGE_TOO_LARGE, text)
+        if size is not None and end > base + size:
             raise Permanent(
                 Reason.IMAGE_TOO_LARGE,
-                f"the image ends at {end:#x}; {self._device.id} ends at {self._device.flash_base + size:#x}",
+                f"the image ends at {end:#x}; {self._device.id} ends at {base + size:#x}",
             )
 
 

@@ -391,6 +391,27 @@ def test_negative_responses_have_the_standards_names(code: int, name: str, kind:
             "the length 0x12c does not fit into 1",
             Reason.IMAGE_TOO_LARGE,
         ),
+        (
+            [(BASE, bytes(200)), (BASE + 0x1000, bytes(300))],
+            {"length_bytes": 1},
+            "the length 0x12c does not fit into 1",
+            Reason.IMAGE_TOO_LARGE,
+        ),
+        (
+            [(BASE, bytes(200)), (BASE + 0x1000, bytes(200))],
+            {
+                "length_bytes": 1,
+                "check": {"routine": 0xFF01, "parameters": ["length", "crc32"], "per": "image"},
+            },
+            "the length 0x10c8 does not fit into 1",
+            Reason.IMAGE_TOO_LARGE,
+        ),
+        (
+            [(BASE - 0x100, bytes(200)), (BASE + 0x1000, bytes(200))],
+            {},
+            "begins at 0x7ffff00; ecu begins at 0x8000000",
+            Reason.IMAGE_TOO_LARGE,
+        ),
     ],
 )
 def test_an_image_that_does_not_fit_erases_nothing(
@@ -405,7 +426,8 @@ def test_an_image_that_does_not_fit_erases_nothing(
 
     with on_bus(name, controller), pytest.raises(Permanent, match=says) as caught:
         asyncio.run(body())
-    assert caught.value.reason is reason and controller.counts.erased == 0
+    assert caught.value.reason is reason
+    assert controller.counts.erased == controller.counts.written == 0
 
 
 # -- the page
