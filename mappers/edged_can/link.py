@@ -45,6 +45,12 @@ class Listener:
                 return None
         return self._frames.popleft()
 
+    def waiting(self) -> list[Frame]:
+        """Those that came and nobody has read yet."""
+        frames = [*self._frames]
+        self._frames.clear()
+        return frames
+
     def put(self, frame: Frame) -> None:
         self._frames.append(frame)
         self._more.set()

@@ -25,8 +25,12 @@ _CODES: Final = {
 }
 
 
+class WrongType(Transient):
+    """What the device answered is no value of the type that the property is configured with; PROTOCOL_ERROR."""
+
+
 def decode(prop: Property, record: bytes) -> Reported:
-    """What the device says. Raises Transient(PROTOCOL_ERROR) where the record has another length than its type."""
+    """What the device says. Raises :class:`WrongType` where the record has another length than its type."""
     return Reported(prop.name, _value(prop, record), prop.unit or None)
 
 
@@ -54,7 +58,7 @@ def _value(prop: Property, record: bytes) -> JsonValue:
     layout = _layout(prop)
     if len(record) != layout.size:
         found = f"{prop.name}: the device answered {len(record)} bytes, {prop.type} has {layout.size}"
-        raise Transient(Reason.PROTOCOL_ERROR, found)
+        raise WrongType(Reason.PROTOCOL_ERROR, found)
     (raw,) = layout.unpack(record)
     if prop.type == "bool":
         return bool(raw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Final
 
@@ -31,10 +31,10 @@ from edged_can.access import Access
 from edged_can.client import NegativeResponse, Timing, UdsClient
 from edged_can.config import Property, UdsConfig
 from edged_can.dbc import Signals, load
-from edged_can.frames import ceiling_bytes_per_s
+from edged_can.frames import Frame, ceiling_bytes_per_s
 from edged_can.link import CanLink
 from edged_can.programming import DEFAULT_SESSION, EXTENDED_SESSION, Programming
-from edged_can.properties import decode, encode, text_of
+from edged_can.properties import WrongType, decode, encode, text_of
 from edged_can.refused import RefusedKeys
 
 PROTOCOL: Final = "uds"
@@ -92,7 +92,7 @@ class UdsSession:
         self._loop = asyncio.get_running_loop()
         self._access = access
         self._env = env
-        self._complained: set[tuple[str, int]] = set()
+        self._complained: set[tuple[str, int | None]] = set()
         self._untold: set[str] = set()
         self.programming = Programming(client, config, link, access, device.id, env.now)
         peer, shape = config.peer, config.shape
@@ -178,15 +178,22 @@ class UdsSession:
         async with self._link.listen(self._signals.ids if self._signals else ()) as listener:
             while True:
                 prop = polls.due()
-                if prop is not None:
+                if prop is None:
+                    frame = await listener.next(polls.wait_s())
+                    frames = [frame] if frame is not None else []
+                else:
                     polled = await self._polled(prop)
                     if polled is not None:
                         yield polled
-                    continue
-                frame = await listener.next(polls.wait_s())
-                if frame is not None and self._signals is not None:
-                    for reported in self._signals.decode(frame, self._loop.time):
-                        yield reported
+                    # there may be a poll due for ever
+                    frames = listener.waiting()
+                for reported in self._decoded(frames):
+                    yield reported
+
+    def _decoded(self, frames: Iterable[Frame]) -> Iterator[Reported]:
+        if self._signals is not None:
+            for frame in frames:
+                yield from self._signals.decode(frame, self._loop.time)
 
     async def apply(self, desired: Desired) -> Reported:
         """WriteDataByIdentifier, and read back. Raises Permanent(REQUEST_INVALID), NegativeResponse, Transient."""
@@ -244,23 +251,29 @@ class UdsSession:
             raise
 
     async def _polled(self, prop: Property) -> Reported | None:
-        """What the device says; where it refuses to, a null in place of what it said before, and nothing from then on.
+        """What the device says; where it refuses to, or says what is no value of the type, a null in place of what it said
+        before, and nothing from then on.
 
-        It may not offer the property now, or in this session, and the others may be had. Every refusal is counted; it is
-        logged once for each property and answer.
+        It may not offer the property now, or in this session, and the others may be had. Each time is counted; it is logged
+        once for each property and answer.
         """
         try:
             reported = await self._report(prop)
         except NegativeResponse as error:
-            self._env.count("property_refused")
-            if (prop.name, error.code) not in self._complained:
-                self._complained.add((prop.name, error.code))
-                self._env.log.warning("property %s is not told: %s", prop.name, error.detail)
-            known = prop.name not in self._untold
-            self._untold.add(prop.name)
-            return Reported(prop.name, None, prop.unit or None) if known else None
+            return self._untellable(prop, "property_refused", error.code, error.detail)
+        except WrongType as error:
+            return self._untellable(prop, "property_mistyped", None, error.detail)
         self._untold.discard(prop.name)
         return reported
+
+    def _untellable(self, prop: Property, event: str, code: int | None, why: str) -> Reported | None:
+        self._env.count(event)
+        if (prop.name, code) not in self._complained:
+            self._complained.add((prop.name, code))
+            self._env.log.warning("property %s is not told: %s", prop.name, why)
+        known = prop.name not in self._untold
+        self._untold.add(prop.name)
+        return Reported(prop.name, None, prop.unit or None) if known else None
 
     async def _report(self, prop: Property) -> Reported:
         return decode(prop, await self._client.read(prop.did))
@@ -282,7 +295,7 @@ class UdsSession:
                 return True, str((await self._report(prop)).value)
             return True, text_of(await self._client.read(_did(query)))
         except EdgedError as error:
-            if isinstance(error, NegativeResponse) or error.reason is Reason.NO_RESPONSE:
+            if isinstance(error, NegativeResponse | WrongType) or error.reason is Reason.NO_RESPONSE:
                 return False, error.detail
             raise
 

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from uds_server import BASE, SECRET, Controller, make_app
 
 from edged.api import Desired, Device, HealthCheck, Reported
-from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason
 from edged.links import LinkPool
 from edged_can import security
 from edged_can.client import RefusedForGood, RefusedForNow, code_name, negative
 from edged_can.config import TYPES, Property, UdsConfig, parse
-from edged_can.properties import decode, encode, text_of
+from edged_can.properties import WrongType, decode, encode, text_of
 
 FAULTS = [
     ({"baud": 1}, "baud: found an unknown key; allowed: address_bytes"),
@@ -154,8 +154,9 @@ def test_what_a_type_cannot_hold_is_refused_with_what_it_can(kind: str, value: A
 
 
 def test_a_record_of_another_length_is_no_value() -> None:
-    with pytest.raises(Transient, match="answered 3 bytes, u16 has 2"):
+    with pytest.raises(WrongType, match="answered 3 bytes, u16 has 2") as caught:
         decode(Property("x", 1, "u16"), bytes(3))
+    assert caught.value.reason is Reason.PROTOCOL_ERROR
 
 
 @pytest.mark.parametrize(
@@ -245,6 +246,30 @@ def test_a_property_that_is_refused_is_null_counted_and_logged_once(caplog: pyte
     assert said.startswith(
         "property pressure is not told: ReadDataByIdentifier 0x0101: the device answered requestOut"
     )
+
+
+def test_a_property_of_another_type_is_null_and_silences_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    name, controller = bus_name(), Controller()
+    counted: list[tuple[str, str]] = []
+    pool = LinkPool(LINKS, count=lambda source, event: counted.append((source, event)))
+    wrong = {"name": "wrong", "did": 0x0101, "type": "u32", "poll_s": 0.05}
+    other = {"name": "enabled", "did": 0x0102, "type": "bool", "poll_s": 0.05}
+
+    async def body() -> list[Reported]:
+        async with connected(device(f"can:virtual@{name}", properties=[wrong, other]), pool) as session:
+            ill = await session.check_health(HealthCheck("property", "0", "wrong", 0.1))
+            assert not ill.healthy and ill.evidence == "wrong: the device answered 2 bytes, u32 has 4"
+            reports = session.reports()
+            seen = [await anext(reports) for _ in range(5)]
+            await reports.aclose()
+            return seen
+
+    with on_bus(name, controller):
+        seen = asyncio.run(body())
+    assert seen == [Reported("wrong", None), *[Reported("enabled", True)] * 4]
+    assert set(counted) == {("ecu", "property_mistyped")} and len(counted) >= 3
+    (said,) = [record.getMessage() for record in caplog.records if "is not told" in record.getMessage()]
+    assert said == "property wrong is not told: wrong: the device answered 2 bytes, u32 has 4"
 
 
 def test_health_is_what_an_identifier_or_a_property_says() -> None:

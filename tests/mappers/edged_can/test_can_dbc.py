@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,37 @@ def test_without_cantools_the_cure_is_named(file: str, monkeypatch: pytest.Monke
     with pytest.raises(Permanent, match="pip install --target /opt/edged/plugins cantools") as caught:
         load(file, SIGNALS, (), 1.0)
     assert caught.value.reason is Reason.UNSUPPORTED
+
+
+def test_frames_are_reported_while_there_is_always_a_poll_due(file: str) -> None:
+    """The answers take longer than the interval at which they are asked for."""
+    name = bus_name()
+    other = virtual(name)
+    many = [{"name": f"p{number}", "did": 0x0101, "type": "u16", "poll_s": 0.1} for number in range(6)]
+    asked = 0
+
+    def slow(way: str, data: bytes) -> list[bytes]:
+        nonlocal asked
+        if way == "out":
+            asked += 1
+            if asked % 10 == 0:
+                other.send(can.Message(arbitration_id=0x123, data=frame(8000), is_extended_id=False))
+            time.sleep(0.02)
+        return [data]
+
+    async def body() -> list[str]:
+        table = {"dbc": file, "signals": ["Engine.Speed"], "signals_s": 0, "properties": many}
+        async with connected(device(f"can:virtual@{name}", **table)) as session:
+            reports = session.reports()
+            seen = [(await anext(reports)).name for _ in range(60)]
+            await reports.aclose()
+            return seen
+
+    with on_bus(name, Controller(), wire=slow):
+        seen = asyncio.run(body())
+    other.shutdown()
+    assert 4 <= seen.count("Engine.Speed") <= 6
+    assert all(8 <= seen.count(f"p{number}") <= 11 for number in range(6))
 
 
 def test_a_device_reports_its_frames_beside_what_is_polled_and_takes_commands(file: str) -> None:
