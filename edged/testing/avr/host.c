@@ -94,6 +94,7 @@ static const char *link_path;
 static char slave_path[64];
 static int master = -1, events = -1, watch = -1, tap = -1;
 static int openers;
+static int undrained; /* a client has closed, and what it sent last is not read yet */
 
 static uint8_t rx[RX_QUEUE], tx[TX_QUEUE];
 static unsigned rx_head, rx_count, tx_count;
@@ -368,7 +369,7 @@ static void unplug(void)
 	inotify_rm_watch(events, watch);
 	close(master);
 	master = -1;
-	openers = 0;
+	openers = undrained = 0;
 	rx_count = tx_count = 0;
 }
 
@@ -422,10 +423,16 @@ static void on_event(const struct inotify_event *event)
 		return;
 	if (event->mask & IN_OPEN) {
 		counters->opens++;
-		if (openers++ == 0)
+		if (openers++ == 0) {
+			/* the next client was quicker than this host: what the one before sent is not for the part after its
+			 * reset. What the next one has sent by now is lost too, as it is with a part that is being reset. */
+			if (undrained)
+				drain_line();
+			undrained = 0;
 			reset_part(CAUSE_EXTERNAL);
+		}
 	} else if ((event->mask & IN_CLOSE) && openers > 0) {
-		openers--;
+		undrained = --openers == 0;
 	}
 }
 
@@ -446,6 +453,7 @@ static void read_events(void)
 	if (hung_up()) {
 		openers = 0;
 		drain_line();
+		undrained = 0;
 	} else if (openers == 0) {
 		openers = 1;
 	}

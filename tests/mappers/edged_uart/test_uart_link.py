@@ -312,7 +312,7 @@ def test_what_an_application_says_instead_is_kept_from_its_beginning_and_bounded
         board = Device("board", "board", "uart-stk500", link.address)
         session = UartSession(board, UartConfig(), link, Stk500v1(link, 1.0, page_at_once=True))
         peer.say("".join(f"{line}\r\n" for line in lines[:count]).encode())
-        health = await session.check_health(HealthCheck("line", "^ready", timeout_s=0.3))
+        health = await session.check_health(HealthCheck("line", "^ready", timeout_s=1))
         assert health == Health(False, evidence)
 
     on_link(peer, use)
