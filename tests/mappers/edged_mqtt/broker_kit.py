@@ -21,10 +21,13 @@ class Mosquitto:
     """One broker. ``port`` is the node's listener; ``listeners`` are further ones, each with lines of its
     own; ``bridge`` is none, but the lines of a bridge.
 
-    It gives up root at its start, so its files lie where everybody may read them.
+    It gives up root at its start, so its files lie where everybody may read them. ``whole``: all of the configuration, where
+    ``PORT`` is the node's listener's, in place of ``lines``.
     """
 
-    def __init__(self, folder: Path, lines: str = "allow_anonymous true", **listeners: str) -> None:
+    def __init__(
+        self, folder: Path, lines: str = "allow_anonymous true", *, whole: str = "", **listeners: str
+    ) -> None:
         self.folder = folder
         self.port = free_port()
         self.ports = {name: free_port() for name in listeners}
@@ -33,7 +36,7 @@ class Mosquitto:
             text += f"{more}\n" if name == "bridge" else f"listener {self.ports[name]} 127.0.0.1\n{more}\n"
         self.ports.pop("bridge", None)
         self.config = folder / "mosquitto.conf"
-        self.config.write_text(text)
+        self.config.write_text(f"user root\n{whole.replace('PORT', str(self.port))}" if whole else text)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
+import ssl
 import subprocess
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broker_kit import Mosquitto
 from click.testing import CliRunner
+from mqtt_kit import PullingDevice
+from mqtt_node import Authority, Plant, deployed, image_bytes
 
 from edged.cli import main
+from edged.config import examine
+from edged.domain.job import State
+from edged.plugins import discover
+from edged.testing.node import life
 from edged_mqtt.acl import access_list
 from edged_mqtt.config import BrokerConfig
 
@@ -30,6 +39,117 @@ def test_the_configuration_is_one(tmp_path: Path) -> None:
     (tmp_path / "edged.toml").write_text("\n".join(fences("toml")))
     answer = CliRunner().invoke(main, ["--config", str(tmp_path / "edged.toml"), "check-config"])
     assert answer.output.endswith("1 model, 4 devices, no fault.\n"), answer.output
+
+
+def mosquitto_of_the_page(folder: Path, authority: Authority) -> Mosquitto:
+    """A broker with the page's own block, as Debian's mosquitto reads it from its conf.d; with no list and no users yet."""
+    block = re.search(
+        r"^```\n# /etc/mosquitto/conf\.d/edged\.conf\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL
+    )
+    assert block
+    certificate, key = authority.issue("broker")
+    places = {
+        "/etc/mosquitto/certs/node.crt": certificate,
+        "/etc/mosquitto/certs/node.key": key,
+        "/etc/mosquitto/passwords": folder / "passwords",
+        "/etc/mosquitto/edged.acl": folder / "edged.acl",
+        "listener 8883": "listener PORT 127.0.0.1",
+    }
+    assert all(block[1].count(place) == 1 for place in places)
+    whole = replaced(block[1], {place: str(found) for place, found in places.items()})
+    (folder / "passwords").touch()
+    return Mosquitto(folder, whole=whole)
+
+
+def replaced(text: str, places: dict[str, str]) -> str:
+    for place, found in places.items():
+        text = text.replace(place, found)
+    return text
+
+
+def write_page(folder: Path, places: dict[str, str]) -> Path:
+    """The files of the page's configuration below ``folder``, with ``places`` in place of theirs; the main one."""
+    for number, block in enumerate(fences("toml")):
+        named = re.match(r"# /etc/edged/(\S+)", block)
+        file = folder / (named[1] if named else f"devices.d/{number}.toml")
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a") as text:
+            text.write(replaced(block, places))
+    return folder / "edged.toml"
+
+
+def secrets(plant: Plant, key: Path) -> None:
+    for name in ("pump-1", "pump-3", "broker"):
+        plant.secret(name, f"secret-of-{name}\n")
+    plant.secret("mqtt-key", key.read_text())
+
+
+def users(broker: Mosquitto, config: Path) -> None:
+    """What the page says of mosquitto's side."""
+    folder, link = broker.folder, f"mqtt:localhost:{broker.port}"
+    answer = CliRunner().invoke(main, ["--config", str(config), "mapper", "acl", link])
+    assert answer.exit_code == 0, answer.output
+    (folder / "edged.acl").write_text(answer.stdout)
+    (folder / "edged.acl").chmod(0o600)
+    for user, password in (("edged", "secret-of-broker"), ("pump-4", "secret-of-pump-4")):
+        command = ["mosquitto_passwd", "-b", str(folder / "passwords"), user, password]
+        subprocess.run(command, check=True)
+
+
+def pumps(port: int, broker_port: int, authority: Authority) -> dict[str, PullingDevice]:
+    """The four devices of the page."""
+
+    def tls(name: str = "") -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=str(authority.ca))
+        if name:
+            context.load_cert_chain(*authority.issue(name))
+        return context
+
+    said: dict[str, Any] = {"values": {"self_test": "passed"}, "every_s": 0.2, "repeats": True}
+    return {
+        "pump-1": PullingDevice(port, "secret-of-pump-1", tls=tls(), **said),
+        "pump-2": PullingDevice(port, "whoever", tls=tls("pump-2"), **said),
+        "pump-3": PullingDevice(port, "pump-3", "secret-of-pump-3", tls=tls(), **said),
+        "pump-4": PullingDevice(
+            broker_port, "pump-4", "secret-of-pump-4", prefix="devices/pump-4/", tls=tls(), **said
+        ),
+    }
+
+
+def test_the_example_flashes_its_four_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it stands there, but for addresses, ports and the places of certificates; three devices at the endpoint, one on a
+    real mosquitto that is set up as the page says."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "")
+    authority, plant = Authority(tmp_path), Plant(tmp_path / "plant")
+    broker = mosquitto_of_the_page(tmp_path, authority)
+    plant.publish("1.0.0", "2.0.0", size=20_000)
+    secrets(plant, authority.issue("node")[1])
+    authority.ca.with_name("devices-ca.crt").write_bytes(authority.ca.read_bytes())
+    (tmp_path / "edged.toml").write_text(
+        f'[node]\nid = "node-17"\nstate_dir = "{tmp_path}/state"\n'
+        f'[trust]\nrepository = "{plant.publisher.repo}"\nroot = "{plant.publisher.root}"\n'
+    )
+    places = {"0.0.0.0:8883": f"127.0.0.1:{plant.port}", "localhost:8883": f"localhost:{broker.port}"}
+    config = write_page(tmp_path, {**places, "/etc/edged/mqtt/": f"{tmp_path}/"})
+    found = examine(config)
+    assert not found.problems
+    users(broker, config)
+    devices = pumps(plant.port, broker.port, authority)
+    assert {device.id for device in found.config.device} == devices.keys()
+
+    async def run() -> None:
+        async with life(found.config, discover()) as node, AsyncExitStack() as stack:
+            for device in devices.values():
+                device.start()
+                stack.push_async_callback(device.stop)
+            for release in ("pump@1.0.0", "pump@2.0.0"):
+                jobs = await asyncio.gather(*(deployed(node, release, name) for name in devices))
+                assert [job.state for job in jobs] == [State.SUCCEEDED] * 4, [job.detail for job in jobs]
+
+    with broker.running():
+        asyncio.run(run())
+    for device in devices.values():
+        assert device.version == "2.0.0" and device.flash == image_bytes("2.0.0", 20_000)
 
 
 def test_a_device_that_may_take_longer_to_say_what_it_runs_than_a_call_is_found(tmp_path: Path) -> None:
