@@ -109,8 +109,8 @@ class ErrorAnswer(Permanent):
 
     @property
     def not_offered(self) -> bool:
-        """The server does not know this command."""
-        return self.group is None and self.code == _ENOTSUP
+        """The server does not know this command, or has nothing behind it."""
+        return (self.group, self.code) in ((None, _ENOTSUP), (Group.SETTINGS, _SAVE_NOT_SUPPORTED))
 
     @property
     def passes(self) -> bool:
@@ -185,6 +185,7 @@ def _whole(value: object) -> int:
 _ENOMEM: Final = 2
 _ENOTSUP: Final = 8
 _EBUSY: Final = 10
+_SAVE_NOT_SUPPORTED: Final = 8
 
 _COMMON: Final = {
     1: "EUNKNOWN", 2: "ENOMEM", 3: "EINVAL", 4: "ETIMEOUT", 5: "ENOENT", 6: "EBADSTATE", 7: "EMSGSIZE",

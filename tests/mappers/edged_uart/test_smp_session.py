@@ -1074,6 +1074,20 @@ def test_a_desired_setting_is_written_once_kept_and_told(tmp_path: Path) -> None
         on(server, work, settings={"app/interval": {"type": "uint32", "unit": "s"}, "not/there": {}})
 
 
+@pytest.mark.parametrize("answer", [(0, 8), (3, 8)], ids=["no such command", "nothing to save in"])
+def test_a_device_that_cannot_save_takes_a_setting_all_the_same(
+    tmp_path: Path, answer: tuple[int, int]
+) -> None:
+    async def work(session: SmpSession) -> None:
+        server._do_3_3_w = lambda body: answer  # type: ignore[assignment, method-assign, return-value]
+        told = await session.apply(Desired("setting.app/interval", 60, 1))
+        assert told == Reported("setting.app/interval", 60, None)
+        assert server.log[-2][:3] == (2, 3, 3) and server._ram.settings["app/interval"][0] == 60
+
+    with SmpServer(tmp_path, FACTORY, settings={"app/interval": bytes(4)}) as server:
+        on(server, work, settings={"app/interval": {"type": "uint32"}})
+
+
 # -- not our own mirror
 
 PEER = """

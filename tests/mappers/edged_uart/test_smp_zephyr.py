@@ -311,12 +311,29 @@ def test_another_board_with_larger_buffers_and_without_a_console(
         old = await active(session)
         await session.stage(await opaque(image), Watched())
         assert [slot.runs for slot in (await session.slots()).slots] == [old, identifies_as(image)]
-        with pytest.raises(Permanent) as caught:
-            await session.apply(Desired("setting.app/none", "x", 1))
-        assert "KEY_NOT_FOUND" in caught.value.detail
 
     with Zephyr(tmp_path, machine=machine) as board:
         on(board, work, framing=framing, settings={"app/none": {}})
+
+
+def test_a_real_settings_group_takes_what_it_can_and_says_what_it_cannot(tmp_path: Path) -> None:
+    """This application has the group and not one setting, and nothing to save them in."""
+
+    async def work(session: SmpSession) -> None:
+        for name, says in [("app/none", "ROOT_KEY_NOT_FOUND"), ("a" * 80, "KEY_TOO_LONG")]:
+            with pytest.raises(Permanent) as caught:
+                await session.apply(Desired(f"setting.{name}", "x", 1))
+            assert caught.value.reason is Reason.DEVICE_ERROR and says in caught.value.detail
+            assert "write settings/0" in caught.value.detail
+        for after in (smp.COMMIT_SETTINGS, smp.SAVE_SETTINGS):
+            await session._if_offered(after)
+        with pytest.raises(smp.ErrorAnswer) as refused:
+            await session._client.ask(smp.SAVE_SETTINGS)
+        assert refused.value.name == "SAVE_NOT_SUPPORTED"
+        assert [one.name for one in await session._poll() if one.name.startswith("setting.")] == []
+
+    with Zephyr(tmp_path, machine=MPS2_CONSOLE) as board:
+        on(board, work, settings={"app/none": {}, "a" * 80: {}})
 
 
 @pytest.mark.parametrize(
