@@ -1,4 +1,4 @@
-"""Mappers for devices on a serial line, and the link ``serial:``.
+"""Mappers for devices on a serial line, and the links ``serial:`` and ``socket:``.
 
 - ``uart-stk500``: optiboot, ATmegaBOOT and their like (Arduino Uno, Nano).
 - ``uart-stk500v2``: stk500boot (Arduino Mega 2560).
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason, Transient
+from edged_uart import socket_link
 from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address, split_baud
 from edged_uart.session import BootLoader, UartSession
@@ -45,7 +46,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             parse_smp,
             frozenset({PROTOCOL}),
             _probe_smp,
-            schemes=frozenset({SCHEME}),
+            schemes=frozenset({SCHEME, socket_link.SCHEME}),
             probe_disturbs=False,
             longest_call_s=longest_call_s,
         ),
@@ -54,8 +55,11 @@ def edged_mappers() -> Iterable[MapperSpec]:
 
 @hookimpl
 def edged_links() -> Iterable[LinkSpec]:
-    """The serial port."""
-    return [LinkSpec(SCHEME, open_serial, parse_address)]
+    """The serial port, and one behind a terminal server."""
+    return [
+        LinkSpec(SCHEME, open_serial, parse_address),
+        LinkSpec(socket_link.SCHEME, socket_link.open_socket, socket_link.parse_address),
+    ]
 
 
 def _v1(link: SerialLink, config: UartConfig) -> BootLoader:

@@ -92,6 +92,8 @@ class SerialLink:
     """
 
     exclusive = True
+    sets_baud = True
+    """Whether it is here that the rate is set."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -332,8 +334,8 @@ def one_byte(_: bytearray) -> int:
 
 
 def _text(error: OSError) -> str:
-    # pyserial puts its own sentence, with the path, where the system's text should be
-    return os.strerror(error.errno) if error.errno else str(error)
+    # pyserial puts its own sentence, with the path, where the system's text should be; a resolver's number is not the system's
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
 
 
 def _settle(waiter: asyncio.Future[bool], value: bool) -> None:

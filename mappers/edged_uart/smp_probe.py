@@ -26,7 +26,7 @@ async def probe(address: str, env: Env) -> Identity | None:
     async with env.link(address) as link:
         if not isinstance(link, SerialLink):
             return None
-        for config in _configs(baud):
+        for config in _configs(baud if link.sets_baud else _FIRST_BAUD):
             try:
                 return await SmpSession(
                     Device("probe", "", "uart-smp", address), config, link, env.log

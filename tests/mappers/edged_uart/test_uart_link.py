@@ -7,6 +7,7 @@ import errno
 import os
 import pty
 import select
+import socket
 import termios
 import tty
 from collections.abc import Callable, Coroutine, Iterator
@@ -14,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from uart_kit import LINKS
 
 import edged_uart.link
 from edged.api import Device, Health, HealthCheck
 from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool, device_env
+from edged_uart import socket_link
 from edged_uart.config import UartConfig
 from edged_uart.link import SerialLink, one_byte
 from edged_uart.session import UartSession
@@ -316,3 +320,73 @@ def test_what_an_application_says_instead_is_kept_from_its_beginning_and_bounded
         assert health == Health(False, evidence)
 
     on_link(peer, use)
+
+
+# -- a line at the other end of a TCP connection
+
+
+@pytest.mark.parametrize(
+    ("rest", "host", "port"),
+    [("ts.example:4001", "ts.example", 4001), ("192.0.2.1:1", "192.0.2.1", 1), ("[::1]:65535", "::1", 65535)],
+)
+def test_the_address_of_a_terminal_server(rest: str, host: str, port: int) -> None:
+    assert socket_link.parse_address(rest) == (host, port)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "",
+        "host",
+        "host:",
+        ":1",
+        "host:0",
+        "host:65536",
+        "host:x",
+        "::1:4001",
+        "[]:1",
+        "a b:1",
+        "[host]:1",
+        "host:٣",
+        "a..b:1",
+    ],
+)
+def test_what_is_no_address_of_a_terminal_server(rest: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        socket_link.parse_address(rest)
+
+
+def test_a_name_that_no_resolver_knows_is_told_in_its_words() -> None:
+    error = SerialLink("x")._translate(socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    assert error.reason is Reason.DEVICE_ABSENT and "Name or service not known" in error.detail
+
+
+def test_a_terminal_server_that_is_not_there_or_goes_away_is_told() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            rest = f"127.0.0.1:{listener.getsockname()[1]}"
+            async with LINKS["socket"].open(rest, device_env("x", LinkPool(LINKS))) as link:
+                assert isinstance(link, SerialLink) and link.address == f"socket:{rest}"
+                other, _ = listener.accept()
+                with other:
+                    await link.set_baud(9600)
+                    await link.keep_lines()
+                    await link.send(b"to")
+                    assert other.recv(9) == b"to"
+                    other.sendall(b"from")
+                    assert await link.receive(lambda _: 4, 5) == b"from"
+                    with pytest.raises(Permanent) as refused:
+                        await link.pulse_reset()
+                    assert (
+                        refused.value.reason is Reason.UNSUPPORTED
+                        and "reset = 'none'" in refused.value.detail
+                    )
+                with pytest.raises(Transient) as gone:
+                    await link.receive(lambda _: 1, 5)
+                assert gone.value.reason is Reason.LINK_LOST
+        with pytest.raises(Transient) as caught:
+            async with LINKS["socket"].open(rest, device_env("x", LinkPool(LINKS))):
+                pass
+        assert caught.value.reason is Reason.DEVICE_ABSENT and "refused" in caught.value.detail
+
+    asyncio.run(run())
