@@ -43,6 +43,14 @@ def encode(prop: Property, value: JsonValue) -> bytes:
         raise Permanent(Reason.REQUEST_INVALID, text) from error
 
 
+def holds(prop: Property, record: bytes, value: JsonValue) -> bool:
+    """Whether ``record`` is what the type can hold of ``value``: numbers are rounded to it, and a text may be filled up.
+
+    Raises as :func:`encode`.
+    """
+    return record == encode(prop, value) or (prop.type == "text" and _value(prop, record) == value)
+
+
 def text_of(record: bytes) -> str:
     """An identification as text: printable ASCII without padding, else hexadecimal digits."""
     stripped = record.strip(b"\x00\xff \t\r\n")

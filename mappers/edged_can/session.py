@@ -20,6 +20,7 @@ from edged.api import (
     HealthCheck,
     Identity,
     Image,
+    JsonValue,
     Progress,
     Reported,
     SessionTraits,
@@ -34,7 +35,7 @@ from edged_can.dbc import Signals, load
 from edged_can.frames import Frame, ceiling_bytes_per_s
 from edged_can.link import CanLink
 from edged_can.programming import DEFAULT_SESSION, EXTENDED_SESSION, Programming
-from edged_can.properties import WrongType, decode, encode, text_of
+from edged_can.properties import WrongType, decode, encode, holds, text_of
 from edged_can.refused import RefusedKeys
 
 PROTOCOL: Final = "uds"
@@ -94,6 +95,7 @@ class UdsSession:
         self._env = env
         self._complained: set[tuple[str, int | None]] = set()
         self._untold: set[str] = set()
+        self._wishes: dict[str, JsonValue] = {}
         self.programming = Programming(client, config, link, access, device.id, env.now)
         peer, shape = config.peer, config.shape
         self.traits = SessionTraits(
@@ -196,7 +198,11 @@ class UdsSession:
                 yield from self._signals.decode(frame, self._loop.time)
 
     async def apply(self, desired: Desired) -> Reported:
-        """WriteDataByIdentifier, and read back. Raises Permanent(REQUEST_INVALID), NegativeResponse, Transient."""
+        """WriteDataByIdentifier, and read back; nothing is written that the device has already.
+
+        What it then has is told as the value that was desired, however its type rounds it. Raises Permanent(REQUEST_INVALID),
+        NegativeResponse, Transient.
+        """
         if self._signals is not None and desired.name in self._signals.commands:
             await self._link.send(self._signals.encode(desired.name, desired.value))
             return Reported(desired.name, desired.value)
@@ -206,11 +212,20 @@ class UdsSession:
             text = f"{desired.name!r} cannot be set; properties that can: {', '.join(able) or 'none'}"
             raise Permanent(Reason.REQUEST_INVALID, text)
         record = encode(prop, desired.value)
-        if prop.session == "default" and not prop.security:
-            await self._client.write(prop.did, record)
-        else:
-            await self._write_privileged(prop, record)
+        if not await self._holds(prop, desired.value):
+            if prop.session == "default" and not prop.security:
+                await self._client.write(prop.did, record)
+            else:
+                await self._write_privileged(prop, record)
+        self._wishes[prop.name] = desired.value
         return await self._report(prop)
+
+    async def _holds(self, prop: Property, value: JsonValue) -> bool:
+        """Whether the device has it already, as far as it tells."""
+        try:
+            return holds(prop, await self._client.read(prop.did), value)
+        except NegativeResponse:
+            return False
 
     async def _write_privileged(self, prop: Property, record: bytes) -> None:
         """In a session that the polls for other properties must not keep alive: it is left again, and locked with it."""
@@ -276,7 +291,11 @@ class UdsSession:
         return Reported(prop.name, None, prop.unit or None) if known else None
 
     async def _report(self, prop: Property) -> Reported:
-        return decode(prop, await self._client.read(prop.did))
+        """What the device says; the value that was desired, where that is what it has of it."""
+        record = await self._client.read(prop.did)
+        if prop.name in self._wishes and holds(prop, record, self._wishes[prop.name]):
+            return Reported(prop.name, self._wishes[prop.name], prop.unit or None)
+        return decode(prop, record)
 
     async def _read_text(self, did: int) -> str | None:
         """An identifier as text; None where there is none, or the device does not offer it now."""
@@ -292,7 +311,7 @@ class UdsSession:
         prop = next((each for each in self._config.properties if each.name == query), None)
         try:
             if prop is not None:
-                return True, str((await self._report(prop)).value)
+                return True, str(decode(prop, await self._client.read(prop.did)).value)
             return True, text_of(await self._client.read(_did(query)))
         except EdgedError as error:
             if isinstance(error, NegativeResponse | WrongType) or error.reason is Reason.NO_RESPONSE:

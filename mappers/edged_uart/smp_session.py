@@ -13,7 +13,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NoReturn, TypeAlias
 
 from edged.api import (
@@ -140,6 +140,7 @@ class SmpSession:
         self._is_application = False
         self._heard_banner = False
         self._complained: set[str] = set()
+        self._wishes: dict[str, tuple[JsonValue, JsonValue]] = {}
         self.traits = SessionTraits(
             ceiling_bytes_per_s=config.baud / _BITS_PER_BYTE,
             slot_count=2,
@@ -337,8 +338,8 @@ class SmpSession:
     async def apply(self, desired: Desired) -> Reported:
         """Write a setting, let the application take it, and keep it; nothing where it has the value.
 
-        Raises Permanent(UNSUPPORTED) for what is no configured setting, Permanent(REQUEST_INVALID) for a value that is not of
-        its type, Permanent(DEVICE_ERROR).
+        It is told as the value that was desired, however its type rounds it. Raises Permanent(UNSUPPORTED) for what is no
+        configured setting, Permanent(REQUEST_INVALID) for a value that is not of its type, Permanent(DEVICE_ERROR).
         """
         name = desired.name.removeprefix(SETTING)
         setting = self._config.settings.get(name)
@@ -356,7 +357,8 @@ class SmpSession:
         held = (await self._client.ask(smp.SETTING, {"name": name})).get("val")
         if held != data:
             raise Permanent(Reason.DEVICE_ERROR, f"{desired.name}: the device did not keep {desired.value!r}")
-        return Reported(desired.name, setting.value(data), setting.unit)
+        self._wishes[desired.name] = desired.value, setting.value(data)
+        return Reported(desired.name, desired.value, setting.unit)
 
     # -- the image state
 
@@ -638,7 +640,8 @@ class SmpSession:
 
     async def _poll(self) -> list[Reported]:
         image, statistics = await self._image_reports(), await self._statistics()
-        return [*image, *statistics, *await self._settings(self._config.settings)]
+        settings = [self._as_desired(one) for one in await self._settings(self._config.settings)]
+        return [*image, *statistics, *settings]
 
     async def _image_reports(self) -> list[Reported]:
         try:
@@ -682,6 +685,11 @@ class SmpSession:
                 except ValueError as error:
                     self._complain(name, error)
         return found
+
+    def _as_desired(self, reported: Reported) -> Reported:
+        """With the value that was desired, where the device has what its type can hold of it."""
+        desired, told = self._wishes.get(reported.name, (None, None))
+        return replace(reported, value=desired) if told is not None and told == reported.value else reported
 
     def _complain(self, setting: str, error: ValueError) -> None:
         """Once for each setting: it is asked for again and again."""

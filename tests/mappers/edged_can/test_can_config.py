@@ -217,6 +217,59 @@ def test_properties_are_polled_and_set() -> None:
         asyncio.run(body())
 
 
+@pytest.mark.parametrize(
+    ("of", "factory", "desired", "raw", "writes"),
+    [
+        ({"type": "f32"}, bytes(4), 0.1, 0.10000000149, 1),
+        ({"type": "u16", "scale": 0.1}, bytes(2), 12.34, 12.3, 1),
+        ({"type": "hex"}, bytes(2), "AB12", "ab12", 1),
+        ({"type": "text"}, b"fast\0\0", "fast", "fast", 0),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_a_type_rounds_is_told_as_it_was_desired_and_written_once(
+    of: dict[str, Any], factory: bytes, desired: Any, raw: Any, writes: int
+) -> None:
+    """Else the wish would never come true, and each session would wear the device's memory."""
+    name, controller = bus_name(), Controller()
+    controller.properties[0x0103] = factory
+    prop = {"name": "gain", "did": 0x0103, "poll_s": 0.05, "writable": True, **of}
+
+    async def body() -> None:
+        for life in range(3):
+            async with connected(device(f"can:virtual@{name}", properties=[prop])) as session:
+                reports = session.reports()
+                if life:
+                    assert (await anext(reports)).value == raw, "nobody has said yet what is desired"
+                assert (await session.apply(Desired("gain", desired, 1))).value == desired
+                assert (await anext(reports)).value == desired
+                seen = await session.check_health(HealthCheck("property", "", "gain", 0))
+                assert seen.evidence == str(raw)
+                await reports.aclose()
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    written = [request for request in controller.heard if request[:3] == b"\x2e\x01\x03"]
+    assert len(written) == writes
+
+
+def test_a_device_that_changes_what_was_desired_is_believed() -> None:
+    name, controller = bus_name(), Controller()
+    prop = {"name": "level", "did": 0x0101, "type": "u16", "scale": 0.1, "poll_s": 0.05, "writable": True}
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", properties=[prop])) as session:
+            assert (await session.apply(Desired("level", 12.34, 1))).value == 12.34
+            reports = session.reports()
+            assert (await anext(reports)).value == 12.34
+            controller.properties[0x0101] = b"\x00\x7c"
+            assert (await anext(reports)).value == 12.4
+            await reports.aclose()
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+
+
 def test_a_property_that_is_refused_is_null_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     """In place of what the device said before; when it says it again, that."""
     name, controller = bus_name(), Controller()

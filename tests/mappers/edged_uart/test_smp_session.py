@@ -1051,6 +1051,34 @@ def test_reports_end_when_the_device_is_gone(tmp_path: Path) -> None:
         on(server, work)
 
 
+def test_what_a_type_rounds_is_told_as_it_was_desired_and_by_the_device_alone_as_it_is(
+    tmp_path: Path,
+) -> None:
+    """Else the wish would never come true."""
+    gain = {"gain": {"type": "float32"}}
+
+    async def told(session: SmpSession) -> list[Reported]:
+        return [reported for reported in await session._poll() if reported.name == "setting.gain"]
+
+    async def work(session: SmpSession) -> None:
+        assert await session.apply(Desired("setting.gain", 0.1, 1)) == Reported("setting.gain", 0.1)
+        assert await told(session) == [Reported("setting.gain", 0.1)]
+        seen = await session.check_health(HealthCheck("property", "0.1", "setting.gain", 1))
+        assert seen.evidence == "0.10000000149011612"
+
+    async def later(session: SmpSession) -> None:
+        assert await told(session) == [Reported("setting.gain", 0.10000000149011612)]
+        assert await session.apply(Desired("setting.gain", 0.1, 1)) == Reported("setting.gain", 0.1)
+        assert await session.apply(Desired("setting.gain", 0.5, 2)) == Reported("setting.gain", 0.5)
+        assert await told(session) == [Reported("setting.gain", 0.5)]
+
+    with SmpServer(tmp_path, FACTORY, settings={"gain": bytes(4)}) as server:
+        on(server, work, settings=gain)
+        assert server.counts.settings_written == 1
+        on(server, later, settings=gain)
+        assert server.counts.settings_written == 2
+
+
 def test_a_desired_setting_is_written_once_kept_and_told(tmp_path: Path) -> None:
     async def work(session: SmpSession) -> None:
         wish = Desired("setting.app/interval", 60, 1)
