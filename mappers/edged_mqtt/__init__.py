@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
 
 from edged.api import Device, Env, Identity, Link, LinkSpec, MapperSpec, Session, hookimpl
-from edged.errors import EdgedError, Permanent, Reason
+from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_mqtt.acl import access_list
 from edged_mqtt.config import (
     SCHEME,
@@ -129,7 +129,7 @@ class _Listener:
 
 async def _probe(address: str, env: Env) -> Identity | None:
     """Whether the device is there. One that a session has is known by that; else one on a broker is listened for. Nothing
-    is sent to it."""
+    is sent to it. Raises ``Transient(DEVICE_ABSENT)`` where it is not there and a listener refused somebody lately."""
     found = _address(address)
     async with env.link(found.link) as link:
         wire = cast(Wire, link)
@@ -138,6 +138,9 @@ async def _probe(address: str, env: Env) -> Identity | None:
             told = memory.told
             detail = {"title": told.title or "", "version": told.version or "", "state": told.state or ""}
             return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL, **detail})
+        if refused := wire.refused(found.place):
+            text = f"{found.place} is not there; refused lately: {refused}"
+            raise Transient(Reason.DEVICE_ABSENT, text)
         if isinstance(found.wire, ListenAddress):
             return None
         guest = _Listener()

@@ -119,6 +119,10 @@ class Broker:
             self._pump.cancel()
             await asyncio.wait([self._pump], timeout=CONNECT_S)
 
+    def refused(self, name: str) -> str:
+        """See :meth:`edged_mqtt.wire.Wire.refused`."""
+        return ""
+
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
         return self._memories.setdefault(name, {})

@@ -17,9 +17,10 @@ import errno
 import logging
 import socket
 import ssl
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 from edged.api import Env
@@ -73,6 +74,9 @@ TOLD_AGAIN_S: Final = 60.0
 MOST_CAUSES: Final = 64
 MOST_CAUSE_CHARS: Final = 200
 """Why TLS failed is told once in so long for each cause, of so many causes."""
+MOST_REFUSALS: Final = 8
+REFUSED_S: Final = 600.0
+"""So many, and so long, are known who were not let in."""
 
 _BUSY: Final = frozenset({errno.EADDRINUSE})
 
@@ -130,8 +134,26 @@ class Endpoint:
         self._greeting: set[asyncio.Task[None]] = set()
         self._told: dict[str, float] = {}
         """Why TLS failed, and when that is told again."""
+        self._refusals: OrderedDict[tuple[str, str], _Refusal] = OrderedDict()
 
     # -- for sessions
+
+    def refused(self, name: str) -> str:
+        """See :meth:`edged_mqtt.wire.Wire.refused`. What was shown as a credential may be a secret, and is not told."""
+        now = asyncio.get_running_loop().time()
+        return "; ".join(
+            f"{host}, {now - one.at:.0f} s ago ({event}{f', as {name}' if name in one.shown else ''})"
+            for (host, event), one in reversed(self._refusals.items())
+            if now - one.at < REFUSED_S
+        )
+
+    def refuse(self, event: str, host: str, shown: Collection[str | None] = ()) -> None:
+        """Somebody is not let in; ``shown``: by what names it came."""
+        self.count(event)
+        self._refusals.pop((host, event), None)
+        self._refusals[host, event] = _Refusal(asyncio.get_running_loop().time(), shown)
+        if len(self._refusals) > MOST_REFUSALS:
+            self._refusals.popitem(last=False)
 
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
@@ -214,7 +236,7 @@ class Endpoint:
 
     def _tls_failed(self, host: str, exc: OSError) -> None:
         """Counted each time, and told with its cause; whoever only scans the port must not fill the journal."""
-        self.count("tls_failed")
+        self.refuse("tls_failed", host)
         text, now = str(exc)[:MOST_CAUSE_CHARS], asyncio.get_running_loop().time()
         if now < self._told.get(text, now):
             return
@@ -274,6 +296,14 @@ class Endpoint:
             connection.end(Code.SHUTTING_DOWN)
         if ending:
             await asyncio.wait(ending, timeout=FAREWELL_S + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """When somebody was not let in, and by what names it came."""
+
+    at: float
+    shown: Collection[str | None]
 
 
 class _Rest:
@@ -664,18 +694,19 @@ class Connection(asyncio.Protocol):
 
     def _hello(self, hello: Connect) -> None:
         self.version = hello.version
-        seat = self._endpoint.find(hello, common_name(self._transport.get_extra_info("peercert")))
+        shown = common_name(self._transport.get_extra_info("peercert"))
+        seat = self._endpoint.find(hello, shown)
         if seat is None:
-            self._refuse_later("login_refused", Code.BAD_CREDENTIAL)
+            self._refuse_later("login_refused", Code.BAD_CREDENTIAL, (hello.user, shown))
             return
         if seat.guest is None:
-            self._refuse_later("not_served", Code.UNAVAILABLE)
+            self._refuse_later("not_served", Code.UNAVAILABLE, (seat.name,))
             return
         if seat.rest.lasts(self._loop.time()):
-            self._refuse_later("must_rest", Code.BUSY)
+            self._refuse_later("must_rest", Code.BUSY, (seat.name,))
             return
         if not seat.may_sit(self._loop.time()):
-            self._refuse_later("two_sessions", Code.BUSY)
+            self._refuse_later("two_sessions", Code.BUSY, (seat.name,))
             return
         self._seat, self._greeted = seat, True
         self._endpoint.known(self)
@@ -701,8 +732,8 @@ class Connection(asyncio.Protocol):
         self._watch = self._loop.call_later(self._silence_s, self._look)
         return max(1, int(longest_s / 1.5)) if too_long else None
 
-    def _refuse_later(self, event: str, code: Code) -> None:
-        self._endpoint.count(event)
+    def _refuse_later(self, event: str, code: Code, shown: Collection[str | None]) -> None:
+        self._endpoint.refuse(event, self.host, shown)
         self._resting = True
         self._transport.pause_reading()
         self._loop.call_later(REFUSE_S, self._refuse, code)

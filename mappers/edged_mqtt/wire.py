@@ -143,6 +143,11 @@ class Wire(Protocol):
         """
         ...
 
+    def refused(self, name: str) -> str:
+        """Who was not let in lately, from where and why, for an operator who misses ``name``; empty where nobody was, or where
+        it is not known, as on a broker."""
+        ...
+
     def memory(self, name: str) -> dict[str, object]:
         """Where a session leaves what the next one of the same device should know; as old as the wire."""
         ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import pytest
 from broker_kit import Mosquitto
 from click.testing import CliRunner
-from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
+from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device, until
 from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
+from edged.api import Device
 from edged.cli import main
 from edged.config import LinkSettings
 from edged.domain.job import State
@@ -129,6 +131,52 @@ def test_a_probe_tells_what_a_device_said_and_sends_nothing(plant: Plant) -> Non
             await SPEC.probe("mqtt:nowhere", device_env("probe", pool))
 
     asyncio.run(run())
+
+
+def test_a_probe_tells_who_is_refused_at_the_endpoint_and_no_secret(plant: Plant) -> None:
+    plant.secret("pump-1", "right\n")
+    described = mqtt_device(plant.port, proof="password")
+    wrong = PullingDevice(plant.port, "pump-1", "wrong")
+    other = PullingDevice(plant.port, "nobodys-token")
+
+    async def run() -> None:
+        assert SPEC.probe is not None
+        pool = LinkPool(LINKS)
+        env = device_env("probe", pool)
+
+        async def refused(name: str) -> str:
+            assert SPEC.probe is not None
+            with pytest.raises(Transient) as caught:
+                await SPEC.probe(f"{plant.listener}/{name}", env)
+            assert caught.value.reason is Reason.DEVICE_ABSENT
+            return caught.value.detail
+
+        async with device_env("holder", pool).link(plant.listener):
+            assert await SPEC.probe(described.address, env) is None
+            session = asyncio.create_task(_session(described, pool))
+            wrong.start()
+            await until(lambda: "refused: 4" in wrong.log)
+            text = await refused("pump-1")
+            assert re.fullmatch(
+                r"pump-1 is not there; refused lately: 127\.0\.0\.1, \d s ago \(login_refused, as pump-1\)",
+                text,
+            )
+            assert "as pump" not in await refused("pump-2")
+            await wrong.stop()
+            other.start()
+            await until(lambda: "refused: 4" in other.log)
+            text = await refused("pump-1")
+            assert text.endswith("s ago (login_refused)") and "token" not in text
+            await other.stop()
+            session.cancel()
+            await asyncio.wait([session])
+
+    asyncio.run(run())
+
+
+async def _session(device: Device, pool: LinkPool) -> None:
+    async with SPEC.connect(device, device_env(device.id, pool)):
+        pass
 
 
 def test_a_probe_listens_for_a_device_on_a_broker(tmp_path: Path) -> None:
