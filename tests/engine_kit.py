@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +25,7 @@ from edged.domain.reconcile import FIRMWARE
 from edged.plugins import Plugins, discover
 from edged.store import audit, floors
 from edged.testing.fake import FakeDevice, FakePlugin, fake_app
-from edged.testing.faults import Faults, PowerCut
+from edged.testing.faults import Faults, PowerCut, When
 from edged.testing.node import TestNode
 from edged_firmware import release
 from edged_firmware.facts import ReleaseRef
@@ -181,6 +181,29 @@ def through_cuts(world: CutWorld, cuts: Iterable[Faults]) -> None:
     job = next((job for cut in cuts if (job := world.live(cut)) is not None), None) or world.live(Faults())
     assert job is not None
     world.check(job)
+
+
+def cut_at_each(
+    names: Sequence[str],
+    torn: Collection[str],
+    begin: Callable[[str], CutWorld],
+    tries: int = 1,
+    step: int = 1,
+) -> tuple[int, int]:
+    """One cut at each of the effects ``names``, in a world of its own, before it and after it, and in its middle where it is
+    one of ``torn``; how many cuts there were to be, and how many fell on the effect that they were for.
+
+    ``begin`` makes a world of that name. ``tries``: worlds for each cut, where a run may have an effect less or more before it.
+    """
+    planned = hit = 0
+    for number, effect in list(enumerate(names, 1))[::step]:
+        for when in When if effect in torn else (When.BEFORE, When.AFTER):
+            cuts: list[str] = []
+            while effect not in cuts and len(cuts) < tries:
+                cuts.append(cut_and_end(begin(f"{number}-{when}-{len(cuts)}"), Faults(number, when)))
+            planned += 1
+            hit += effect in cuts
+    return planned, hit
 
 
 async def check_store(node: TestNode, device: str, floor: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from can_kit import bus_name, secret
 from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, settle
-from engine_kit import cut_and_end, through_cuts, until_cut
+from engine_kit import cut_at_each, through_cuts, until_cut
 from uds_server import Controller
 
 from edged.clock import SystemClock
@@ -113,16 +113,10 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
     assert job is not None
     world.check(job)
     assert {"store.commit", "device.erase", "device.block", "device.reset"} <= set(counting.names)
-    planned = fired = 0
-    for number, effect in enumerate(counting.names, 1):
-        torn = effect in ("device.erase", "device.block")
-        for when in When if torn else (When.BEFORE, When.AFTER):
-            folders = (tmp_path / f"{number}-{when}-{turn}" for turn in range(TRIES))
-            cuts: list[str] = []
-            while effect not in cuts and len(cuts) < TRIES:
-                cuts.append(cut_and_end(World(next(folders), begin, name), Faults(number, when)))
-            planned += 1
-            fired += effect in cuts
+    torn = ("device.erase", "device.block")
+    planned, fired = cut_at_each(
+        counting.names, torn, lambda folder: World(tmp_path / folder, begin, name), TRIES
+    )
     # checkpoints are due by the clock: a run may have one less or more, and then an effect has another number
     assert fired >= planned - 4, f"{fired} of {planned} cuts fired where they were to"
 

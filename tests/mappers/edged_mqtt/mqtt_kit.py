@@ -23,6 +23,7 @@ import pytest
 import edged_mqtt
 from edged.api import Device
 from edged.links import LinkPool, device_env
+from edged.testing.faults import Faults, PowerCut
 from edged_mqtt.config import MqttConfig
 from edged_mqtt.endpoint import Endpoint
 
@@ -73,7 +74,8 @@ class PullingDevice:
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
     ``on_whole``: what it does with a whole image in place of installing it. ``retains``: the broker is to keep what it says.
     ``tries_again``: it asks anew after a failure. ``hello_s``: it says so late who it is.
-    ``next_chunk``: which one it asks for in place of the next.
+    ``next_chunk``: which one it asks for in place of the next. ``effects``: where it loses its power; ``revives``: and
+    comes back with its flash as it is, ``falls`` times so far; False: it stays dark.
     """
 
     port: int
@@ -108,6 +110,9 @@ class PullingDevice:
     hello_s: float = 0.0
     retains: bool = False
     next_chunk: Callable[[int], int] = lambda chunk: chunk
+    effects: Faults = field(default_factory=Faults)
+    revives: bool = False
+    falls: int = 0
 
     def __post_init__(self) -> None:
         self._writer: asyncio.StreamWriter | None = None
@@ -143,6 +148,10 @@ class PullingDevice:
                 await self._once()
             except (OSError, asyncio.IncompleteReadError, ssl.SSLError) as exc:
                 self.log.append(f"lost: {exc!r:.60}")
+            except PowerCut:
+                if not self.revives:
+                    return
+                self._come_back()
             finally:
                 self.connected.clear()
                 if self._writer is not None:
@@ -271,8 +280,17 @@ class PullingDevice:
         self._round += 1
         self._begin()
 
+    def _come_back(self) -> None:
+        """The power is there again, and what was in memory is not."""
+        self.falls += 1
+        self.effects = Faults()
+        self._offer, self._chunk = {}, 0
+        self.shared.clear()
+
     def _begin(self) -> None:
-        self.flash.clear()
+        self.effects.effect(
+            "device.erase", self.flash.clear, lambda: self.flash.__delitem__(slice(len(self.flash) // 2))
+        )
         self._chunk = 0
         self.say("DOWNLOADING")
         self.ask()
@@ -288,8 +306,11 @@ class PullingDevice:
         _, _, _, number, _, index = topic.split("/")
         if int(number) != self._round or (int(index) != self._chunk and not self.naive):
             return  # an answer that comes twice or late
-        self.flash += payload
-        self.written += len(payload)
+        self.effects.effect(
+            "device.chunk",
+            lambda: self._program(payload),
+            lambda: self._program(payload[: len(payload) // 2]),
+        )
         self._chunk += 1
         if self.on_chunk is not None:
             self.on_chunk(self._chunk)
@@ -301,6 +322,13 @@ class PullingDevice:
             self.ask()
         else:
             self._install()
+
+    def _program(self, data: bytes) -> None:
+        self.flash += data
+        self.written += len(data)
+
+    def _boot(self) -> None:
+        self.version, self.title = self._offer["version"], self._offer["title"]
 
     def _install(self) -> None:
         if self.on_whole is not None:
@@ -316,7 +344,7 @@ class PullingDevice:
         self.say("VERIFIED")
         self.say("UPDATING")
         if self.boots:
-            self.version, self.title = self._offer["version"], self._offer["title"]
+            self.effects.effect("device.boot", self._boot)
         if self.reboots and self._writer is not None:
             with suppress(OSError):
                 self._writer.transport.abort()
