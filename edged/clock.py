@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
 
@@ -35,6 +35,35 @@ class SystemClock:
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
+
+
+class SteadyClock:
+    """A clock whose wall time goes on with the monotonic one, whatever the machine's is set to meanwhile.
+
+    For what lasts: a deadline or a wait must not end because a board without a battery was told the time.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._begin = clock.now() - timedelta(seconds=clock.monotonic())
+
+    def now(self) -> datetime:
+        """Wall time as it was at the start, and what passed since; with all steps that were followed."""
+        return self._begin + timedelta(seconds=self._clock.monotonic())
+
+    def monotonic(self) -> float:
+        return self._clock.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+
+    def step(self) -> timedelta:
+        """By how much the machine's clock was set since."""
+        return self._clock.now() - self.now()
+
+    def follow(self, step: timedelta) -> None:
+        """Take ``step`` into account from now on."""
+        self._begin += step
 
 
 def to_text(moment: datetime) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edged import BUILD_TIME
-from edged.clock import Clock, from_text
+from edged.clock import Clock, SteadyClock, from_text
 from edged.config import Config
 from edged.devices import Devices
 from edged.engine.events import Broadcast
@@ -71,7 +71,7 @@ def build(ground: Ground, verify: Verify = verify_in_child) -> Core:
     images = Images(ground.artifacts, ground.fetcher, config.trust.repository, ground.observer)
     shop = Workshop(
         store=store,
-        clock=clock,
+        clock=SteadyClock(clock),
         trust=trust,
         images=images,
         models=config.models,

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 
 from edged.domain.job import Job
-from edged.engine.reconciler import reconcile_device
+from edged.engine.reconciler import clock_was_set, reconcile_device
 from edged.engine.runner import JobRunner, Workshop
 from edged.errors import EdgedError
 from edged.sessions import Sessions
@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _LONGEST_SLEEP_S = 60.0
 _STORE_PAUSE_S = 5.0
+_LEAST_STEP = timedelta(minutes=1)
+"""What the machine's clock is set by; less does not matter to a wait or a deadline."""
 
 
 class Engine:
@@ -86,6 +88,7 @@ class Engine:
     async def _turn(self, group: asyncio.TaskGroup) -> float:
         """One look at the store; returns the seconds until the next."""
         try:
+            await self._follow_the_clock()
             await self._reconcile()
             for job in await self._due():
                 self._start(group, job)
@@ -94,6 +97,18 @@ class Engine:
             # the disk is full, locked or damaged: jobs keep their rows, and a later turn tries again
             log.warning("store not usable now", extra={"reason": exc.reason.value, "detail": exc.detail})
             return _STORE_PAUSE_S
+
+    async def _follow_the_clock(self) -> None:
+        """The machine's clock was set: move with it what jobs wait for, and when they have to end."""
+        clock = self._shop.clock
+        step = clock.step()
+        if abs(step) < _LEAST_STEP:
+            return
+        moved = await self._shop.store.write(lambda tx: clock_was_set(tx, step))
+        clock.follow(step)
+        log.warning("clock was set", extra={"by_s": step.total_seconds(), "jobs": len(moved)})
+        for job in moved:
+            self.job_changed(job)
 
     async def _reconcile(self) -> None:
         """All devices that changed, in one transaction: thousands may at start."""

@@ -7,12 +7,14 @@ from datetime import datetime, timedelta
 
 from edged.api import JsonValue
 from edged.config import EngineSettings
-from edged.domain.job import Job
+from edged.domain.job import ACTIVE_STATES, Job
 from edged.domain.reconcile import DRIFT, FIRMWARE, CancelJob, LeftAlone, MakeJob, reconcile
 from edged.engine.ids import ulid
 from edged.errors import Permanent, Reason
 from edged.store import audit, jobs, outbox, twins
 from edged.store.database import Tx
+
+_JUST_NOW = timedelta(minutes=2)
 
 
 def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: bool = False) -> Job | None:
@@ -75,6 +77,19 @@ def cancel(tx: Tx, job: Job, reason: Reason, actor: str) -> Job:
     saved = jobs.advance(tx, job, replace(job, cancel=reason, waiting=None), "cancel requested", actor)
     audit.append(tx, actor, "job.cancel", {"job": job.id, "device": job.device, "reason": reason.value})
     return saved
+
+
+def clock_was_set(tx: Tx, step: timedelta) -> list[Job]:
+    """Move deadline and wait of every active job by ``step``; returns the jobs. One that was made just now has the new time
+    already."""
+    moved = []
+    for job in jobs.find(tx, states=ACTIVE_STATES, limit=-1):
+        if not tx.now - _JUST_NOW <= job.created <= tx.now:
+            waiting = job.waiting and replace(job.waiting, until=job.waiting.until + step)
+            later = replace(job, deadline=job.deadline + step, waiting=waiting)
+            moved.append(jobs.advance(tx, job, later, "clock was set", f"by {step.total_seconds():.0f} s"))
+    audit.append(tx, "engine", "clock.set", {"by_s": round(step.total_seconds()), "jobs": len(moved)})
+    return moved
 
 
 def _make(

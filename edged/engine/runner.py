@@ -28,7 +28,7 @@ from edged.api import (
     SupportsReadBack,
     SupportsTrial,
 )
-from edged.clock import Clock
+from edged.clock import SteadyClock
 from edged.config import EngineSettings, Model
 from edged.domain import admission, retry
 from edged.domain.job import Fallback, Job, State
@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 P = ParamSpec("P")
+_BETWEEN_IMAGES = frozenset({State.STAGING, State.REVERTING})
 _BAD_BYTES = frozenset(
     {Reason.CHUNK_MISMATCH, Reason.INDEX_MISMATCH, Reason.LENGTH_MISMATCH, Reason.HASH_MISMATCH}
 )
@@ -64,7 +65,7 @@ class Workshop:
     """
 
     store: Store
-    clock: Clock
+    clock: SteadyClock
     trust: Trust
     images: Images
     models: Mapping[str, Model]
@@ -361,10 +362,20 @@ class JobRunner:
         return await plugin_call(self._shop.settings.call_s, call, *args, **kwargs)
 
     async def _firmware_session(self) -> tuple[Session, SupportsFirmware]:
-        session = self._lease.session if self._lease else await self._connect()
+        session = self._lease.session if self._lease else await self._find()
         if not isinstance(session, SupportsFirmware):
             raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} does not flash firmware")
         return session, session
+
+    async def _find(self) -> Session:
+        """:meth:`_connect`; who does not answer while it is between two images is absent: what it needs is on this node's disk,
+        so it is waited for as long as the deadline lets it."""
+        try:
+            return await self._connect()
+        except Transient as exc:
+            if exc.reason is Reason.NO_RESPONSE and self.job.state in _BETWEEN_IMAGES:
+                raise Transient(Reason.DEVICE_ABSENT, f"nobody answers: {exc.detail}") from exc
+            raise
 
     async def _connect(self) -> Session:
         """Borrow the session for the rest of this run, and make sure who is there before anything is written."""

@@ -113,6 +113,88 @@ def test_a_clock_that_is_set_does_not_end_a_job(place: Place, plugin: Unplugged)
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("by", [timedelta(days=8), timedelta(days=-8)])
+def test_a_clock_that_is_set_while_bytes_move_disturbs_nobody(
+    tmp_path: Path, publisher: Publisher, by: timedelta
+) -> None:
+    """The deadline is the time that passes, not what the clock says; and it is still a deadline afterwards."""
+    place = Place(tmp_path / "state", publisher)
+    device, step = place.device(), timedelta()
+    place.plugin.buses["bus"].bytes_per_s = 20_000
+
+    async def run() -> None:
+        nonlocal step
+        async with life(place.config, place.plugins, now=lambda: datetime.now(UTC) + step) as node:
+            await node.want("dev-1", "app@2.0.0")
+            async with asyncio.timeout(20):
+                while not device.counts.pages_written:
+                    await asyncio.sleep(0.005)
+            (before,) = await node.jobs("dev-1")
+            step = by
+            await node.engine.ping()
+            job = await node.ended("dev-1")
+            assert job.state is State.SUCCEEDED, (job.reason, job.detail)
+            assert abs(job.deadline - before.deadline - by) < timedelta(seconds=10)
+            events = [entry.event for entry in await node.store.read(lambda tx: jobs.history(tx, job.id))]
+            assert events.count("clock was set") == 1 and job.trial_boots == 1
+            set_by = [row.data for row in await node.store.read(audit.list) if row.event == "clock.set"]
+            assert set_by == [{"by_s": by.total_seconds(), "jobs": 1}]
+
+    asyncio.run(run())
+
+
+def test_a_device_that_is_silent_between_two_images_is_waited_for(place: Place, plugin: Unplugged) -> None:
+    """Its cable, or its supply: more attempts in vain than a job has, in the middle of the write and on the way back."""
+    plugin.gone = False
+    device = place.device()
+
+    async def silent(node: TestNode, state: State) -> None:
+        device.absent = True
+        async with asyncio.timeout(20):
+            while (job := (await node.jobs("dev-1"))[0]).attempts <= place.engine.max_attempts:
+                await asyncio.sleep(0.005)
+        assert job.state is state and job.waiting is not None
+        assert job.waiting.reason is Reason.DEVICE_ABSENT and "nobody answers" in job.waiting.detail
+        device.absent = False
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            plugin.buses["bus"].bytes_per_s = 20_000
+            await node.want("dev-1", "app@3.0.0")
+            async with asyncio.timeout(20):
+                while device.counts.pages_written < 2:
+                    await asyncio.sleep(0)
+            await silent(node, State.STAGING)
+            written = device.counts.pages_written
+            async with asyncio.timeout(20):
+                while (await node.jobs("dev-1"))[0].state is not State.REVERTING or (
+                    device.counts.pages_written < written + 7
+                ):
+                    await asyncio.sleep(0)
+            await silent(node, State.REVERTING)
+            job = await node.ended("dev-1")
+            assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail
+            assert device.app is not None and device.app.version == "1.0.0"
+
+    asyncio.run(run())
+
+
+def test_a_device_that_never_answers_is_told_of_before_anything_is_changed(
+    place: Place, plugin: Unplugged
+) -> None:
+    plugin.gone = False
+    place.device().absent = True
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@2.0.0")
+            job = await node.ended("dev-1")
+            assert (job.state, job.reason) == (State.FAILED, Reason.ATTEMPTS_EXHAUSTED), job.detail
+            assert "does not answer" in job.detail and not job.touched
+
+    asyncio.run(run())
+
+
 def test_a_wait_that_the_clock_left_behind_is_over(place: Place, plugin: Unplugged) -> None:
     """The node comes back without knowing the time: what it waited for was in another century."""
     place.device()
