@@ -55,6 +55,7 @@ __all__ = [
     "Slot",
     "Slots",
     "SupportsDesired",
+    "SupportsDesiredQuery",
     "SupportsFirmware",
     "SupportsHealth",
     "SupportsReadBack",
@@ -230,6 +231,16 @@ class SupportsDesired(Protocol):
 
     async def apply(self, desired: Desired) -> Reported:
         """Set one property and return what the device says now. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class SupportsDesiredQuery(Protocol):
+    """The device asks for its properties when it likes, such as after each of its starts."""
+
+    def offer(self, desired: Sequence[Desired]) -> None:
+        """All that it should have, whether it reports that or not: the answer to its next question. Called when the session
+        is attached and when a wish has changed; :meth:`SupportsDesired.apply` follows for what it does not report."""
         ...
 
 

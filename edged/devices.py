@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 
 from edged.api import (
     Desired,
@@ -19,6 +20,7 @@ from edged.api import (
     Slot,
     Slots,
     SupportsDesired,
+    SupportsDesiredQuery,
     SupportsFirmware,
     SupportsReadBack,
 )
@@ -27,8 +29,9 @@ from edged.config import Config, DeviceSettings, LinkSettings, Model
 from edged.domain.admission import check_identity, runs
 from edged.domain.job import ACTIVE_STATES, State
 from edged.domain.reconcile import FIRMWARE, release_of
-from edged.domain.twin import Value, delta
-from edged.errors import Permanent, Reason, Refused, meaning
+from edged.domain.twin import Value
+from edged.domain.wishes import Told, is_due, told
+from edged.errors import EdgedError, Permanent, Reason, Refused, meaning
 from edged.links import LinkPool, device_env, link_config
 from edged.plugins import Plugins
 from edged.reports import Reports
@@ -209,8 +212,10 @@ class Devices:
         self.attached: dict[str, Attached] = {}
         self.drifted: Callable[[str], None] = lambda device: None
         self.returned: Callable[[str], None] = lambda device: None
+        self._told: dict[str, dict[str, Told]] = {}
         self._store = store
         self._reports = reports
+        reports.behind = self._look_behind
         self._clock = clock
         self._call_s = config.engine.call_s
         units: dict[str, DeviceUnit] = {}
@@ -260,17 +265,11 @@ class Devices:
         if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
             await self._notice_version(device, expect(Slots, await plugin_call(self._call_s, session.slots)))
         twin = await self._store.read(lambda tx: twins.get(tx, device.id))
-        wishes = {
-            name: wish for name, wish in delta(twin.desired, twin.reported).items() if not is_firmware(name)
-        }
-        if not wishes:
-            return
-        if isinstance(session, SupportsDesired):
-            rejected = await self._apply(device, session, wishes)
-        else:
-            why = Permanent(Reason.UNSUPPORTED, f"mapper {device.mapper} sets no properties")
-            rejected = {name: str(why) for name, wish in wishes.items() if wish.value is not None}
-        self.attached[device.id] = replace(self.attached[device.id], rejected=rejected)
+        wishes = {name: wish for name, wish in twin.desired.items() if not is_firmware(name)}
+        if isinstance(session, SupportsDesiredQuery):
+            session.offer([Desired(name, wish.value, wish.version) for name, wish in wishes.items()])
+        await self._apply(device, session, self._due(device.id, wishes, twin.reported))
+        self._show_rejected(device.id, wishes)
 
     async def _notice_version(self, device: Device, slots: Slots) -> None:
         """A device that came back with another image than the last job left in it: say that nobody knows what it runs, and
@@ -284,24 +283,62 @@ class Devices:
             )
             self.drifted(device.id)
 
-    async def _apply(
-        self, device: Device, session: SupportsDesired, wishes: Mapping[str, Value]
-    ) -> dict[str, str]:
-        rejected: dict[str, str] = {}
+    def _due(
+        self, device: str, wishes: Mapping[str, Value], reported: Mapping[str, Value]
+    ) -> dict[str, Value]:
+        told, now = self._told.get(device, {}), self._clock.monotonic()
+        return {
+            name: wish
+            for name, wish in wishes.items()
+            if is_due(wish, reported.get(name), told.get(name), now)
+        }
+
+    def _look_behind(self, device: str, behind: Mapping[str, Value], reported: Mapping[str, Value]) -> None:
+        """The device reports other values than it should have: it lost them, or could not take them by now."""
+        wishes = {name: wish for name, wish in behind.items() if not is_firmware(name)}
+        if device in self.attached and self._due(device, wishes, reported):
+            self.sessions[device].refresh()
+
+    async def _apply(self, device: Device, session: Session, wishes: Mapping[str, Value]) -> None:
+        """Raises ``Transient`` where the wire fails; that one wish is refused is told, and the others go on."""
+        said = self._told.setdefault(device.id, {})
         for name, wish in wishes.items():
-            wanted = Desired(name, wish.value, wish.version)
+            record = partial(told, wish, said.get(name), self._clock.monotonic())
             try:
-                reported = expect(Reported, await plugin_call(self._call_s, session.apply, wanted))
-            except (Permanent, Refused) as exc:
+                reported = await self._tell(device, session, Desired(name, wish.value, wish.version))
+            except EdgedError as exc:
+                if not _is_refusal(exc):
+                    raise
                 if wish.value is None:
-                    continue  # a wish that was taken back; what cannot be set has nothing to give up
-                rejected[name] = str(exc)
+                    # a wish that was taken back: what cannot be set has nothing to give up
+                    said[name] = record()
+                    continue
+                said[name] = record(refused=str(exc))
                 log.warning(
                     "property not taken", extra={"device": device.id, "property": name, "detail": str(exc)}
                 )
-                continue
-            await self._reports.put(device.id, reported)
-        return rejected
+            else:
+                said[name] = record(answer=reported.value)
+                await self._reports.put(device.id, reported)
+
+    async def _tell(self, device: Device, session: Session, wanted: Desired) -> Reported:
+        if not isinstance(session, SupportsDesired):
+            raise Permanent(Reason.UNSUPPORTED, f"mapper {device.mapper} sets no properties")
+        return expect(Reported, await plugin_call(self._call_s, session.apply, wanted))
+
+    def _show_rejected(self, device: str, wishes: Mapping[str, Value]) -> None:
+        said = self._told.get(device, {})
+        rejected = {
+            name: said[name].refused
+            for name, wish in wishes.items()
+            if name in said and said[name].version == wish.version and said[name].refused
+        }
+        self.attached[device] = replace(self.attached[device], rejected=rejected)
+
+
+def _is_refusal(error: EdgedError) -> bool:
+    """Whether the device said no to one property, for good or for now; anything else is about the wire."""
+    return isinstance(error, Permanent | Refused) or error.reason is Reason.DEVICE_ERROR
 
 
 def _forget_if_other(tx: Tx, device: str, active: Slot) -> bool:

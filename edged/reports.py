@@ -11,12 +11,12 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from edged.api import Reported
 from edged.clock import Clock
 from edged.domain.reconcile import FIRMWARE
-from edged.domain.twin import Value
+from edged.domain.twin import Value, delta
 from edged.engine.events import Broadcast
 from edged.errors import EdgedError
 from edged.store import twins
@@ -38,6 +38,7 @@ class Reports:
     """Takes reported values and stores them in batches, all devices in one transaction.
 
     ``interval_s``: so long from one batch to the next, at least; what comes after a longer silence is stored at once.
+    ``behind`` is called with a device that reports other values than it should have, those wishes, and all that it reports.
     """
 
     def __init__(self, store: Store, clock: Clock, broadcast: Broadcast, interval_s: float) -> None:
@@ -45,6 +46,7 @@ class Reports:
         self._clock = clock
         self._broadcast = broadcast
         self._interval_s = interval_s
+        self.behind: Callable[[str, Mapping[str, Value], Mapping[str, Value]], None] = lambda *_: None
         self._due = 0.0
         self._waiting: dict[tuple[str, str], Reported] = {}
         self._left_out: set[str] = set()
@@ -88,7 +90,7 @@ class Reports:
         if not batch:
             return True
         try:
-            changed = await self._store.write(lambda tx: _store(tx, batch))
+            changed, behind = await self._store.write(lambda tx: _store(tx, batch))
         except EdgedError as exc:
             log.warning("reports not stored", extra={"reason": exc.reason.value, "detail": exc.detail})
             self._waiting = batch | self._waiting
@@ -98,6 +100,8 @@ class Reports:
                 self._broadcast.send(
                     {"kind": "reported", "device": device, "name": name, "value": value.value}
                 )
+        for device, twin in behind.items():
+            self.behind(device, delta(twin.desired, twin.reported), twin.reported)
         return True
 
 
@@ -128,11 +132,16 @@ def _within(tx: Tx, device: str, values: list[Reported]) -> list[Reported]:
     return kept
 
 
-def _store(tx: Tx, batch: Mapping[tuple[str, str], Reported]) -> dict[str, dict[str, Value]]:
+def _store(
+    tx: Tx, batch: Mapping[tuple[str, str], Reported]
+) -> tuple[dict[str, dict[str, Value]], dict[str, twins.Twin]]:
+    """What changed, and the twins of those devices in it that are not as they should be."""
     by_device: dict[str, list[Reported]] = {}
     for (device, _), reported in batch.items():
         by_device.setdefault(device, []).append(reported)
-    return {
+    changed = {
         device: twins.set_reported_many(tx, device, _within(tx, device, values), "device")
         for device, values in by_device.items()
     }
+    found = {device: twins.get(tx, device) for device in by_device}
+    return changed, {device: twin for device, twin in found.items() if delta(twin.desired, twin.reported)}

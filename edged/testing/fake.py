@@ -13,7 +13,7 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from edged.api import (
     HealthCheck,
     Identity,
     Image,
+    JsonValue,
     Label,
     Link,
     LinkSpec,
@@ -115,7 +116,10 @@ class FakeDevice:
     confirmed: bool = True
     pending: bool = False
     absent: bool = False
-    properties: dict[str, object] = field(default_factory=dict)
+    properties: dict[str, JsonValue] = field(default_factory=dict)
+    applied: list[Desired] = field(default_factory=list)
+    offered: list[Desired] = field(default_factory=list)
+    takes: Callable[[Desired], JsonValue] = lambda desired: desired.value
     flashed_with: dict[str, object] = field(default_factory=dict)
     flashed_as: Label | None = None
     counts: Counts = field(default_factory=Counts)
@@ -269,13 +273,19 @@ class FakeSession:
             if hardware.app is not None:
                 yield Reported("app_version", hardware.app.version)
             yield Reported("uptime", uptime, "s")
+            for name, value in hardware.properties.items():
+                yield Reported(name, value)
             uptime += 1
             await asyncio.sleep(0.02)
 
     async def apply(self, desired: Desired) -> Reported:
         hardware = await self._hardware()
-        hardware.properties[desired.name] = desired.value
-        return Reported(desired.name, desired.value)
+        hardware.applied.append(desired)
+        hardware.properties[desired.name] = hardware.takes(desired)
+        return Reported(desired.name, hardware.properties[desired.name])
+
+    def offer(self, desired: Sequence[Desired]) -> None:
+        self._link.bus.devices[self._name].offered = list(desired)
 
     async def slots(self) -> Slots:
         hardware = await self._hardware()

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from edged.clock import SystemClock
 from edged.config import Config
@@ -70,6 +70,17 @@ class TestNode:
         return twin.reported[name].value if name in twin.reported else None
 
 
+class _LaterClock(SystemClock):
+    def __init__(self, passed: Callable[[], float]) -> None:
+        self._passed = passed
+
+    def now(self) -> datetime:
+        return super().now() + timedelta(seconds=self._passed())
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self._passed()
+
+
 async def _verify_here(request: TrustRequest) -> TrustReport:
     """In this process: a test starts hundreds of lives, and a child each would be most of its time."""
     return await asyncio.to_thread(verify, request)
@@ -83,10 +94,12 @@ async def life(
     faults: Faults | None = None,
     observer: Observer | None = None,
     now: Callable[[], datetime] | None = None,
+    passed: Callable[[], float] | None = None,
 ) -> AsyncIterator[TestNode]:
     """One life: everything from fresh objects, on the folder ``config.node.state_dir``. Where ``faults`` cuts the power,
-    ``PowerCut`` comes out of the block (in an exception group)."""
-    clock = SystemClock()
+    ``PowerCut`` comes out of the block (in an exception group). ``now``: what the machine's clock says. ``passed``: so many
+    seconds more have passed, by all clocks."""
+    clock = SystemClock() if passed is None else _LaterClock(passed)
     if now is not None:
         clock.now = now  # type: ignore[method-assign]
     folder = config.node.state_dir

@@ -11,7 +11,7 @@ import asyncio
 import json
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -274,6 +274,10 @@ class MqttSession:
             await self._report_news.wait(None)
 
     # -- edged.api.SupportsDesired
+
+    def offer(self, desired: Sequence[Desired]) -> None:
+        """What the device is answered that asks for its shared attributes."""
+        self._memory.shared = {one.name: one.value for one in desired if one.value is not None}
 
     async def apply(self, desired: Desired) -> Reported:
         """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
