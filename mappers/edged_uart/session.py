@@ -261,7 +261,8 @@ class UartSession:
     async def _differing(
         self, loader: BootLoader, image: Image, pages: list[Page], progress: Progress
     ) -> list[Page]:
-        """The pages to write. Reading takes as long as writing, so a run of wrong ones ends the search."""
+        """The pages to write. Reading takes as long as writing, so a run of wrong ones ends the search; but none behind the
+        last wrong one is written, since that may be the boot loader itself where ``flash_size`` reaches into it."""
         differing: list[Page] = []
         run = 0
         for number, page in enumerate(pages, 1):
@@ -272,12 +273,19 @@ class UartSession:
                 run = 0
                 continue
             if not loader.page_by_page:
-                return pages
+                return pages[: number - 1] + await self._to_last_differing(loader, image, pages[number - 1 :])
             differing.append(page)
             run += 1
             if run == _SURELY_ANOTHER_IMAGE:
-                return differing + pages[number:]
+                return differing + await self._to_last_differing(loader, image, pages[number:])
         return differing
+
+    async def _to_last_differing(self, loader: BootLoader, image: Image, pages: list[Page]) -> list[Page]:
+        for count in range(len(pages), 0, -1):
+            page = pages[count - 1]
+            if not page.agrees(await loader.read(page.address, page.size), await page.content(image)):
+                return pages[:count]
+        return []
 
     async def _write(self, loader: BootLoader, image: Image, pages: list[Page], progress: Progress) -> None:
         self._wrote = True

@@ -6,6 +6,7 @@ import asyncio
 import shutil
 import subprocess
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,25 @@ def test_the_boot_loader_is_never_written_over(board: Board, bounded: bool, tmp_
     with SimulatedAvr(tmp_path, board) as avr:
         run(work(avr))
         assert avr.stats().pages_erased == 0
+
+
+@BOARDS
+def test_what_was_read_out_with_the_boot_loader_goes_back_without_it(board: Board, tmp_path: Path) -> None:
+    """``flash_size`` reaches into the boot loader: it would erase itself while it runs, and the board were lost."""
+
+    async def work(avr: SimulatedAvr) -> None:
+        flash = avr.flash()
+        assert flash[board.boot_at :].strip(b"\xff"), "the boot loader is in it"
+        whole = bytes(range(1, 251)) * 12 + flash[3000:]
+        to = replace(device(avr), flash_size_bytes=board.flash_bytes)
+        await stage(to, [(0, whole)])
+        assert avr.flash() == whole
+        assert avr.stats().pages_written <= -(-3000 // board.page_bytes)
+        async with connected(to) as session:
+            assert (await session.identify()).hardware_id == f"avr:{board.signature.hex()}"
+
+    with SimulatedAvr(tmp_path, board, application=app(board, "1.0.0")) as avr:
+        run(work(avr))
 
 
 @BOARDS
