@@ -179,7 +179,7 @@ class EngineSettings:
     max_steps: int = attrs.field(default=200, validator=_between(10, 100_000))
     max_trial_boots: int = attrs.field(default=3, validator=_between(1, 100))
     max_runs: int = attrs.field(default=3, validator=_between(1, 1000))
-    deadline_s: float = attrs.field(default=7 * 86_400.0, validator=_between(1, 365 * 86_400))
+    deadline_s: float = attrs.field(default=30 * 86_400.0, validator=_between(1, 365 * 86_400))
     stall_s: float = attrs.field(default=30.0, validator=_between(0.1, 3600))
     lease_s: float = attrs.field(default=30.0, validator=_between(0.1, 3600))
     call_s: float = attrs.field(default=120.0, validator=_between(0.1, 3600))

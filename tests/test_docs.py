@@ -114,7 +114,7 @@ def _default(field: Any) -> str:
             return word
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
 def _make(kind: type, name: str, value: object) -> object:
@@ -559,7 +559,9 @@ def test_what_a_plugin_author_is_told() -> None:
 def test_capabilities_are_those_of_the_contract() -> None:
     tree = ast.parse(page("edged/api.py"))
     real = {
-        node.name: {item.name for item in node.body if isinstance(item, ast.AsyncFunctionDef)}
+        node.name: {
+            item.name for item in node.body if isinstance(item, ast.AsyncFunctionDef | ast.FunctionDef)
+        }
         for node in tree.body
         if isinstance(node, ast.ClassDef) and node.name.startswith("Supports")
     }

@@ -298,6 +298,9 @@ def test_a_job_waits_for_weeks_for_a_device_that_sleeps_where_its_deadline_lets_
     later = [timedelta()]
     device = PullingDevice(plant.port, "token-of-pump-1")
 
+    def passed() -> float:
+        return later[0].total_seconds()
+
     async def waits(node: TestNode) -> Job:
         await node.want("pump-1", "pump@2.0.0")
         await until_job(node, lambda job: job.waiting is not None and not job.state.ended)
@@ -307,7 +310,7 @@ def test_a_job_waits_for_weeks_for_a_device_that_sleeps_where_its_deadline_lets_
 
     async def run() -> None:
         plant.engine = attrs.evolve(ENGINE, deadline_s=40 * 86_400)
-        async with running(plant, device, now=lambda: weeks_ago + later[0]) as node:
+        async with running(plant, device, now=lambda: weeks_ago + later[0], passed=passed) as node:
             await device.unplug()
             job = await waits(node)
             assert not job.state.ended and job.waiting is not None, job.detail
@@ -322,7 +325,7 @@ def test_a_job_waits_for_weeks_for_a_device_that_sleeps_where_its_deadline_lets_
 
     async def too_late() -> None:
         plant.engine = attrs.evolve(ENGINE, deadline_s=20 * 86_400)
-        async with running(plant, again, now=lambda: weeks_ago + later[0]) as node:
+        async with running(plant, again, now=lambda: weeks_ago + later[0], passed=passed) as node:
             await again.unplug()
             await waits(node)
             job = await node.ended("pump-1")
