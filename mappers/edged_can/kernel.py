@@ -230,13 +230,26 @@ class _KernelPeer:
             # of a message whose sender was cancelled
             await asyncio.wait([self._sending])
         await self._pace()
+        deadline = self._loop.time() + N_AS_S
+        # only its first frame finds the queue full: nothing of it has gone out then
+        while not await self._try_send(message):
+            if self._loop.time() > deadline:
+                raise queue_full(self._link.bus, self._link.errors)
+            await asyncio.sleep(_FULL_WAIT_S)
+
+    async def _try_send(self, message: bytes) -> bool:
+        """False where the device's queue is full."""
+        self._check()
         assert self._socket is not None
         self._sending = self._loop.run_in_executor(None, self._socket.send, message)
         self._sending.add_done_callback(self._sent)
         try:
             await asyncio.shield(self._sending)
         except OSError as error:
+            if error.errno in FULL:
+                return False
             raise self._meaning(error) from error
+        return True
 
     def _sent(self, sending: asyncio.Future[Any]) -> None:
         self._sending = None

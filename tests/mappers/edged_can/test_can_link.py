@@ -35,7 +35,9 @@ from edged.links import LinkPool, device_env
 from edged_can.address import CanAddress, parse_address
 from edged_can.bus_errors import BusErrors, lost, not_opened
 from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
+from edged_can.kernel import KernelLink
 from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
+from edged_can.transport import Peer, Shape
 
 APP = make_app("1.2.0", (1200, 600))
 BUS = CanAddress("virtual", "x")
@@ -444,6 +446,59 @@ def test_a_bus_that_is_fuller_than_the_share_slows_and_does_not_stop() -> None:
     with on_bus(name, controller), talking(name, 8, 0.004):
         asyncio.run(body())
     assert controller.held(BASE, 200) == bytes(200) and controller.counts.blocks == 4
+
+
+class Sockets:
+    """In place of the kernel's ISO-TP, which not every machine has: a device whose queue is full so many times.
+
+    It passes can_send's ENOBUFS on, where that is for the first frame of a message (net/can/isotp.c, isotp_sendmsg).
+    """
+
+    AF_CAN = SOCK_DGRAM = CAN_ISOTP = 0
+
+    def __init__(self, full: int) -> None:
+        self.full = full
+        self.refused = 0
+        self.sent: list[bytes] = []
+
+    def socket(self, *_: int) -> Sockets:
+        return self
+
+    def setblocking(self, _: bool) -> None: ...
+    def setsockopt(self, *_: object) -> None: ...
+    def bind(self, _: object) -> None: ...
+    def close(self) -> None: ...
+
+    def send(self, message: bytes) -> None:
+        if self.refused < self.full:
+            self.refused += 1
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+        self.sent.append(message)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_full_queue_is_waited_for_and_ends_one_session_where_it_stays(
+    stays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the kernel's ISO-TP. The others on the bus are not thrown out for it."""
+    sockets = Sockets(full=1_000_000 if stays else 2)
+    monkeypatch.setattr("edged_can.kernel.N_AS_S", 0.05 if stays else 5)
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        with monkeypatch.context() as patch:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
+                if stays:
+                    with pytest.raises(Transient, match="the queue for sending stays full") as caught:
+                        await transport.send(b"\x3e\x00")
+                    assert caught.value.reason is Reason.LINK_LOST
+                else:
+                    await transport.send(b"\x3e\x00")
+        assert link.lost is None
+
+    asyncio.run(body())
+    assert sockets.refused >= 2 and sockets.sent == ([] if stays else [b"\x3e\x00"])
 
 
 # -- what the controller says
