@@ -18,6 +18,7 @@ What is *not* here: retries (the engine's), reconnecting (the supervisor's), tim
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
@@ -60,6 +61,7 @@ __all__ = [
     "SupportsHealth",
     "SupportsReadBack",
     "SupportsTrial",
+    "as_text",
     "hookimpl",
     "hookspec",
     "no_config",
@@ -73,6 +75,12 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 JsonValue: TypeAlias = "None | bool | int | float | str | list[JsonValue] | dict[str, JsonValue]"
+
+
+def as_text(value: JsonValue) -> str:
+    """The one text of a value, which a health check's pattern is held against: a text as it is, all else as JSON writes it
+    (``true``, ``12.5``, ``null``)."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +180,8 @@ class HealthCheck:
     """How to tell that an activated image is good.
 
     ``kind`` is ``line`` (the application prints a line) or ``property`` (it answers ``query``). ``pattern`` is a regular
-    expression that the text must contain; ``{identifies_as}`` in it has been replaced by the release's signed value.
+    expression that the text must contain, for a property :func:`as_text` of its value; ``{identifies_as}`` in it has been
+    replaced by the release's signed value.
     """
 
     kind: str

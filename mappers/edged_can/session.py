@@ -26,6 +26,7 @@ from edged.api import (
     SessionTraits,
     Slot,
     Slots,
+    as_text,
 )
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_can.access import Access
@@ -311,7 +312,7 @@ class UdsSession:
         prop = next((each for each in self._config.properties if each.name == query), None)
         try:
             if prop is not None:
-                return True, str(decode(prop, await self._client.read(prop.did)).value)
+                return True, as_text(decode(prop, await self._client.read(prop.did)).value)
             return True, text_of(await self._client.read(_did(query)))
         except EdgedError as error:
             if isinstance(error, NegativeResponse | WrongType) or error.reason is Reason.NO_RESPONSE:

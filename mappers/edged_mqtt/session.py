@@ -8,7 +8,6 @@ not readable: the way back is to offer the former image.
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from edged.api import (
     SessionTraits,
     Slot,
     Slots,
+    as_text,
 )
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_mqtt import thingsboard as tb
@@ -262,7 +262,7 @@ class MqttSession:
                     text = f"{self._device.id} did not say its {key} within {self._config.report_s:g} s"
                     raise Transient(Reason.NO_RESPONSE, text)
                 self._require()
-            hardware_id = _text(self._values[key])
+            hardware_id = as_text(self._values[key])
         return Identity(hardware_id, self._name, {"protocol": "thingsboard"})
 
     async def reports(self) -> AsyncIterator[Reported]:
@@ -313,7 +313,7 @@ class MqttSession:
             if told.version is not None and self._is_another:
                 return Health(False, f"it runs {told.title} {told.version} by now"[:_EVIDENCE_CHARS])
             if self._values.told_at(check.query) >= told.since and not self._is_another:
-                seen = f"{check.query}={_text(self._values[check.query])}"[:_EVIDENCE_CHARS]
+                seen = f"{check.query}={as_text(self._values[check.query])}"[:_EVIDENCE_CHARS]
                 if pattern.search(seen):
                     return Health(True, seen)
             if not await self._news.wait(deadline):
@@ -457,7 +457,3 @@ class MqttSession:
             raise self._over
         if not self.seat.present:
             raise Transient(Reason.DEVICE_ABSENT, f"{self._device.id}: {self._why_away}")
-
-
-def _text(value: JsonValue) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

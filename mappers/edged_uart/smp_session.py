@@ -30,6 +30,7 @@ from edged.api import (
     SessionTraits,
     Slot,
     Slots,
+    as_text,
 )
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged_firmware.formats import mcuboot
@@ -710,7 +711,7 @@ class SmpSession:
                 raise
             self._client.forget()
             return ""
-        return _text(found[0].value) if found else ""
+        return as_text(found[0].value) if found else ""
 
     async def _asked(self, query: str) -> list[Reported]:
         """The properties among which ``query`` is, and few others: what is wrong with one must not matter for another."""
@@ -796,7 +797,3 @@ def _doubt(image: mcuboot.McubootImage) -> str:
         return "it is not signed, and the device wants a signature, or it is made for another board"
     key = f" ({image.key_hash.hex()[:16]})" if image.key_hash else ""
     return f"it is signed ({image.signature}) with a key{key} that the device does not know, or made for another board"
-
-
-def _text(value: JsonValue) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else str(value)

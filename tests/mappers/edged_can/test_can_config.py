@@ -335,6 +335,8 @@ def test_health_is_what_an_identifier_or_a_property_says() -> None:
             assert well.healthy and well.evidence == "1.2.0"
             ill = await session.check_health(HealthCheck("property", "^9", "pressure", 0.2))
             assert not ill.healthy and ill.evidence == "0.0"
+            switch = await session.check_health(HealthCheck("property", "^true$", "enabled", 0.2))
+            assert switch.healthy and switch.evidence == "true"
             gone = await session.check_health(HealthCheck("property", "x", "0999", 0.2))
             assert not gone.healthy and "requestOutOfRange (0x31)" in gone.evidence
             for check, says in (
