@@ -67,6 +67,7 @@ def test_an_image_that_is_not_well_is_taken_back_by_the_boot_loader(tmp_path: Pa
         assert runs(server.flash) == first_image() and server.confirmed
 
 
+@pytest.mark.slow
 def test_a_device_that_loses_its_power_in_its_trial_goes_back_by_itself(tmp_path: Path) -> None:
     """At the moment at which edged tells it to keep the image."""
     with McubootServer(tmp_path) as server:
@@ -148,6 +149,7 @@ def test_nothing_starts_where_the_only_image_is_damaged(damaged_at: int) -> None
     assert ended.end == "no image" and ended.changes == 0, ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("healthy", [True, False], ids=["good", "bad"])
 def test_cuts_while_it_swaps_do_not_change_how_a_job_ends(tmp_path: Path, healthy: bool) -> None:
     cuts = {2: (1, SWAP_CHANGES // 3, SWAP_CHANGES // 2), 3: (SWAP_CHANGES // 5,)}
