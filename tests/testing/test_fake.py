@@ -23,7 +23,7 @@ def subject(**options: Any) -> Subject:
     plugin = FakePlugin()
     hardware = plugin.add("bus", FakeDevice("dev-1", **options))
     plugin.add("bus", FakeDevice("dev-2"))
-    hardware.install(fake_app("0.1.0"))
+    hardware.install(fake_app("0.2.0"))
     bus = plugin.bus("bus")
     bus.bytes_per_s = 200_000
 

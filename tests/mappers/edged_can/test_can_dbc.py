@@ -116,7 +116,13 @@ def test_frames_are_reported_while_there_is_always_a_poll_due(file: str) -> None
         return [data]
 
     async def body() -> list[str]:
-        table = {"dbc": file, "signals": ["Engine.Speed"], "signals_s": 0, "properties": many}
+        table = {
+            "dbc": file,
+            "signals": ["Engine.Speed"],
+            "signals_s": 0,
+            "properties": many,
+            "answer_s": 5,
+        }
         async with connected(device(f"can:virtual@{name}", **table)) as session:
             reports = session.reports()
             seen = [(await anext(reports)).name for _ in range(60)]
