@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import attrs
 import pytest
 from can_kit import bus_name, secret
-from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, settle
+from can_node import IMAGE_BYTES, IMAGES, PATIENT, SIZES, Site, alive, published, settle
 from engine_kit import cut_at_each, through_cuts, until_cut
 from uds_server import Controller
 
@@ -27,8 +30,10 @@ from edged.store.node_key import NodeKey
 from edged.testing.faults import Faults, When
 from edged.testing.node import TestNode, life
 
-TRIES = 5
-QUICK = {"answer_s": 0.3, "boot_s": 1.0}
+QUICK = {"answer_s": 5, "boot_s": 1.0}
+"""A life that is cut ends at once, and nothing else is slow: that an answer does not come is not among the faults here."""
+ONE_CHECKPOINT = attrs.evolve(PATIENT, checkpoint_bytes=SIZES[0])
+"""Due when the first segment is written, and not again."""
 SCENARIOS = {"good": ("2.0.0", State.SUCCEEDED, "2.0.0", 1), "bad": ("3.0.0", State.REVERTED, "1.0.0", 2)}
 
 
@@ -52,24 +57,60 @@ def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret(monkeypatch, tmp_path)
 
 
+ENDING = {"good": 3, "bad": 2}
+"""Commits from the last start of the controller to the end of the job."""
+
+
+class Paced:
+    """The controller's effects in a first life, each at its place among the node's: checkpoints are due by the clock, so the
+    erase of the second segment waits for the one that is due by then. A later life is due none that was made before."""
+
+    def __init__(self, faults: Faults) -> None:
+        self._faults = faults
+        self._commits = -1
+        self.late = False
+
+    def effect(self, name: str, apply: Callable[[], None], torn: Callable[[], None] | None = None) -> None:
+        if name == "device.erase":
+            self._wait()
+        self._faults.effect(name, apply, torn)
+        if name == "device.block":
+            self._commits = self._now()
+
+    def _wait(self) -> None:
+        until = time.monotonic() + 4
+        while self._now() == self._commits and not self._faults.dead:
+            self.late = time.monotonic() > until
+            if self.late:
+                return
+            time.sleep(0.002)
+
+    def _now(self) -> int:
+        return self._faults.names.count("store.commit")
+
+
 class World:
     """One controller and one node's folder, over as many lives as it takes."""
 
     def __init__(self, folder: Path, begin: Site, name: str) -> None:
         self.version, self.state, self.runs, self.images = SCENARIOS[name]
         shutil.copytree(begin.folder, folder)
-        self.site = Site(folder, begin.publisher, table=QUICK)
+        self.site = Site(folder, begin.publisher, engine=ONE_CHECKPOINT, table=QUICK)
         self.controller = self.site.controller()
-        self.cuts = 0
+        self.cuts = self.lives = 0
 
     def live(self, faults: Faults) -> Job | None:
         """One life; the ended job, or None where the power was cut."""
         before = self.controller
-        self.controller = Controller(flash=before.flash, counts=before.counts, effects=faults, boot_s=0)
+        paced = Paced(faults)
+        effects = faults if self.lives else paced
+        self.lives += 1
+        self.controller = Controller(flash=before.flash, counts=before.counts, effects=effects, boot_s=0)
         self.site.bus = bus_name()
         with alive(self.site, self.controller):
             job = until_cut(self._live(faults), faults)
         self.cuts += faults.dead
+        assert not paced.late, "no checkpoint came when it was due"
         return job
 
     async def _live(self, faults: Faults) -> Job:
@@ -107,18 +148,32 @@ class World:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None:
+    names = _effects(tmp_path / "counting", begin, name)
+    assert {"store.commit", "device.erase", "device.block", "device.reset"} <= set(names)
+    torn = ("device.erase", "device.block")
+    planned, hit = cut_at_each(names, torn, lambda folder: World(tmp_path / folder, begin, name))
+    assert hit == planned == 2 * len(names) + sum(effect in torn for effect in names)
+
+
+def _effects(folder: Path, begin: Site, name: str) -> list[str]:
+    """Of a life without a cut, up to the commit that ends the job: what the node tidies up then, a cut may or may not meet."""
     counting = Faults()
-    world = World(tmp_path / "counting", begin, name)
+    world = World(folder, begin, name)
     job = world.live(counting)
     assert job is not None
     world.check(job)
-    assert {"store.commit", "device.erase", "device.block", "device.reset"} <= set(counting.names)
-    torn = ("device.erase", "device.block")
-    planned, fired = cut_at_each(
-        counting.names, torn, lambda folder: World(tmp_path / folder, begin, name), TRIES
-    )
-    # checkpoints are due by the clock: a run may have one less or more, and then an effect has another number
-    assert fired >= planned - 4, f"{fired} of {planned} cuts fired where they were to"
+    last = max(at for at, effect in enumerate(counting.names) if effect == "device.reset")
+    return counting.names[: last + 1 + ENDING[name]]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_effect_has_its_place(tmp_path: Path, begin: Site, name: str) -> None:
+    """What the sweep stands on; a checkpoint is among them, between the two segments."""
+    names = _effects(tmp_path / "first", begin, name)
+    assert set(names[-ENDING[name] :]) == {"store.commit"}
+    assert names == _effects(tmp_path / "second", begin, name)
+    second = [at for at, effect in enumerate(names) if effect == "device.erase"][1]
+    assert names[second - 2 : second] == ["device.block", "store.commit"]
 
 
 @pytest.mark.parametrize("seed", range(6))
