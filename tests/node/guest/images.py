@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from guest import boot
 from guest.command import GuestError
 
 SUITES: Final = ("bookworm", "trixie")
@@ -25,7 +26,7 @@ CACHE: Final = Path(__file__).resolve().parents[3] / ".cache" / "guests"
 
 PACKAGES: Final = (
     *("systemd", "systemd-sysv", "dbus", "udev", "kmod", "iproute2", "procps", "login", "adduser"),
-    *("linux-image-amd64", "initramfs-tools", "zstd", "qemu-guest-agent"),
+    *("linux-image-amd64", "zstd", "qemu-guest-agent"),
     # what edged needs of the distribution: a guest has no way to the archive
     *("python3", "python3-cryptography", "python3-aiohttp", "tzdata"),
     "mosquitto",
@@ -45,24 +46,29 @@ for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub
     getty@tty1.service console-getty.service serial-getty@ttyS0.service \
     dev-hugepages.mount dev-mqueue.mount sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount \
     modprobe@drm.service modprobe@dm_mod.service modprobe@loop.service modprobe@efi_pstore.service \
-    modprobe@configfs.service modprobe@fuse.service systemd-update-utmp.service; do
+    modprobe@configfs.service modprobe@fuse.service systemd-update-utmp.service systemd-update-utmp-runlevel.service \
+    systemd-binfmt.service proc-sys-fs-binfmt_misc.automount; do
     ln -sf /dev/null "etc/systemd/system/$unit"
 done
-mkdir -p var/log/journal
+mkdir -p var/log/journal etc/systemd/system/qemu-guest-agent.service.d
+# it has a line for each question of the host, and the journal's writes would be most of what a waiting machine does
+printf '%s\n' '[Service]' StandardOutput=null StandardError=null >etc/systemd/system/qemu-guest-agent.service.d/quiet.conf
 """
 """Run with the tree's path after the packages are in. The kernel stays Debian's own, with CAN and USB serial."""
-
-INITRAMFS: Final = r"""
-set -eu
-mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/usr/share/initramfs-tools/modules.d"
-printf '%s\n' MODULES=list COMPRESS=zstd COMPRESSLEVEL=1 >"$1/etc/initramfs-tools/conf.d/guest"
-printf '%s\n' virtio_pci virtio_blk ext4 >"$1/usr/share/initramfs-tools/modules.d/guest"
-"""
-"""Run before the kernel is in: its initramfs has what a guest's disk needs, and is made once."""
 
 OPTIONS: Final = (
     *("--mode=root", "--variant=apt", '--aptopt=APT::Install-Recommends "false"'),
     *('--aptopt=Acquire::Languages "none"', "--dpkgopt=path-exclude=/usr/share/locale/*"),
+    # no initramfs of Debian's: a machine boots with one of its own, see boot.py
+    "--dpkgopt=path-exclude=/etc/kernel/postinst.d/initramfs-tools",
+    # two thirds of a kernel's modules, and of each copy of a disk: for what no guest has
+    *(
+        f"--dpkgopt=path-exclude=*/lib/modules/*/kernel/{part}/*"
+        for part in (
+            *("sound", "drivers/gpu", "drivers/media", "drivers/net/ethernet", "drivers/net/wireless"),
+            *("drivers/infiniband", "drivers/scsi", "drivers/iio", "drivers/staging", "drivers/isdn"),
+        )
+    ),
 )
 DISK_MIB: Final = 1536
 
@@ -86,12 +92,12 @@ class Image:
 
     @property
     def kernel(self) -> Path:
-        """Debian's kernel of the tree, to be booted without a boot loader."""
-        return self.folder / "vmlinuz"
+        """Debian's kernel of the tree, unpacked, to be booted without a boot loader."""
+        return self.folder / "vmlinux"
 
     @property
     def initrd(self) -> Path:
-        """The kernel's initramfs."""
+        """What mounts the disk for it."""
         return self.folder / "initrd"
 
 
@@ -114,7 +120,8 @@ def images() -> dict[str, Image]:
 
 def recipe_hash(suite: str) -> str:
     """Names what an image is made of; another recipe is another image."""
-    recipe = "\0".join((suite, *PACKAGES, INITRAMFS, CUSTOMIZE, *OPTIONS, str(DISK_MIB)))
+    booted = (*boot.MODULES, boot.INIT.read_text())
+    recipe = "\0".join((suite, *PACKAGES, CUSTOMIZE, *OPTIONS, *booted, str(DISK_MIB)))
     return hashlib.sha256(recipe.encode()).hexdigest()[:12]
 
 
@@ -154,20 +161,17 @@ def _build(built: Image) -> None:
         Path(folder).chmod(0o755)
         half = Image(built.suite, Path(folder) / "image")
         half.folder.mkdir()
-        hooks = {name: half.folder / name for name in ("essential", "customize")}
-        hooks["essential"].write_text(INITRAMFS)
-        hooks["customize"].write_text(CUSTOMIZE)
+        hook = half.folder / "customize"
+        hook.write_text(CUSTOMIZE)
         run(
             *("mmdebstrap", *OPTIONS, f"--include={','.join(PACKAGES)}"),
-            *(f'--{name}-hook=sh {hook} "$1"' for name, hook in hooks.items()),
-            *(built.suite, str(half.tree)),
+            *(f'--customize-hook=sh {hook} "$1"', built.suite, str(half.tree)),
         )
-        for hook in hooks.values():
-            hook.unlink()
-        boot = half.tree / "boot"
-        for name, target in (("vmlinuz-*", half.kernel), ("initrd.img-*", half.initrd)):
-            (found,) = boot.glob(name)
-            shutil.move(found, target)
+        hook.unlink()
+        (packed,) = (half.tree / "boot").glob("vmlinuz-*")
+        half.kernel.write_bytes(boot.unpacked_kernel(packed.read_bytes(), half.tree))
+        half.initrd.write_bytes(boot.initramfs(half.tree))
+        packed.unlink()
         make_disk(half.tree, half.disk)
         half.folder.rename(built.folder)
 

@@ -25,7 +25,8 @@ from guest.images import Image, run
 _BOOT_S: Final = 240.0
 _ANSWER_S: Final = 60.0
 _QMP_S: Final = 120.0
-_POLL_S: Final = 0.03
+_POLL_S: Final = (0.03, 0.5)
+"""A command's end is asked for at first and at last this often: each question is work for an emulated guest."""
 HOST_ADDRESS: Final = "10.0.2.100"
 KERNEL_LINE: Final = (
     "root=/dev/vda rw console=ttyS0 mitigations=off quiet systemd.show_status=error panic=-1 "
@@ -244,7 +245,7 @@ class Machine(Guest):
         if stdin:
             asked["input-data"] = base64.b64encode(stdin).decode()
         pid = self._ask("guest-exec", asked)["pid"]
-        deadline = time.monotonic() + timeout_s
+        deadline, pause_s = time.monotonic() + timeout_s, _POLL_S[0]
         while True:
             status = self._ask("guest-exec-status", {"pid": pid})
             if status["exited"]:
@@ -255,7 +256,8 @@ class Machine(Guest):
                 return Done(command, status.get("exitcode", 128 + status.get("signal", 0)), out, err)
             if time.monotonic() > deadline:
                 raise GuestError(f"{' '.join(command)}: no end within {timeout_s} s; {self.console_end()}")
-            time.sleep(_POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.3, _POLL_S[1])
 
     @property
     def _qmp(self) -> Channel:
