@@ -7,14 +7,16 @@ import json
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
+from guest import Container, Image
 from guest.command import Guest
+from guest.images import make_disk
 from intelhex import IntelHex
 
 from edged.testing.avr import OPTIBOOT_328P, SimulatedAvr, build_app
@@ -92,6 +94,16 @@ def install(guest: Guest, deb: Path, *options: str, timeout_s: float = 300) -> s
     inside = f"/var/tmp/{deb.name}"
     guest.put(deb, inside)
     return guest.run("apt-get", "install", "-y", *options, inside, timeout_s=timeout_s).out
+
+
+def installed_disk(image: Image, deb: Path, folder: Path, prepare: Callable[[Container], None]) -> Path:
+    """A raw disk with the package on it, and with what ``prepare`` does: in an emulated machine that takes minutes."""
+    with Container(image, folder / "container") as guest:
+        install(guest, deb)
+        prepare(guest)
+        guest.stop()
+        make_disk(guest.root, folder / "installed.raw")
+    return folder / "installed.raw"
 
 
 def configure(

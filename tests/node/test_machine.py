@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-from guest import SUITES, Container, Image, Machine, Serial
-from guest.command import GuestError, eventually
-from guest.images import make_disk, make_overlay
+from guest import SUITES, Image, Machine, Serial
+from guest.command import Guest, GuestError, eventually
+from guest.images import make_overlay
 from guest.qemu import CAN, WATCHDOG
 from node_kit import (
     Releases,
     await_job,
     board,
     configure,
-    install,
+    installed_disk,
     make_certificate,
     make_releases,
     send,
@@ -85,7 +85,12 @@ def ready(
 ) -> Ready:
     folder, image = tmp_path_factory.mktemp("ready"), images[request.param]
     oldest = image.suite == SUITES[0]
-    base = image.disk if oldest else installed_in_a_container(image, deb, folder)
+
+    def prepare(guest: Guest) -> None:
+        send_releases(guest, releases)
+        configure(guest, {FIXED: "serial:/dev/ttyS1", PLUGGED: f"serial:{PLUGGED_PORT}"})
+
+    base = image.disk if oldest else installed_disk(image, deb, folder, prepare)
     disk, install_s = make_overlay(base, folder / "disk.qcow2"), 0.0
     with boards(folder) as (fixed, plugged), machine(image, disk, folder, fixed, plugged) as guest:
         guest.start()
@@ -93,20 +98,10 @@ def ready(
         if oldest:
             install_over_http(guest, publish(folder / "repository", deb))
             install_s = time.monotonic() - began
-        send_releases(guest, releases)
-        configure(guest, {FIXED: "serial:/dev/ttyS1", PLUGGED: f"serial:{PLUGGED_PORT}"})
+            prepare(guest)
         guest.run("systemctl", "stop", "edged.service", timeout_s=120)
         guest.save("ready")
     return Ready(image, disk, boot_s, install_s)
-
-
-def installed_in_a_container(image: Image, deb: Path, folder: Path) -> Path:
-    """A disk with the package on it: in an emulated machine its installation takes minutes."""
-    with Container(image, folder / "container") as guest:
-        install(guest, deb)
-        guest.stop()
-        make_disk(guest.root, folder / "installed.raw")
-    return folder / "installed.raw"
 
 
 def install_over_http(guest: Machine, repository: Path) -> None:

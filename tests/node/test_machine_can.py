@@ -16,9 +16,9 @@ import pytest
 import uds_server
 from can_node import IMAGES, published
 from guest import Image, Machine
-from guest.command import eventually
+from guest.command import Guest, eventually
 from guest.images import make_overlay
-from node_kit import RELEASES, Releases, await_job, install, send_releases, start_job
+from node_kit import RELEASES, Releases, await_job, installed_disk, send_releases, start_job
 from uds_server import BASE, Controller
 
 pytestmark = pytest.mark.timeout(1200)
@@ -123,19 +123,23 @@ def site(bookworm_machine: Machine) -> Site:
 def bookworm_machine(
     images: dict[str, Image], deb: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Machine]:
-    folder = tmp_path_factory.mktemp("can-machine")
-    image = images["bookworm"]
-    disk = make_overlay(image.disk, folder / "disk.qcow2")
+    folder, image = tmp_path_factory.mktemp("can-machine"), images["bookworm"]
     publisher = published(folder / "publisher", "blink")
+
+    def prepare(guest: Guest) -> None:
+        send_releases(guest, Releases(publisher.repo, {}))
+        configure(guest)
+        # its buses and controllers come first
+        guest.run("systemctl", "disable", "--now", "edged.service")
+
+    disk = make_overlay(installed_disk(image, deb, folder, prepare), folder / "disk.qcow2")
     with Machine(image, disk, folder / "machine", cpus=2) as guest:
-        install(guest, deb)
         guest.sh(
             "modprobe vcan; for c in vcan0 vcan1; do ip link add $c type vcan; ip link set $c mtu 72; ip link set $c up; done"
         )
         for name, wiring in WIRING.items():
             start_controller(guest, name, f"vcan{list(WIRING).index(name)}", wiring)
-        send_releases(guest, Releases(publisher.repo, {}))
-        configure(guest)
+        guest.run("systemctl", "enable", "--now", "edged.service", timeout_s=180)
         yield guest
 
 
@@ -149,7 +153,7 @@ def start_controller(guest: Machine, name: str, bus: str, wiring: dict[str, Any]
     guest.run("systemd-run", f"--unit={name}", *command)
 
 
-def configure(guest: Machine) -> None:
+def configure(guest: Guest) -> None:
     guest.sh(rf"""sed -i 's|^#\?repository = .*|repository = "{RELEASES}"|' /etc/edged/edged.toml""")
     guest.write("/etc/edged/models.d/ecu.toml", MODEL)
     guest.write("/etc/edged/devices.d/drives.toml", DEVICES)

@@ -27,7 +27,7 @@ import pytest
 from guest import Container, Image, Machine, Serial, blklog
 from guest.command import eventually
 from guest.images import copy_disk, make_disk, run
-from node_kit import ENDED, RELEASES, ROOT, Releases, board, configure, install, make_releases
+from node_kit import API, ENDED, RELEASES, ROOT, Releases, board, configure, install, make_releases
 
 from edged.testing.avr import SimulatedAvr
 
@@ -277,7 +277,8 @@ def _end(machine: Machine, boards: dict[str, SimulatedAvr], disks: Disks, told: 
     machine.await_agent()
 
     def rest() -> list[Any]:
-        jobs: list[Any] = machine.json("edged", "jobs", "--json", timeout_s=120)["jobs"]
+        program = f'{API}\nprint(json.dumps(ask("GET", "jobs?limit=100")["jobs"]))'
+        jobs: list[Any] = json.loads(machine.python(program, timeout_s=120))
         return jobs if all(job["state"] in ENDED for job in jobs) else []
 
     eventually(
