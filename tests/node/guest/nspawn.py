@@ -54,7 +54,8 @@ class Container(Guest):
         for folder in (self.root, self._upper, self._work):
             folder.mkdir(parents=True)
         if self._disk is None:
-            layers = f"lowerdir={self.image.tree},upperdir={self._upper},workdir={self._work}"
+            # "volatile": nothing here outlives its test, so that nobody waits for the disk
+            layers = f"lowerdir={self.image.tree},upperdir={self._upper},workdir={self._work},volatile"
             run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
         else:
             run("mount", "-o", "loop", str(self._disk), str(self.root))
@@ -116,6 +117,10 @@ class Container(Guest):
         except subprocess.TimeoutExpired as error:
             raise GuestError(f"{' '.join(command)}: no end within {timeout_s} s") from error
         return Done(command, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+    def beside(self, *command: str) -> list[str]:
+        """``command`` of the host, to be run in the container's network: its files and libraries are the host's."""
+        return ["nsenter", "--target", str(self._leader), "--net", "--", *command]
 
     def console(self) -> str:
         """What the boot and systemd-nspawn itself said."""
