@@ -12,13 +12,14 @@ from typing import Generic, Protocol, TypeVar
 
 import can
 
-from edged.errors import Transient
+from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
 from edged_can.bus_errors import BusErrors
 from edged_can.frames import wire_s
 from edged_can.link import Listener, Turns
 from edged_can.load import BusLoad
 from edged_can.messages import to_frame
+from edged_can.transport import Shape
 
 
 class Told(Protocol):
@@ -78,6 +79,14 @@ class BaseLink(Generic[P]):
     def in_loop(self, call: Callable[..., None], *arguments: object) -> None:
         """Have the event loop do ``call``."""
         call(*arguments)
+
+    def _check(self, shape: Shape) -> None:
+        """Whether this bus carries it. Raises Permanent(CONFIG_INVALID)."""
+        if shape.fd and not self.bus.fd:
+            text = (
+                f"{self.bus}: fd needs a bus with a data bit rate: can:INTERFACE@CHANNEL@BITRATE/DATA_BITRATE"
+            )
+            raise Permanent(Reason.CONFIG_INVALID, text)
 
     def _tell_lost(self, error: Transient) -> None:
         for listener in self._listeners:

@@ -117,9 +117,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
     @asynccontextmanager
     async def transport(self, peer: Peer, shape: Shape) -> AsyncIterator[Transport]:
         """As :class:`~edged_can.link.CanLink`."""
-        if shape.fd and not self.bus.fd:
-            text = f"{self.bus}: fd needs a data bit rate: can:socketcan@CHANNEL@BITRATE/DATA_BITRATE"
-            raise Permanent(Reason.CONFIG_INVALID, text)
+        self._check(shape)
         port = _KernelPeer(self, peer, shape)
         self._peers.append(port)
         self._measured += shape.share < 1

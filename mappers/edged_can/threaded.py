@@ -106,8 +106,7 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
     @asynccontextmanager
     async def transport(self, peer: Peer, shape: Shape) -> AsyncIterator[Transport]:
         """As :class:`~edged_can.link.CanLink`."""
-        if shape.fd and not self.bus.fd:
-            raise _no_fd(self.bus)
+        self._check(shape)
         port = _ThreadedPeer(self, peer, shape)
         keeps_to_share = shape.share < 1
         self._measured += keeps_to_share
@@ -511,11 +510,6 @@ def _parameters(shape: Shape) -> dict[str, Any]:
         "max_frame_size": MESSAGE_BYTES,
         "wait_func": _no_wait,
     }
-
-
-def _no_fd(bus: CanAddress) -> Permanent:
-    text = f"{bus}: fd needs a bus with a data bit rate: can:INTERFACE@CHANNEL@BITRATE/DATA_BITRATE"
-    return Permanent(Reason.CONFIG_INVALID, text)
 
 
 def _code(error: Exception) -> int | None:

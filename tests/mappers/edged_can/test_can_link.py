@@ -482,7 +482,7 @@ def test_a_full_queue_is_waited_for_and_ends_one_session_where_it_stays(
 ) -> None:
     """With the kernel's ISO-TP. The others on the bus are not thrown out for it."""
     sockets = Sockets(full=1_000_000 if stays else 2)
-    monkeypatch.setattr("edged_can.kernel.N_AS_S", 0.05 if stays else 5)
+    monkeypatch.setattr("edged_can.kernel.N_AS_S", 1 if stays else 5)
 
     async def body() -> None:
         link = KernelLink(parse_address("can0"))
