@@ -73,8 +73,10 @@ async def _device(number: int, port: int, size: int, chunk: int, took: list[floa
     ended = time.perf_counter()
     told = {"current_fw_title": "pump", "current_fw_version": "2", "fw_state": "UPDATED"}
     writer.write(_publish("v1/devices/me/telemetry", json.dumps(told).encode()))
-    await reader.read(1)
+    # DISCONNECT: a server may keep the connection for what comes next
+    writer.write(b"\xe0\0")
     writer.close()
+    await writer.wait_closed()
     return begun, ended
 
 
