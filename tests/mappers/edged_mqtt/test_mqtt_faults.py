@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -15,12 +16,14 @@ from typing import Any
 
 import attrs
 import pytest
+from broker_kit import Mosquitto
 from mqtt_kit import PullingDevice, free_port
 from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
 
 from edged.domain.job import Job, State
 from edged.engine.observer import Silent
 from edged.errors import Reason
+from edged.supervisor import UnitState
 from edged.testing.node import TestNode, life
 
 Fault = Callable[[int, bytes], list[bytes]]
@@ -36,17 +39,42 @@ class Counting(Silent):
         self.events[event] += 1
 
 
-class Wire:
-    """Between device and node: hands chunks on as ``fault`` says, and cuts the connection at the packets in ``cuts``.
+def is_chunk(packet: bytes) -> bool:
+    return b"/response/" in packet[:64] and b"/chunk/" in packet[:64]
 
-    ``fault`` is given the number of the chunk message and the packet, and returns what goes on.
+
+def is_request(packet: bytes) -> bool:
+    return b"/request/" in packet[:64] and b"/chunk/" in packet[:64]
+
+
+def is_offer(packet: bytes) -> bool:
+    return b"/attributes" in packet[:64] and b'"fw_checksum"' in packet
+
+
+def is_state(packet: bytes) -> bool:
+    """What the device says of its download: DOWNLOADING, DOWNLOADED, VERIFIED, UPDATING, UPDATED."""
+    return b"/telemetry" in packet[:64] and b'"fw_state"' in packet
+
+
+class Wire:
+    """Between a device and node or broker: hands messages on as ``fault`` says, and cuts the connection at the packets
+    to the device in ``cuts``.
+
+    ``fault`` is given the number of the message, among those that are ``on``, and the packet; it returns what goes on.
     """
 
-    def __init__(self, node_port: int, fault: Fault | None = None, cuts: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        far_port: int,
+        fault: Fault | None = None,
+        cuts: Sequence[int] = (),
+        on: Callable[[bytes], bool] = is_chunk,
+    ) -> None:
         self.port = free_port()
-        self.chunks = self.fired = 0
-        self._node_port = node_port
+        self.seen = self.fired = 0
+        self._far_port = far_port
         self._fault = fault
+        self._on = on
         self._cuts = iter(cuts)
         self._next_cut = next(self._cuts, 0)
         self._packets = 0
@@ -61,50 +89,51 @@ class Wire:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            far_reader, far = await asyncio.open_connection("127.0.0.1", self._node_port)
+            far_reader, far = await asyncio.open_connection("127.0.0.1", self._far_port)
         except OSError:
             writer.transport.abort()
             return
-        up = asyncio.create_task(self._raw(reader, far))
+        ways = [self._pump(reader, far, is_up=True), self._pump(far_reader, writer, is_up=False)]
+        pumps = [asyncio.create_task(way) for way in ways]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            for one in (writer, far):
+                one.transport.abort()
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_up: bool) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, OSError):
-            await self._down(far_reader, writer)
-        up.cancel()
-        for one in (writer, far):
-            one.transport.abort()
-
-    async def _raw(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-        writer.transport.abort()
-
-    async def _down(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while True:
-            packet = await reader.readexactly(1)
-            length = shift = 0
             while True:
-                byte = await reader.readexactly(1)
-                packet += byte
-                length |= (byte[0] & 127) << shift
-                shift += 7
-                if byte[0] < 128:
-                    break
-            packet += await reader.readexactly(length)
-            self._packets += 1
-            if self._packets == self._next_cut:
-                self._next_cut = next(self._cuts, 0)
-                self.fired += 1
-                return
-            for one in self._faulty(packet):
-                writer.write(one)
+                packet = await _packet(reader)
+                self._packets += not is_up
+                if not is_up and self._packets == self._next_cut:
+                    self._next_cut = next(self._cuts, 0)
+                    self.fired += 1
+                    return
+                for one in self._faulty(packet):
+                    writer.write(one)
 
     def _faulty(self, packet: bytes) -> list[bytes]:
-        if self._fault is None or b"/response/" not in packet[:64] or b"/chunk/" not in packet[:64]:
+        if self._fault is None or not self._on(packet):
             return [packet]
-        self.chunks += 1
-        found = self._fault(self.chunks, packet)
+        self.seen += 1
+        found = self._fault(self.seen, packet)
         self.fired += found != [packet]
         return found
+
+
+async def _packet(reader: asyncio.StreamReader) -> bytes:
+    packet = await reader.readexactly(1)
+    length = shift = 0
+    while True:
+        byte = await reader.readexactly(1)
+        packet += byte
+        length |= (byte[0] & 127) << shift
+        shift += 7
+        if byte[0] < 128:
+            return packet + await reader.readexactly(length)
 
 
 @pytest.fixture
@@ -187,6 +216,96 @@ def test_a_wire_with_one_fault_delivers(plant: Plant, fault: Fault, begins: int)
             assert device.written <= begun * IMAGE_BYTES
 
     asyncio.run(run())
+
+
+def lose(*numbers: int) -> Fault:
+    return lambda number, packet: [] if number in numbers else [packet]
+
+
+def double(*numbers: int) -> Fault:
+    return lambda number, packet: [packet, packet] if number in numbers else [packet]
+
+
+def late(which: int) -> Fault:
+    """After the next one of its kind; where there is none it is lost."""
+    kept: list[bytes] = []
+
+    def fault(number: int, packet: bytes) -> list[bytes]:
+        if number == which:
+            kept.append(packet)
+            return []
+        found = [packet, *kept]
+        kept.clear()
+        return found
+
+    return fault
+
+
+MESSAGES = {
+    "request lost": (is_request, lose(5, 30)),
+    "request doubled": (is_request, double(1, 3, 20)),
+    "request late": (is_request, late(6)),
+    "offer lost": (is_offer, lose(1)),
+    "offer doubled": (is_offer, double(1)),
+    "offer late": (is_offer, late(1)),
+    "DOWNLOADING lost": (is_state, lose(1)),
+    "DOWNLOADED lost": (is_state, lose(2)),
+    "DOWNLOADED late": (is_state, late(2)),
+    "UPDATING lost": (is_state, lose(4)),
+    "UPDATING late": (is_state, late(4)),
+    "UPDATED lost": (is_state, lose(5)),
+    "states doubled": (is_state, double(1, 2, 3, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_message_that_is_lost_doubled_or_late_changes_nothing(plant: Plant, name: str) -> None:
+    """A device that says now and then how it is, where one of its states is hit; edged offers again what nobody asks for."""
+    on, fault = MESSAGES[name]
+    wire, counting = Wire(plant.port, fault, on=on), Counting()
+    talks: dict[str, Any] = {"every_s": 0.3, "repeats": True} if on is is_state else {}
+    device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, **talks)
+
+    async def run() -> None:
+        async with wire.up(), running(plant, device, counting=counting) as node:
+            job = await deployed(node, "pump@2.0.0")
+            assert wire.fired, "the fault did not fire"
+            assert job.state is State.SUCCEEDED, job.detail
+            right(job, device)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("fault", "begins"), [(lose(5), 2), (double(3, 20), 1)], ids=["lost", "doubled"])
+def test_a_chunk_that_a_broker_loses_or_doubles_changes_nothing(
+    tmp_path: Path, fault: Fault, begins: int
+) -> None:
+    plant, broker = Plant(tmp_path / "plant"), Mosquitto(tmp_path)
+    plant.publish("1.0.0", "2.0.0")
+    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1", silence_s=2.0)
+    wire, counting = Wire(broker.port, fault), Counting()
+    device = PullingDevice(wire.port, prefix="devices/pump-1/")
+
+    async def run() -> None:
+        async with wire.up(), life(plant.config, plant.plugins, observer=counting) as node:
+            async with asyncio.timeout(20):
+                while node.sessions["pump-1"].unit.state is not UnitState.ABSENT:
+                    await asyncio.sleep(0.01)
+            device.start()
+            try:
+                first = await deployed(node, "pump@1.0.0")
+                assert first.state is State.SUCCEEDED, first.detail
+                job = await deployed(node, "pump@2.0.0")
+                assert wire.fired, "the fault did not fire"
+                assert job.state is State.SUCCEEDED, job.detail
+                right(job, device)
+                assert device.log.count("DOWNLOADING") >= begins
+                assert device.written <= device.log.count("DOWNLOADING") * IMAGE_BYTES
+            finally:
+                await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
 
 
 def test_a_wire_that_always_flips_ends_with_the_old_image(plant: Plant) -> None:
@@ -281,6 +400,8 @@ def test_who_asks_too_much_is_stopped_and_counted_and_others_go_on(
     plant.device("pump-2")
     rude = PullingDevice(plant.port, "token-of-pump-1", **options)
     good = PullingDevice(plant.port, "token-of-pump-2", version="1.0.0")
+    asked: list[int] = []
+    good.on_chunk = lambda _: asked.append(rude.requests)
 
     async def run() -> None:
         async with running(plant, rude, good, counting=counting) as node:
@@ -291,6 +412,9 @@ def test_who_asks_too_much_is_stopped_and_counted_and_others_go_on(
             assert counting.events[event] >= 1
             assert rude.version == "1.0.0" and rude.written <= 4 * IMAGE_BYTES
             assert jobs[1].state is State.SUCCEEDED and good.version == "2.0.0"
+            # whoever asks for too much is not served more often than those beside it
+            assert len(asked) == -(-IMAGE_BYTES // good.chunk_bytes)
+            assert max(after - before for before, after in itertools.pairwise(asked)) <= 8
             assert any(line.startswith("error: ") for line in rude.log), "it was not told"
 
     asyncio.run(run())
