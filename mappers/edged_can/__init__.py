@@ -13,7 +13,7 @@ from typing import Final
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason
 from edged_can.address import SCHEME, parse_address
-from edged_can.config import UdsConfig, parse
+from edged_can.config import UdsConfig, longest_call_s, parse
 from edged_can.link import CanLink, loaded, open_can
 from edged_can.refused import RefusedKeys
 
@@ -33,6 +33,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             flash_params=frozenset({"data_format"}),
             schemes=frozenset({SCHEME}),
             probe_disturbs=False,
+            longest_call_s=longest_call_s,
         )
     ]
 

@@ -29,6 +29,10 @@ class Access:
         self._name = name
         self._refused = refused
 
+    async def check(self, settings: Security) -> None:
+        """Raises Permanent(CONFIG_INVALID) where the secret is not there, or cannot be one."""
+        await self._secret_of(settings)
+
     async def unlock(self, settings: Security) -> None:
         """Nothing is sent for a seed of zeros: it says that the server is unlocked already.
 

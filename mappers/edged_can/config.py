@@ -210,6 +210,16 @@ class UdsConfig:
         return any(step.startswith("functional_") for step in self.sequence)
 
     @property
+    def unlocks(self) -> dict[str, Security]:
+        """The accesses that are used, by the names of their tables."""
+        used = {}
+        if "security_access" in self.sequence or any(one.security for one in self.properties):
+            used["security"] = self.security
+        if "second_security_access" in self.sequence:
+            used["second_security"] = self.second_security
+        return used
+
+    @property
     def peer(self) -> Peer:
         return Peer(
             self.request_id,
@@ -242,6 +252,12 @@ def parse(values: Mapping[str, object]) -> UdsConfig:
     return config
 
 
+def longest_call_s(config: object) -> float:
+    """See :attr:`edged.api.MapperSpec.longest_call_s`: a reset, and the start after it."""
+    assert isinstance(config, UdsConfig)
+    return 2 * config.answer_s + config.settle_s + config.boot_s
+
+
 def _together(config: UdsConfig) -> Iterator[str]:
     """What no single key can tell."""
     most = 0x1FFFFFFF if config.extended_ids else 0x7FF
@@ -252,10 +268,8 @@ def _together(config: UdsConfig) -> Iterator[str]:
         yield f"response_id: found {config.response_id:#x}, which is request_id too; allowed: another one"
     if (config.target_address is False) != (config.source_address is False):
         yield "source_address: found one address of two; allowed: target_address and source_address, or neither"
-    if "security_access" in config.sequence or any(one.security for one in config.properties):
-        yield from _algorithm("security", config.security)
-    if "second_security_access" in config.sequence:
-        yield from _algorithm("second_security", config.second_security)
+    for name, settings in config.unlocks.items():
+        yield from _algorithm(name, settings)
     yield from _functional(config)
     if "fingerprint" in config.sequence and not config.fingerprint.record:
         yield "fingerprint.record: found nothing; allowed: what the step fingerprint is to write"

@@ -61,6 +61,9 @@ async def connected(
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
         signals = await _signals(config)
         access = Access(client, env.credential, device.id, refused)
+        # told at once, and not after a job has begun to change the controller
+        for settings in config.unlocks.values():
+            await access.check(settings)
         session = UdsSession(device, config, link, client, access, env, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
         await stack.enter_async_context(session.programming.everyone.kept_alive())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from can_kit import LINKS, Segments, bus_name, connected, device, on_bus, quiet, secret, soon, verified
+from can_kit import LINKS, SPEC, Segments, bus_name, connected, device, on_bus, quiet, secret, soon, verified
 from hypothesis import given
 from hypothesis import strategies as st
 from uds_server import BASE, SECRET, Controller, make_app
@@ -88,6 +88,11 @@ def test_all_faults_are_told_at_once() -> None:
     with pytest.raises(ValueError, match="found") as caught:
         parse({"fd": 1, "reset": 0, "erase": {"per": "page", "routine": -1}, "nonsense": 1})
     assert len(str(caught.value).splitlines()) == 5
+
+
+def test_the_longest_call_is_a_start() -> None:
+    assert SPEC.longest_call_s is not None
+    assert SPEC.longest_call_s(parse({"boot_s": 60, "settle_s": 2, "answer_s": 1})) == 64
 
 
 def test_nothing_said_is_what_the_page_says() -> None:

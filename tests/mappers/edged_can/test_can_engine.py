@@ -186,9 +186,19 @@ def test_a_wrong_secret_is_sent_once_and_again_only_when_it_is_another(
     assert controller.counts.wrong_keys == 1 and controller.runs == b"2.0.0"
 
 
-def test_a_missing_secret_is_named(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "edged_ecu").unlink()
-    controller = site.controller()
-    job = run(site, controller, "2.0.0")
-    assert job.state is State.FAILED and "credential 'ecu'" in job.detail
-    assert controller.counts.wrong_keys == controller.counts.erased == 0
+@pytest.mark.parametrize("secret_", [None, "hex:0"], ids=["none", "no digits"])
+def test_a_secret_that_cannot_be_used_is_named_before_anything_is_changed(
+    site: Site, tmp_path: Path, secret_: str | None
+) -> None:
+    file, controller = tmp_path / "edged_ecu", site.controller()
+    file.unlink() if secret_ is None else file.write_text(secret_)
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert (job.state, job.reason) == (State.FAILED, Reason.CONFIG_INVALID), job.detail
+    assert "credential 'ecu'" in job.detail and not job.touched
+    assert controller.counts.seeds == controller.counts.erased == 0

@@ -25,7 +25,6 @@ from can_kit import (
     device,
     on_bus,
     quiet,
-    secret,
     soon,
     verified,
     virtual,
@@ -46,11 +45,6 @@ APP = make_app("1.2.0", (1200, 600))
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
     return published(tmp_path_factory.mktemp("ecu-releases"))
-
-
-@pytest.fixture(autouse=True)
-def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret(monkeypatch, tmp_path)
 
 
 HITS = 4

@@ -22,7 +22,6 @@ from can_kit import (
     device,
     on_bus,
     quiet,
-    secret,
     verified,
     virtual,
 )
@@ -42,11 +41,6 @@ from edged_can.transport import Peer, Shape
 APP = make_app("1.2.0", (1200, 600))
 BUS = CanAddress("virtual", "x")
 TALKER = 0x100
-
-
-@pytest.fixture(autouse=True)
-def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret(monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(

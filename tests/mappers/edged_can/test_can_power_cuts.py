@@ -47,14 +47,10 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Site:
         async with life(site.config, site.plugins) as node:
             await settle(node)
 
-    with alive(site, site.controller()):
+    with pytest.MonkeyPatch.context() as patch, alive(site, site.controller()):
+        secret(patch, folder)
         asyncio.run(body())
     return site
-
-
-@pytest.fixture(autouse=True)
-def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secret(monkeypatch, tmp_path)
 
 
 ENDING = {"good": 3, "bad": 2}
