@@ -3,6 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 # much of a test is waiting, so that two at a time take little more than one; what shares a fixture stays together
 AT_A_TIME := -n 2 --dist loadfile
+# tests sync what they write as often as the daemon does, and ask nothing of the disk: it goes to memory where that is large enough
+SCRATCH := $(shell [ "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm || echo "$${TMPDIR:-/tmp}")
+# what Debian 12's versions of aiohttp and cryptography cannot change: wires use neither, but for a key on the CAN bus
+NOT_THEIRS := $(addprefix --ignore=tests/,mappers/edged_uart mappers/edged_mqtt faults/test_serial_faults.py \
+	$(patsubst %,mappers/edged_can/test_can_%.py,conformance engine faults link power_cuts))
 
 .PHONY: help setup demo test lint bench deb apt-repo test-node clean
 
@@ -25,8 +30,8 @@ demo:
 
 test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
-	$(BIN)/python -m pytest $(AT_A_TIME)
-	.venv-floors/bin/python -m pytest -q $(AT_A_TIME) -m "not slow" --ignore=tests/mappers/edged_uart --ignore=tests/mappers/edged_mqtt -p no:cacheprovider
+	TMPDIR=$(SCRATCH) $(BIN)/python -m pytest $(AT_A_TIME)
+	TMPDIR=$(SCRATCH) .venv-floors/bin/python -m pytest -q $(AT_A_TIME) -p no:cacheprovider -m "not slow" $(NOT_THEIRS)
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
