@@ -53,7 +53,9 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Site:
     return site
 
 
-ENDING = {"good": 3, "bad": 2}
+TRIES = 3
+"""On a starved machine one life of a hundred had an effect less or more before its cut; each cut has to fall where it is to."""
+ENDING = {"good": 2, "bad": 1}
 """Commits from the last start of the controller to the end of the job."""
 
 
@@ -147,7 +149,7 @@ def test_one_cut_at_every_effect(tmp_path: Path, begin: Site, name: str) -> None
     names = _effects(tmp_path / "counting", begin, name)
     assert {"store.commit", "device.erase", "device.block", "device.reset"} <= set(names)
     torn = ("device.erase", "device.block")
-    planned, hit = cut_at_each(names, torn, lambda folder: World(tmp_path / folder, begin, name))
+    planned, hit = cut_at_each(names, torn, lambda folder: World(tmp_path / folder, begin, name), TRIES)
     assert hit == planned == 2 * len(names) + sum(effect in torn for effect in names)
 
 
