@@ -192,7 +192,9 @@ class Transfer:
         if told.news == self._news:
             return False
         self._news = told.news
-        self._moved_at = self._loop.time()
+        if told.state is not None:
+            # one that only says again what it runs may wait for a chunk that was lost
+            self._moved_at = self._loop.time()
         if told.runs(self.offer):
             self._progress(Phase.VERIFY, self.offer.size_bytes, self.offer.size_bytes)
             return True

@@ -276,6 +276,21 @@ def test_a_message_that_is_lost_doubled_or_late_changes_nothing(plant: Plant, na
     asyncio.run(run())
 
 
+def test_a_device_that_only_says_again_what_it_runs_is_silent_in_its_download(plant: Plant) -> None:
+    """Its request was lost, and it waits; that it is there is no news of the download."""
+    wire, counting = Wire(plant.port, lose(5), on=is_request), Counting()
+    device = PullingDevice(wire.port, "token-of-pump-1", every_s=0.2, repeats=True)
+
+    async def run() -> None:
+        async with wire.up(), running(plant, device, counting=counting) as node:
+            job = await deployed(node, "pump@2.0.0")
+            assert wire.fired and job.state is State.SUCCEEDED, job.detail
+            right(job, device)
+            assert counting.events["silent"] >= 1
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize(("fault", "begins"), [(lose(5), 2), (double(3, 20), 1)], ids=["lost", "doubled"])
 def test_a_chunk_that_a_broker_loses_or_doubles_changes_nothing(
     tmp_path: Path, fault: Fault, begins: int
