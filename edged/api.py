@@ -362,6 +362,17 @@ class Env(Protocol):
         """One more of what an operator should see in the metrics: letters and ``_``, a handful of fixed texts."""
         ...
 
+    async def recall(self, key: str) -> str | None:
+        """What this device's mapper, or this wire's plugin, kept last by :meth:`remember` under ``key``; None where it kept
+        nothing. Raises ``Permanent(STORAGE_FAILED)``."""
+        ...
+
+    async def remember(self, key: str, text: str) -> None:
+        """Keep ``text`` over restarts and power cuts: it is on the disk when this returns. For a handful of short texts that
+        change rarely, and no secrets. Raises ``Transient``: ``DISK_FULL``, ``STORAGE_FAILED``; ``Permanent(STORAGE_FAILED)``.
+        """
+        ...
+
     def away(self, detail: str) -> AbstractContextManager[None]:
         """While inside, a device that comes by itself is not there, and the session waits for it, as long as it takes.
 

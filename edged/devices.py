@@ -36,7 +36,7 @@ from edged.links import LinkPool, device_env, link_config
 from edged.plugins import Plugins
 from edged.reports import Reports
 from edged.sessions import DeviceUnit, Sessions, expect, plugin_call
-from edged.store import audit, jobs, twins
+from edged.store import audit, jobs, meta, twins
 from edged.store.database import Store, Tx
 from edged_firmware.facts import VerifiedRelease
 
@@ -207,7 +207,7 @@ class Devices:
         count: Callable[[str, str], None],
     ) -> None:
         configs = {link.address: _link_config(link, plugins) for link in config.link}
-        self.pool = LinkPool(plugins.links, configs, count, clock)
+        self.pool = LinkPool(plugins.links, configs, count, clock, _Memory(store))
         self.left_out: dict[str, LeftOut] = {}
         self.attached: dict[str, Attached] = {}
         self.drifted: Callable[[str], None] = lambda device: None
@@ -334,6 +334,23 @@ class Devices:
             if name in said and said[name].version == wish.version and said[name].refused
         }
         self.attached[device] = replace(self.attached[device], rejected=rejected)
+
+
+class _Memory:
+    """What mappers remember, in the node's database: see :class:`edged.links.Memory`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    async def recall(self, user: str, key: str) -> str | None:
+        return await self._store.read(lambda tx: meta.get(tx, _kept_under(user, key)))
+
+    async def remember(self, user: str, key: str, text: str) -> None:
+        await self._store.write(lambda tx: meta.put(tx, _kept_under(user, key), text))
+
+
+def _kept_under(user: str, key: str) -> str:
+    return f"mapper/{user}/{key}"
 
 
 def _is_refusal(error: EdgedError) -> bool:

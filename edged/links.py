@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, asyn
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from edged import credentials
 from edged.api import Env, Link, LinkSpec
@@ -37,11 +37,33 @@ def _not_counted(source: str, event: str) -> None:
     return None
 
 
+class Memory(Protocol):
+    """Where what :meth:`edged.api.Env.remember` is given lies, by user of links and key. Errors as there."""
+
+    async def recall(self, user: str, key: str) -> str | None: ...
+
+    async def remember(self, user: str, key: str, text: str) -> None: ...
+
+
+class ShortMemory:
+    """As long as its pool lives: for tools and trials, which have no database."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], str] = {}
+
+    async def recall(self, user: str, key: str) -> str | None:
+        return self._kept.get((user, key))
+
+    async def remember(self, user: str, key: str, text: str) -> None:
+        self._kept[user, key] = text
+
+
 class LinkPool:
     """All open wires of this daemon, by address.
 
     ``configs``: what each address's ``[[link]]`` table was parsed to, or why it could not be. ``count`` is told who counted
-    which event. ``clock`` has the time of day for mappers; None: the system's.
+    which event. ``clock`` has the time of day for mappers; None: the system's. ``memory`` keeps what they remember; None: as
+    long as the pool lives.
     """
 
     def __init__(
@@ -50,11 +72,13 @@ class LinkPool:
         configs: Mapping[str, object | Permanent] | None = None,
         count: Callable[[str, str], None] = _not_counted,
         clock: Clock | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._specs = specs
         self._configs = configs or {}
         self.count = count
         self.now = (clock or SystemClock()).now
+        self.memory = memory or ShortMemory()
         self._shared: dict[str, _Shared] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
 
@@ -196,6 +220,12 @@ class DeviceEnv:
 
     def count(self, event: str) -> None:
         self.pool.count(self.user, event)
+
+    async def recall(self, key: str) -> str | None:
+        return await self.pool.memory.recall(self.user, key)
+
+    async def remember(self, key: str, text: str) -> None:
+        await self.pool.memory.remember(self.user, key, text)
 
     def away(self, detail: str) -> AbstractContextManager[None]:
         return nullcontext()

@@ -119,6 +119,12 @@ class _UnitEnv:
     def count(self, event: str) -> None:
         self._env.count(event)
 
+    async def recall(self, key: str) -> str | None:
+        return await self._env.recall(key)
+
+    async def remember(self, key: str, text: str) -> None:
+        await self._env.remember(key, text)
+
 
 @dataclass(eq=False, slots=True)
 class _Loan:

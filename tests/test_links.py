@@ -263,6 +263,19 @@ def test_a_mapper_reads_a_secret_by_its_name(monkeypatch: pytest.MonkeyPatch, tm
     assert caught.value.reason is Reason.CONFIG_INVALID
 
 
+def test_what_a_mapper_remembers_is_its_devices_own() -> None:
+    pool = LinkPool({})
+
+    async def body() -> None:
+        await device_env("pump-1", pool).remember("x", "1")
+        await device_env("pump-1", pool).remember("x", "2")
+        assert await device_env("pump-1", pool).recall("x") == "2"
+        assert await device_env("pump-1", pool).recall("y") is None
+        assert await device_env("pump-2", pool).recall("x") is None
+
+    asyncio.run(body())
+
+
 def test_a_log_line_says_whose_it_is_and_what_the_plugin_said(caplog: pytest.LogCaptureFixture) -> None:
     log = device_env("pump-1", LinkPool({})).log
     log.warning("broker lost", extra={"detail": "refused"})

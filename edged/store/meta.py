@@ -1,4 +1,4 @@
-"""Single facts about this node, by key: its id, and whatever else has no table of its own."""
+"""Single facts about this node, by key: its id, what mappers remember, and whatever else has no table of its own."""
 
 from __future__ import annotations
 

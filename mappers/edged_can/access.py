@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 from udsoncan import Request, services
 
+from edged.api import Env
 from edged.errors import Permanent, Reason
 from edged_can.client import NegativeResponse, UdsClient
 from edged_can.config import Security
@@ -17,15 +17,13 @@ from edged_can.security import key_for, secret_bytes
 _REFUSED: Final = frozenset({0x35, 0x36})
 """invalidKey, exceededNumberOfAttempts."""
 
-Secret = Callable[[str], Awaitable[str]]
-
 
 class Access:
     """Unlocks one controller. ``name``: the device's id."""
 
-    def __init__(self, client: UdsClient, secret: Secret, name: str, refused: RefusedKeys) -> None:
+    def __init__(self, client: UdsClient, env: Env, name: str, refused: RefusedKeys) -> None:
         self._client = client
-        self._secret = secret
+        self._env = env
         self._name = name
         self._refused = refused
 
@@ -37,10 +35,10 @@ class Access:
         """Nothing is sent for a seed of zeros: it says that the server is unlocked already.
 
         Raises NegativeResponse, Transient; Permanent: DEVICE_ERROR for a key that the device refuses, or refused before,
-        CONFIG_INVALID for a secret that cannot be used.
+        CONFIG_INVALID for a secret that cannot be used, STORAGE_FAILED where nobody knows what it refused.
         """
         secret = await self._secret_of(settings)
-        before = self._refused.why(self._name, settings, secret)
+        before = await self._refused.why(self._env, self._name, settings, secret)
         if before:
             text = f"{before}; that key is not sent again: correct the credential and restart edged"
             raise Permanent(Reason.DEVICE_ERROR, text)
@@ -54,12 +52,12 @@ class Access:
         except NegativeResponse as error:
             if error.code not in _REFUSED:
                 raise
-            self._refused.add(self._name, settings, secret, error.detail)
+            await self._refused.add(self._env, self._name, settings, secret, error.detail)
             # a key that is wrong is wrong the next time, and the device is locked for longer
             raise Permanent(error.reason, error.detail) from error
 
     async def _secret_of(self, settings: Security) -> bytes:
-        text = await self._secret(settings.credential) if settings.credential else ""
+        text = await self._env.credential(settings.credential) if settings.credential else ""
         try:
             return secret_bytes(text)
         except ValueError:

@@ -54,13 +54,13 @@ async def connected(
 ) -> AsyncIterator[UdsSession]:
     """A session; at its end the controller is told that the tester goes. Errors as the transport's.
 
-    ``refused``: the keys that devices refused since the daemon started.
+    ``refused``: the keys that devices refused.
     """
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
         signals = await _signals(config)
-        access = Access(client, env.credential, device.id, refused)
+        access = Access(client, env, device.id, refused)
         # told at once, and not after a job has begun to change the controller
         for settings in config.unlocks.values():
             await access.check(settings)

@@ -7,6 +7,7 @@ import logging
 import math
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from uds_server import BASE, SECRET, Controller, make_app
 
+import edged_can
 from edged.api import Desired, Device, HealthCheck, Reported
-from edged.errors import EdgedError, Permanent, Reason
-from edged.links import LinkPool
+from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.links import LinkPool, ShortMemory, device_env
 from edged_can import security
 from edged_can.client import RefusedForGood, RefusedForNow, code_name, negative
-from edged_can.config import TYPES, Property, UdsConfig, parse
+from edged_can.config import TYPES, Property, Security, UdsConfig, parse
 from edged_can.properties import WrongType, decode, encode, text_of
+from edged_can.refused import RefusedKeys
+from edged_can.session import UdsSession
 
 FAULTS = [
     ({"baud": 1}, "baud: found an unknown key; allowed: address_bytes"),
@@ -393,6 +397,55 @@ def test_an_algorithm_without_its_secret_says_so(algorithm: str) -> None:
 def test_secrets_are_texts_or_digits() -> None:
     assert security.secret_bytes("hex:00ff") == b"\x00\xff"
     assert security.secret_bytes("plain") == b"plain"
+
+
+class Full(ShortMemory):
+    """A node whose disk is full."""
+
+    async def remember(self, user: str, key: str, text: str) -> None:
+        raise Transient(Reason.DISK_FULL, "no space left")
+
+
+def test_a_refused_key_that_cannot_be_stored_is_not_sent_again_while_the_daemon_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    name, controller = bus_name(), Controller()
+    to, env = device(f"can:virtual@{name}"), device_env("ecu", LinkPool(LINKS, memory=Full()))
+    (spec,) = edged_can.edged_mappers()
+
+    async def body() -> None:
+        for says in ("invalidKey", "that key is not sent again"):
+            async with spec.connect(to, env) as session:
+                assert isinstance(session, UdsSession)
+                with pytest.raises(Permanent, match=says):
+                    await session.stage(await verified(make_app("1.2.0")), quiet)
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert controller.counts.wrong_keys == 1
+    assert [record.__dict__["detail"] for record in caplog.records] == ["disk_full: no space left"]
+
+
+def test_what_is_stored_of_a_refused_key_does_not_tell_the_secret() -> None:
+    """Another credential's name, by which an operator says that the device takes it by now, is another key."""
+    pool, guessable = LinkPool({}), b"\x00\x01"
+    env, settings = device_env("ecu", pool), Security(credential="ecu")
+
+    async def body() -> tuple[str, str]:
+        await RefusedKeys().add(env, "ecu", settings, guessable, "no")
+        fresh = RefusedKeys()
+        assert await fresh.why(env, "ecu", settings, guessable) == "no"
+        for other in (replace(settings, credential="ecu-new"), replace(settings, level=3)):
+            assert await fresh.why(env, "ecu", other, guessable) == ""
+        assert await fresh.why(env, "ecu", settings, b"\x00\x02") == ""
+        assert await fresh.why(device_env("ecu-2", pool), "ecu-2", settings, guessable) == ""
+        once = await env.recall("refused-key/1")
+        await RefusedKeys().add(env, "ecu", settings, guessable, "no")
+        return str(once), str(await env.recall("refused-key/1"))
+
+    once, again = asyncio.run(body())
+    assert once != again, "without a salt, a digest of few bytes is looked up"
 
 
 def _plug_in(monkeypatch: pytest.MonkeyPatch, where: str) -> None:

@@ -13,6 +13,7 @@ from uds_server import Controller
 
 from edged.domain.job import Job, State
 from edged.errors import Reason
+from edged.store import twins
 from edged.testing.node import life
 
 
@@ -184,6 +185,63 @@ def test_a_wrong_secret_is_sent_once_and_again_only_when_it_is_another(
         assert "that key is not sent again: correct the credential" in job.detail
     assert good.state is State.SUCCEEDED, good.detail
     assert controller.counts.wrong_keys == 1 and controller.runs == b"2.0.0"
+
+
+LIMIT = {
+    "name": "limit",
+    "did": 0x0102,
+    "type": "u8",
+    "writable": True,
+    "session": "extended",
+    "security": True,
+}
+
+
+async def not_taken(caplog: pytest.LogCaptureFixture) -> str:
+    """Why the device did not take its wish, once it did not."""
+    async with asyncio.timeout(20):
+        while True:
+            for record in caplog.records:
+                if record.message == "property not taken":
+                    return str(record.__dict__["detail"])
+            await asyncio.sleep(0.005)
+
+
+def test_a_wrong_key_for_a_wish_is_sent_once_however_often_the_daemon_starts(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A wish is due again at every start, and nobody watches a node whose power comes and goes."""
+    site.table, site.watch = {"properties": [LIMIT]}, True
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    controller = site.controller()
+
+    async def first_life() -> str:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            await node.store.write(lambda tx: twins.set_desired(tx, "ecu", "limit", 5, "operator"))
+            node.sessions["ecu"].refresh()
+            return await not_taken(caplog)
+
+    async def another_life() -> tuple[str, Job]:
+        async with life(site.config, site.plugins) as node:
+            return await not_taken(caplog), await update(node, "2.0.0")
+
+    async def with_the_secret() -> None:
+        async with life(site.config, site.plugins) as node, asyncio.timeout(20):
+            while await node.reported("ecu", "limit") != 5:
+                await asyncio.sleep(0.005)
+
+    with alive(site, controller):
+        assert "invalidKey (0x35)" in asyncio.run(first_life())
+        for _ in range(2):
+            caplog.clear()
+            why, job = asyncio.run(another_life())
+            assert "that key is not sent again" in why
+            assert job.state is State.FAILED and why in job.detail
+            assert controller.counts.wrong_keys == controller.counts.seeds == 1
+        secret(monkeypatch, tmp_path)
+        asyncio.run(with_the_secret())
+    assert controller.counts.wrong_keys == 1 and controller.properties[0x0102] == b"\x05"
 
 
 @pytest.mark.parametrize("secret_", [None, "hex:0"], ids=["none", "no digits"])
