@@ -12,7 +12,7 @@ from edged.errors import Permanent, Reason
 from edged_can.client import NegativeResponse, UdsClient
 from edged_can.config import Security
 from edged_can.refused import RefusedKeys
-from edged_can.security import key_for, secret_bytes
+from edged_can.security import check_secret, key_for, secret_bytes
 
 _REFUSED: Final = frozenset({0x35, 0x36})
 """invalidKey, exceededNumberOfAttempts."""
@@ -28,8 +28,13 @@ class Access:
         self._refused = refused
 
     async def check(self, settings: Security) -> None:
-        """Raises Permanent(CONFIG_INVALID) where the secret is not there, or cannot be one."""
-        await self._secret_of(settings)
+        """Raises Permanent(CONFIG_INVALID) where the secret is not there, or cannot be that of the algorithm."""
+        secret = await self._secret_of(settings)
+        try:
+            check_secret(settings.algorithm, secret)
+        except Permanent as error:
+            named = f"credential {settings.credential!r}: " if settings.credential else ""
+            raise Permanent(error.reason, f"{named}{error.detail}") from None
 
     async def unlock(self, settings: Security) -> None:
         """Nothing is sent for a seed of zeros: it says that the server is unlocked already.

@@ -210,10 +210,15 @@ class UdsConfig:
         return any(step.startswith("functional_") for step in self.sequence)
 
     @property
+    def secures_properties(self) -> bool:
+        """Is there a property that is written after SecurityAccess?"""
+        return any(one.security for one in self.properties)
+
+    @property
     def unlocks(self) -> dict[str, Security]:
         """The accesses that are used, by the names of their tables."""
         used = {}
-        if "security_access" in self.sequence or any(one.security for one in self.properties):
+        if "security_access" in self.sequence or self.secures_properties:
             used["security"] = self.security
         if "second_security_access" in self.sequence:
             used["second_security"] = self.second_security
@@ -270,6 +275,8 @@ def _together(config: UdsConfig) -> Iterator[str]:
         yield "source_address: found one address of two; allowed: target_address and source_address, or neither"
     for name, settings in config.unlocks.items():
         yield from _algorithm(name, settings)
+        if settings != Security() or config.sequence != UdsConfig().sequence or config.secures_properties:
+            yield from _credential(name, settings)
     yield from _functional(config)
     if "fingerprint" in config.sequence and not config.fingerprint.record:
         yield "fingerprint.record: found nothing; allowed: what the step fingerprint is to write"
@@ -287,6 +294,13 @@ def _algorithm(name: str, settings: Security) -> Iterator[str]:
     if settings.algorithm not in known():
         others = ", ".join(sorted(known()))
         yield f"{name}.algorithm: found {settings.algorithm!r}; allowed: {others}, or one that a plug-in brings"
+
+
+def _credential(name: str, settings: Security) -> Iterator[str]:
+    from edged_can.security import BUILT_IN
+
+    if settings.algorithm in BUILT_IN and not settings.credential:
+        yield f"{name}.credential: found ''; allowed: the name of the file with the secret, which {settings.algorithm!r} needs"
 
 
 def _functional(config: UdsConfig) -> Iterator[str]:

@@ -39,6 +39,17 @@ def key_for(algorithm: str, seed: bytes, secret: bytes, level: int) -> bytes:
     return bytes(key)
 
 
+def check_secret(algorithm: str, secret: bytes) -> None:
+    """Whether a built-in algorithm can use the secret; a plug-in's own can only be asked with a seed.
+
+    Raises Permanent(CONFIG_INVALID).
+    """
+    try:
+        _RULES.get(algorithm, _any)(secret)
+    except ValueError as error:
+        raise Permanent(Reason.CONFIG_INVALID, f"security algorithm {algorithm!r}: {error}") from None
+
+
 def known() -> frozenset[str]:
     """The names of all algorithms that are installed."""
     return frozenset(BUILT_IN) | {found.name for found in entry_points(group=GROUP)}
@@ -75,8 +86,7 @@ def aes_cmac(seed: bytes, secret: bytes, level: int) -> bytes:
     from cryptography.hazmat.primitives.ciphers.algorithms import AES
     from cryptography.hazmat.primitives.cmac import CMAC
 
-    if len(secret) not in (16, 32):
-        raise ValueError(f"the secret has {len(secret)} bytes; allowed: 16 or 32, such as hex:00112233...")
+    _aes_key(secret)
     mac = CMAC(AES(secret))
     mac.update(seed)
     return mac.finalize()
@@ -87,12 +97,29 @@ def _need(secret: bytes) -> None:
         raise ValueError("it needs a secret: name a credential")
 
 
+def _aes_key(secret: bytes) -> None:
+    _need(secret)
+    if len(secret) not in (16, 32):
+        raise ValueError(f"the secret has {len(secret)} bytes; allowed: 16 or 32, such as hex:00112233...")
+
+
+def _any(secret: bytes) -> None:
+    return None
+
+
 BUILT_IN: Final[Mapping[str, SeedKey]] = {
     "xor": xor,
     "add": add,
     "hmac-sha256": hmac_sha256,
     "aes-cmac": aes_cmac,
 }
+_RULES: Final[Mapping[str, Callable[[bytes], None]]] = {
+    "xor": _need,
+    "add": _need,
+    "hmac-sha256": _need,
+    "aes-cmac": _aes_key,
+}
+"""What each takes for a secret, whatever the seed."""
 
 
 def _find(algorithm: str) -> SeedKey:

@@ -63,7 +63,9 @@ async def connected(
         access = Access(client, env, device.id, refused)
         # told at once, and not after a job has begun to change the controller
         for settings in config.unlocks.values():
-            await access.check(settings)
+            # a table that says nothing of it is that of a device which is never unlocked, until it is to be flashed
+            if settings.credential:
+                await access.check(settings)
         session = UdsSession(device, config, link, client, access, env, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
         await stack.enter_async_context(session.programming.everyone.kept_alive())
@@ -136,10 +138,13 @@ class UdsSession:
     async def stage(self, image: Image, progress: Progress) -> None:
         """The programming sequence up to the check routine.
 
-        Raises, before anything is sent, Permanent(IMAGE_TOO_LARGE); then what :mod:`edged_can.programming` raises.
+        Raises, before anything is sent, Permanent: IMAGE_TOO_LARGE, CONFIG_INVALID for a secret that cannot be used; then
+        what :mod:`edged_can.programming` raises.
         """
         self._check_bounds(image)
         self.programming.check(image)
+        for settings in self._config.unlocks.values():
+            await self._access.check(settings)
         await self.programming.enter()
         await self.programming.write(image, progress)
 

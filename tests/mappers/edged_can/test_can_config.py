@@ -69,6 +69,13 @@ FAULTS = [
         "security.algorithm: found 'none-such'; allowed: add, aes-cmac",
     ),
     ({"security": {"credential": "../x"}}, "security.credential: found '../x'"),
+    ({"security": {"algorithm": "aes-cmac"}}, "security.credential: found ''; allowed: the name of the file"),
+    ({"sequence": ["programming_session", "security_access"]}, "security.credential: found ''"),
+    ({"sequence": ["second_security_access"]}, "second_security.credential: found ''"),
+    (
+        {"properties": [{"name": "a", "did": 1, "type": "u8", "writable": True, "security": True}]},
+        "security.credential: found ''",
+    ),
     ({"version_did": 0, "check": {"per": "never"}}, "check: found nothing that is looked at"),
     ({"version_did": 0, "check": {"ok": ""}}, "check: found nothing that is looked at"),
     ({"erase": {"parameters": ["crc32"]}}, "erase.parameters: found ['crc32']"),
@@ -392,6 +399,24 @@ def test_an_algorithm_without_its_secret_says_so(algorithm: str) -> None:
     with pytest.raises(Permanent, match="secret") as caught:
         security.key_for(algorithm, b"\x01", b"", 1)
     assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+def test_a_device_that_is_never_unlocked_needs_no_secret_until_it_is_to_be_flashed() -> None:
+    name, controller = bus_name(), Controller()
+    to = device(f"can:virtual@{name}", security={}, properties=POLLED)
+
+    async def body() -> None:
+        async with connected(to) as session:
+            await session.identify()
+            assert (await anext(session.reports())).name
+            controller.heard.clear()
+            with pytest.raises(Permanent, match="'xor': it needs a secret: name a credential") as caught:
+                await session.stage(await verified(make_app("1.2.0")), quiet)
+            assert caught.value.reason is Reason.CONFIG_INVALID
+            assert controller.heard == []
+
+    with on_bus(name, controller):
+        asyncio.run(body())
 
 
 def test_secrets_are_texts_or_digits() -> None:

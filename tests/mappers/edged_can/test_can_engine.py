@@ -244,10 +244,15 @@ def test_a_wrong_key_for_a_wish_is_sent_once_however_often_the_daemon_starts(
     assert controller.counts.wrong_keys == 1 and controller.properties[0x0102] == b"\x05"
 
 
-@pytest.mark.parametrize("secret_", [None, "hex:0"], ids=["none", "no digits"])
+@pytest.mark.parametrize(
+    ("secret_", "algorithm"),
+    [(None, "xor"), ("hex:0", "xor"), ("hex:", "add"), ("hex:0011", "aes-cmac")],
+    ids=["none", "no digits", "no bytes", "too short"],
+)
 def test_a_secret_that_cannot_be_used_is_named_before_anything_is_changed(
-    site: Site, tmp_path: Path, secret_: str | None
+    site: Site, tmp_path: Path, secret_: str | None, algorithm: str
 ) -> None:
+    site.table = {"security": {"algorithm": algorithm, "credential": "ecu"}}
     file, controller = tmp_path / "edged_ecu", site.controller()
     file.unlink() if secret_ is None else file.write_text(secret_)
 
