@@ -297,9 +297,9 @@ def _algorithm(name: str, settings: Security) -> Iterator[str]:
 
 
 def _credential(name: str, settings: Security) -> Iterator[str]:
-    from edged_can.security import BUILT_IN
+    from edged_can.security import needs_secret
 
-    if settings.algorithm in BUILT_IN and not settings.credential:
+    if needs_secret(settings.algorithm) and not settings.credential:
         yield f"{name}.credential: found ''; allowed: the name of the file with the secret, which {settings.algorithm!r} needs"
 
 

@@ -50,6 +50,11 @@ def check_secret(algorithm: str, secret: bytes) -> None:
         raise Permanent(Reason.CONFIG_INVALID, f"security algorithm {algorithm!r}: {error}") from None
 
 
+def needs_secret(algorithm: str) -> bool:
+    """Whether it is known to need one: all that are built in do, of a plug-in's nobody knows."""
+    return algorithm in _RULES
+
+
 def known() -> frozenset[str]:
     """The names of all algorithms that are installed."""
     return frozenset(BUILT_IN) | {found.name for found in entry_points(group=GROUP)}
