@@ -10,6 +10,7 @@ import json
 import math
 import re
 import zlib
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ PAST_THE_END: Final = 8
 """So often may a client ask for what is behind the image's end."""
 STRAY: Final = 8
 """So often may it ask under a number that belongs to another image, or for the other component."""
+SMALLEST_CHUNK_BYTES: Final = 64
+"""Of a chunk that does not end the image: smaller ones cost more in messages than in bytes."""
+MOST_PIECES: Final = 16_384
+"""An image may be fetched in any order, but so many parts of it at most may lie apart from one another."""
 MOST_NUMBERS: Final = 64
 """Of a device's requests, on one connection."""
 MOST_NAME_CHARS: Final = 128
@@ -283,6 +288,29 @@ class Told:
         return self.version == offer.version and named and not self.is_booting
 
 
+class Pieces:
+    """Which bytes of an image were sent: parts that touch are one."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._edges: list[int] = []
+        """Where parts begin and end, in turn."""
+
+    def __len__(self) -> int:
+        return len(self._edges) // 2
+
+    def add(self, begin: int, end: int) -> None:
+        first, last = bisect_left(self._edges, begin), bisect_right(self._edges, end)
+        begins, ends = [begin] * (first % 2), [end] * (last % 2)
+        known = [*begins, *self._edges[first:last], *ends]
+        self.total_bytes += end - begin - (sum(known[1::2]) - sum(known[::2]))
+        self._edges[first:last] = [begin] * (1 - first % 2) + [end] * (1 - last % 2)
+
+    def clear(self) -> None:
+        self._edges.clear()
+        self.total_bytes = 0
+
+
 @dataclass(slots=True)
 class Download:
     """How far one device is with one image, and what it cost. ``rounds``: so often may it be fetched."""
@@ -292,9 +320,7 @@ class Download:
     sent_bytes: int = 0
     _past: int = 0
     _stray: int = 0
-    _sent: dict[int, int] = field(default_factory=dict)
-    _distinct: int = 0
-    _last: int | None = None
+    _sent: Pieces = field(default_factory=Pieces)
     acknowledged_bytes: int = 0
     _most_bytes: int = 0
 
@@ -304,21 +330,27 @@ class Download:
     def ask(self, offset: int, length: int) -> bool:
         """The device wants ``length`` bytes at ``offset``; with that it has what it was sent before. Whether it begins anew.
 
-        Raises :class:`Misbehaved` where it asked too often.
+        Raises :class:`Misbehaved` where it asked too often, or for too little.
         """
         if not length:
             self._past += 1
             if self._past > PAST_THE_END:
                 text = f"it asked {self._past} times for what is behind the end of the image"
                 raise Misbehaved("endless_requests", text, "NOT_FOUND")
-        self._acknowledge()
-        anew = offset == 0 and bool(self._sent)
+        elif length < SMALLEST_CHUNK_BYTES and offset + length < self.size_bytes:
+            text = f"it asked for a chunk of {length} bytes; allowed: {SMALLEST_CHUNK_BYTES} or more"
+            raise Misbehaved("chunk_too_small", text, "BAD_REQUEST")
+        self.acknowledged_bytes = max(self.acknowledged_bytes, self._sent.total_bytes)
+        anew = offset == 0 and len(self._sent) > 0
         if anew:
             self._sent.clear()
-            self._distinct = self.acknowledged_bytes = 0
+            self.acknowledged_bytes = 0
         if self.sent_bytes + length > self._most_bytes:
             text = f"it fetched {self.sent_bytes} bytes of an image of {self.size_bytes}"
             raise Misbehaved("same_download", text, "TOO_MANY_REQUESTS")
+        if len(self._sent) >= MOST_PIECES:
+            text = f"it asked for {len(self._sent)} parts of the image that lie apart"
+            raise Misbehaved("scattered_requests", text, "TOO_MANY_REQUESTS")
         return anew
 
     @property
@@ -336,30 +368,22 @@ class Download:
         """It was sent what it wanted."""
         self.sent_bytes += length
         if length:
-            self._distinct += length - self._sent.get(offset, 0)
-            self._sent[offset] = length
-            self._last = offset
+            self._sent.add(offset, offset + length)
 
     @property
     def is_whole(self) -> bool:
         """Whether every byte was sent in this round."""
-        return self._distinct >= self.size_bytes
+        return self._sent.total_bytes >= self.size_bytes
 
     def resumed(self, offset: int) -> None:
         """It has what is before ``offset``, from before."""
-        self._distinct = self.acknowledged_bytes = offset
-        self._sent[0] = offset
+        self.acknowledged_bytes = min(offset, self.size_bytes)
+        if self.acknowledged_bytes:
+            self._sent.add(0, self.acknowledged_bytes)
 
     def finished(self) -> None:
         """The device says that it has it all."""
         self.acknowledged_bytes = self.size_bytes
-
-    def _acknowledge(self) -> None:
-        if self._last is not None:
-            self.acknowledged_bytes = min(
-                self.size_bytes, self.acknowledged_bytes + self._sent.get(self._last, 0)
-            )
-            self._last = None
 
 
 def fits(name: str, value: JsonValue) -> bool:

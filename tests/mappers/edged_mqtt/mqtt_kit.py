@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 
 import edged_mqtt
-from edged.api import Device
+from edged.api import Device, Image
 from edged.links import LinkPool, device_env
 from edged.testing.faults import Faults, PowerCut
+from edged_firmware.chunks import ChunkIndex
+from edged_firmware.image import Label, MemorySource
 from edged_mqtt.config import MqttConfig
 from edged_mqtt.endpoint import Endpoint
 
@@ -390,6 +392,12 @@ async def raw(port: int, token: str = "token-of-pump-1") -> AsyncIterator[Raw]:
         yield client
     finally:
         client.writer.transport.abort()
+
+
+async def image_of(data: bytes) -> Image:
+    """Of the release pump 2.0.0."""
+    index = ChunkIndex.build(data, 4096)
+    return await Image.open(MemorySource(data), index, opaque=True, label=Label("pump", "2.0.0"))
 
 
 def secrets_of(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

@@ -11,9 +11,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from mqtt_kit import LINKS, SPEC, Raw, free_port, listening, mqtt_device, raw, secrets_of, until
+from mqtt_kit import LINKS, SPEC, Raw, free_port, image_of, listening, mqtt_device, raw, secrets_of, until
 
-from edged.api import Session
+from edged.api import Image, Session
+from edged.errors import Permanent, Reason
 from edged.links import LinkPool, device_env
 from edged_mqtt import thingsboard as tb
 
@@ -106,6 +107,58 @@ def test_many_large_messages_are_too_many_long_before_they_are_too_many_small_on
             assert counted["too_large"] <= 25, "all of them were read"
 
     asyncio.run(run())
+
+
+async def _fetched(client: Raw, session: Session, image: Image, chunk_bytes: int, step: int) -> Permanent:
+    """What the download ends with where the device asks for every ``step``-th chunk only."""
+    staging = asyncio.create_task(session.stage(image, lambda *_: None))  # type: ignore[attr-defined]
+    assert b"fw_version" in await client.packet()
+    for chunk in range(0, image.size_bytes // chunk_bytes, step):
+        client.publish(f"v2/fw/request/1/chunk/{chunk}", b"%d" % chunk_bytes)
+        if (await client.packet()).startswith(b"\0\x0bv2/fw/error"):
+            break
+    with pytest.raises(Permanent) as caught:
+        await staging
+    return caught.value
+
+
+def test_a_device_that_fetches_byte_by_byte_is_stopped_and_told_why() -> None:
+    async def run() -> None:
+        image = await image_of(bytes(100_000))
+        async with talking() as (client, session, counted):
+            fault = await _fetched(client, session, image, 1, 1)
+            assert fault.reason is Reason.DEVICE_ERROR and "a chunk of 1 bytes; allowed: 64" in fault.detail
+            assert counted["chunk_too_small"] == 1
+
+    asyncio.run(run())
+
+
+def test_what_is_remembered_of_a_download_is_bounded_whatever_the_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tb, "MOST_PIECES", 200)
+
+    async def run() -> None:
+        image = await image_of(bytes(100_000))
+        async with talking() as (client, session, counted):
+            fault = await _fetched(client, session, image, 64, 2)
+            assert fault.reason is Reason.DEVICE_ERROR and "200 parts of the image" in fault.detail
+            assert counted["scattered_requests"] == 1
+
+    asyncio.run(run())
+
+
+def test_what_a_download_takes_of_the_memory() -> None:
+    tracemalloc.start()
+    download = tb.Download(32 * 1024 * 1024, 3)
+    for part in range(tb.MOST_PIECES):
+        download.ask(64 + 128 * part, 64)
+        download.sent(64 + 128 * part, 64)
+    with pytest.raises(tb.Misbehaved, match="16384 parts"):
+        download.ask(64 + 128 * tb.MOST_PIECES, 64)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 3 * 1024 * 1024
 
 
 def test_what_a_device_reports_is_kept_within_bounds() -> None:

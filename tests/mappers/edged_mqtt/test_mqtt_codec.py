@@ -271,7 +271,7 @@ def test_a_crc_is_written_as_thingsboard_writes_it() -> None:
 # -- what a download may cost
 
 
-@given(st.lists(st.tuples(st.integers(0, 20), st.integers(1, 3000)), max_size=200), st.integers(1, 5))
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(64, 3000)), max_size=200), st.integers(1, 5))
 def test_no_client_gets_more_than_its_rounds(asked: list[tuple[int, int]], rounds: int) -> None:
     size = 10_000
     download = tb.Download(size, rounds)
@@ -287,6 +287,42 @@ def test_no_client_gets_more_than_its_rounds(asked: list[tuple[int, int]], round
         served += length
         assert 0 <= download.acknowledged_bytes <= size
     assert served <= rounds * size + download.slack_bytes
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 12)), max_size=60))
+def test_what_was_sent_is_counted_once_and_parts_that_touch_are_one(parts: list[tuple[int, int]]) -> None:
+    pieces, sent = tb.Pieces(), set[int]()
+    for begin, length in parts:
+        if length:
+            pieces.add(begin, begin + length)
+            sent |= set(range(begin, begin + length))
+        assert pieces.total_bytes == len(sent)
+        assert len(pieces) == sum(at - 1 not in sent for at in sent)
+
+
+def test_chunks_that_overlap_are_no_whole_image() -> None:
+    download = tb.Download(200, 3)
+    for offset, length in ((0, 120), (20, 100)):
+        download.ask(offset, length)
+        download.sent(offset, length)
+    assert not download.is_whole
+    download.ask(120, 80)
+    assert download.acknowledged_bytes == 120
+    download.sent(120, 80)
+    assert download.is_whole
+
+
+@pytest.mark.parametrize(("size", "allowed"), [(1, False), (63, False), (64, True), (4096, True)])
+def test_a_chunk_is_no_smaller_than_what_it_costs_unless_it_ends_the_image(size: int, allowed: bool) -> None:
+    download = tb.Download(10_001, 3)
+    if allowed:
+        download.ask(0, size)
+    else:
+        with pytest.raises(tb.Misbehaved, match=f"a chunk of {size} bytes; allowed: 64 or more") as caught:
+            download.ask(0, size)
+        assert caught.value.event == "chunk_too_small"
+    download.ask(10_000, 1)
+    tb.Download(40, 3).ask(0, 40)
 
 
 def test_a_device_that_may_boot_something_else_runs_nothing_for_sure() -> None:

@@ -14,16 +14,25 @@ from typing import Any
 import attrs
 import pytest
 from broker_kit import Mosquitto
-from mqtt_kit import LINKS, SPEC, PullingDevice, free_port, listening, mqtt_device, raw, secrets_of, until
+from mqtt_kit import (
+    LINKS,
+    SPEC,
+    PullingDevice,
+    free_port,
+    image_of,
+    listening,
+    mqtt_device,
+    raw,
+    secrets_of,
+    until,
+)
 from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
 
-from edged.api import Device, Image, Phase, SupportsFirmware
+from edged.api import Device, Phase, SupportsFirmware
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.node import TestNode, life
-from edged_firmware.chunks import ChunkIndex
-from edged_firmware.image import Label, MemorySource
 from edged_mqtt import endpoint
 from edged_mqtt.endpoint import Endpoint
 
@@ -51,11 +60,6 @@ async def running(plant: Plant, device: PullingDevice, **options: Any) -> AsyncI
 
 def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
     return None
-
-
-async def _image(data: bytes) -> Image:
-    index = ChunkIndex.build(data, 4096)
-    return await Image.open(MemorySource(data), index, opaque=True, label=Label("pump", "2.0.0"))
 
 
 # -- the connection outlives what goes wrong
@@ -124,7 +128,7 @@ def test_a_job_that_is_cancelled_in_the_middle_of_a_message_is_withdrawn_on_the_
     port, pool = free_port(), LinkPool(LINKS)
 
     async def run() -> None:
-        image = await _image(bytes(24 * 1024 * 1024))
+        image = await image_of(bytes(24 * 1024 * 1024))
         async with listening(pool, port) as link:
             connecting = asyncio.create_task(_connected(stack := AsyncExitStack(), pool, port))
             async with stack:
@@ -191,7 +195,7 @@ def test_hundreds_of_devices_that_come_back_at_once_are_all_served_and_never_too
                         assert device._writer is not None
                         device._writer.transport.abort()
                     await until(lambda: all(device.log.count("connected") >= 2 for device in devices))
-                    images = [await _image(data) for _ in names]
+                    images = [await image_of(data) for _ in names]
                     await asyncio.gather(
                         *(
                             session.stage(image, _quiet)
