@@ -312,6 +312,7 @@ class MqttSession:
             told = self._told
             if told.version is not None and self._is_another:
                 return Health(False, f"it runs {told.title} {told.version} by now"[:_EVIDENCE_CHARS])
+            self._learn_title()
             if self._values.told_at(check.query) >= told.since and not self._is_another:
                 seen = f"{check.query}={as_text(self._values[check.query])}"[:_EVIDENCE_CHARS]
                 if pattern.search(seen):
@@ -325,8 +326,18 @@ class MqttSession:
 
     @property
     def _is_another(self) -> bool:
-        """Whether the device does not say (any more) that it runs what it ran when it was last looked at."""
-        return self._proved[1] is not None and (self._told.title, self._told.version) != self._proved
+        """Whether the device does not say (any more) that it runs what it ran when it was last looked at. Its title may come in
+        a message of its own, after the version: without one it is no other."""
+        (title, version), told = self._proved, self._told
+        if version is None:
+            return False
+        return told.version != version or (None not in (title, told.title) and told.title != title)
+
+    def _learn_title(self) -> None:
+        """One that it had not said yet when it was last looked at."""
+        title, version = self._proved
+        if title is None and version is not None and not self._is_another:
+            self._proved = self._told.title, version
 
     # -- edged.api.SupportsFirmware
 

@@ -286,7 +286,9 @@ class Transfer:
             if exc.reason is Reason.LINK_LOST:
                 return  # it left; the next look says so
             raise
-        self._account(offset, length)
+        if self._arrivals == arrivals and seat.present:
+            # where it left meanwhile, nobody knows what it read
+            self._account(offset, length)
 
     def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
         """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as

@@ -381,13 +381,15 @@ class Raw:
 
 
 @asynccontextmanager
-async def raw(port: int, token: str = "token-of-pump-1") -> AsyncIterator[Raw]:
+async def raw(port: int, token: str = "token-of-pump-1", *, says: bool = True) -> AsyncIterator[Raw]:
+    """``says``: what it runs."""
     client = Raw(*await asyncio.open_connection("127.0.0.1", port))
     body = b"\0\4MQTT\4\x82\0\x3c\0\0" + _text(token)
     client.writer.write(bytes([0x10, len(body)]) + body)
     assert await client.packet() == b"\0\0"
     told = {"current_fw_title": "pump", "current_fw_version": "1.0.0"}
-    client.publish("v1/devices/me/telemetry", json.dumps(told).encode())
+    if says:
+        client.publish("v1/devices/me/telemetry", json.dumps(told).encode())
     try:
         yield client
     finally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +20,7 @@ from mqtt_kit import (
     LINKS,
     SPEC,
     PullingDevice,
+    Raw,
     free_port,
     image_of,
     listening,
@@ -28,7 +31,7 @@ from mqtt_kit import (
 )
 from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
 
-from edged.api import Device, Phase, SupportsFirmware
+from edged.api import Device, HealthCheck, Phase, SupportsFirmware, SupportsHealth
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
@@ -149,6 +152,96 @@ def test_a_job_that_is_cancelled_in_the_middle_of_a_message_is_withdrawn_on_the_
                 async with raw(port) as client:
                     client.writer.write(b"\xc0\0")
                     assert await client.packet() == b"", "it was told again"
+
+    asyncio.run(run())
+
+
+def test_the_end_of_a_cut_off_chunk_is_no_word_that_the_device_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power goes while it reads its last chunk, and it is back before the former connection is cut off."""
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+    port, pool, chunk = free_port(), LinkPool(LINKS), 250_000
+
+    async def run() -> None:
+        image = await image_of(bytes(chunk))
+        async with listening(pool, port) as link, AsyncExitStack() as stack:
+            connecting = asyncio.create_task(_connected(stack, pool, port, install_s=3600.0))
+            await until(lambda: "pump-1" in link._seats)
+            async with raw(port) as first:
+                session = await connecting
+                staging = asyncio.create_task(session.stage(image, _quiet))
+                assert b"fw_version" in await first.packet()
+                (old,) = link._connections
+                old._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                first.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                first.publish("v2/fw/request/1/chunk/0", b"%d" % chunk)
+                await until(lambda: old.is_full)
+                async with raw(port) as second:
+                    await until(lambda: session.seat._connection not in (None, old))  # type: ignore[attr-defined]
+                    await until(lambda: old.ended.done() and staging.done())
+                    with pytest.raises(Transient, match=f"with 0 of {chunk} bytes"):
+                        await staging
+                    again = asyncio.create_task(session.stage(image, _quiet))
+                    assert b'"deleted"' in await second.packet()
+                    assert b'"fw_version":"2.0.0"' in await second.packet(), (
+                        "a boot is awaited that nobody began"
+                    )
+                    again.cancel()
+                    await asyncio.wait([again])
+
+    asyncio.run(run())
+
+
+def _later(title: str) -> list[dict[str, str]]:
+    return [{"current_fw_version": "1.4.0"}, {"current_fw_title": title}, {"self_test": "passed"}]
+
+
+@pytest.mark.parametrize(
+    ("said", "healthy"),
+    [
+        (_later("pump"), True),
+        ([*_later("pump")[:2], {"current_fw_title": "valve"}, {"self_test": "passed"}], False),
+        ([{"current_fw_version": "1.3.0"}, *_later("pump")[1:]], False),
+    ],
+    ids=["the same", "another title", "another version"],
+)
+@pytest.mark.parametrize(
+    "looked", [False, True], ids=["looked before it left", "looked at the version alone"]
+)
+def test_version_and_title_may_come_in_two_messages_during_the_health_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[dict[str, str]], healthy: bool, looked: bool
+) -> None:
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+    port, pool = free_port(), LinkPool(LINKS)
+    check = HealthCheck("property", "self_test=passed", "self_test")
+
+    async def say(client: Raw, **values: str) -> None:
+        client.publish("v1/devices/me/telemetry", json.dumps(values).encode())
+        client.publish("v1/devices/me/attributes/request/1", b"")
+        while b"attributes/response/1" not in await client.packet():
+            pass
+
+    async def run() -> None:
+        async with listening(pool, port) as link, AsyncExitStack() as stack:
+            connecting = asyncio.create_task(_connected(stack, pool, port))
+            await until(lambda: "pump-1" in link._seats)
+            async with raw(port) as client:
+                session = await connecting
+                await say(client, current_fw_title="pump", current_fw_version="1.4.0")
+                assert (await session.slots()).slots[0].runs == "1.4.0"
+            await until(lambda: not link._connections)
+            async with raw(port, says=False) as client:
+                if looked:
+                    await say(client, current_fw_version="1.4.0")
+                    assert (await session.slots()).slots[0].runs == "1.4.0"
+                assert isinstance(session, SupportsHealth)
+                checking = asyncio.create_task(session.check_health(check))
+                for values in said:
+                    await say(client, **values)
+                found = await checking
+                assert found.healthy is healthy
+                assert healthy or found.evidence.endswith("by now")
 
     asyncio.run(run())
 
