@@ -86,6 +86,7 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
         self._send_limit_s = None if bus.interface == "slcan" else N_AS_S
         self.rounds = 0
         self._opening: asyncio.Task[None] | None = None
+        self._frames_sent: set[asyncio.Future[None]] = set()
 
     async def open(self) -> None:
         self._opening = asyncio.create_task(asyncio.to_thread(self._open))
@@ -119,13 +120,27 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
 
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
+        if self.lost is not None:
+            raise again(self.lost)
         sent: asyncio.Future[None] = self._loop.create_future()
+        self._frames_sent.add(sent)
         self.in_thread(lambda: self._send_one(frame, sent))
-        await sent
+        try:
+            await self.finished(sent)
+        finally:
+            self._frames_sent.discard(sent)
 
-    def lose_stuck(self) -> None:
-        """The sending thread does not come back from its driver."""
-        self.lose(queue_full(self.bus, self.errors))
+    async def finished(self, sent: asyncio.Future[None]) -> None:
+        """Until the sending thread is done with it; the bus is lost where that does not come back from its driver.
+
+        Raises what ``sent`` fails with: all that is under way fails when the bus is lost.
+        """
+        while not sent.done():
+            rounds = self.rounds
+            await asyncio.wait([sent], timeout=_STUCK_S)
+            if not sent.done() and self.rounds == rounds:
+                self.lose(queue_full(self.bus, self.errors))
+        await sent
 
     def in_thread(self, job: Callable[[], None]) -> None:
         """Have the sending thread do ``job``, in order."""
@@ -135,6 +150,11 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
         """As :class:`BaseLink`; only from the threads."""
         if not self._closing.is_set():
             self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _tell_lost(self, error: Transient) -> None:
+        super()._tell_lost(error)
+        for sent in self._frames_sent:
+            _fail(sent, error)
 
     # -- in threads
 
@@ -309,12 +329,7 @@ class _ThreadedPeer:
         self._sent = sent
         self._link.in_thread(lambda: self._logic.send(message))
         try:
-            while not sent.done():
-                rounds = self._link.rounds
-                await asyncio.wait([sent], timeout=_STUCK_S)
-                if not sent.done() and self._link.rounds == rounds:
-                    self._link.lose_stuck()
-            await sent
+            await self._link.finished(sent)
         finally:
             if not sent.done() or sent.cancelled():
                 self._link.in_thread(self._logic.stop_sending)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from edged_can.bus_errors import BusErrors, lost, not_opened
 from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
 from edged_can.kernel import KernelLink
 from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
+from edged_can.threaded import ThreadedLink
 from edged_can.transport import Peer, Shape
 
 APP = make_app("1.2.0", (1200, 600))
@@ -189,6 +190,43 @@ def test_a_driver_that_does_not_return_is_a_lost_link_and_is_left_behind(
         with pytest.raises(Transient, match="the queue for sending stays full") as caught:
             asyncio.run(body())
     assert caught.value.reason is Reason.LINK_LOST and server.controller.counts.blocks < 7
+
+
+def _hangs(given_up: threading.Event) -> None:
+    given_up.wait(20)
+
+
+def _fails(given_up: threading.Event) -> None:
+    raise RuntimeError("a vendor's driver")
+
+
+@pytest.mark.parametrize(
+    ("driver", "says"), [(_hangs, "the queue for sending stays full"), (_fails, "its driver failed")]
+)
+def test_a_frame_that_its_driver_does_not_send_is_a_lost_link(
+    driver: Callable[[threading.Event], None], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Raw frames too, as those for everyone on the bus, and the next one at once."""
+    monkeypatch.setattr("edged_can.threaded._STUCK_S", 0.3)
+    given_up, name = threading.Event(), bus_name()
+    monkeypatch.setattr("can.interfaces.virtual.VirtualBus.send", lambda *_, **__: driver(given_up))
+
+    async def body() -> None:
+        async with device_env("x", LinkPool(LINKS)).link(f"can:virtual@{name}") as link:
+            assert isinstance(link, ThreadedLink)
+            async with link.listen([(TALKER, False)]) as listener:
+                try:
+                    for _ in range(2):
+                        async with asyncio.timeout(5):
+                            with pytest.raises(Transient, match=says) as caught:
+                                await link.send(Frame(0x7DF, b"\2\x10\x81"))
+                        assert caught.value.reason is Reason.LINK_LOST
+                    with pytest.raises(Transient, match=says):
+                        await listener.next(5)
+                finally:
+                    given_up.set()
+
+    asyncio.run(body())
 
 
 def test_an_adapter_has_one_owner() -> None:
