@@ -277,8 +277,7 @@ class _KernelPeer:
 
     def drop_input(self) -> None:
         """As :class:`~edged_can.transport.Transport`."""
-        assert self._socket is not None
-        while True:
+        while self._socket is not None:
             try:
                 self._socket.recv(_LONGEST)
             except BlockingIOError:
@@ -305,8 +304,9 @@ class _KernelPeer:
         if self._shape.share >= 1:
             return
         gap = gap_s(self._frame_s, self._shape.share, self._link.load.used_by_others())
-        if abs(gap - self._gap_s) > 0.05 * self._frame_s:
-            await self.close()
+        if self._socket is None or abs(gap - self._gap_s) > 0.05 * self._frame_s:
+            # who is cancelled here leaves none behind, and says goodbye to the device through the next
+            await asyncio.shield(self.close())
             self.open(gap)
 
     def _configure(self, opened: socket.socket) -> None:

@@ -533,6 +533,64 @@ def test_a_full_queue_is_waited_for_and_ends_one_session_where_it_stays(
     assert sockets.refused >= 2 and sockets.sent == ([] if stays else [b"\x3e\x00"])
 
 
+class SlowlyClosed:
+    """The kernel's ISO-TP again: what is closed waits, as where it is still sending."""
+
+    AF_CAN = SOCK_DGRAM = CAN_ISOTP = 0
+
+    def __init__(self) -> None:
+        self.open = 0
+        self.closing, self.go_on = threading.Event(), threading.Event()
+        self.sent: list[bytes] = []
+
+    def socket(self, *_: int) -> Bound:
+        self.open += 1
+        return Bound(self)
+
+
+class Bound:
+    def __init__(self, sockets: SlowlyClosed) -> None:
+        self._sockets = sockets
+
+    def setblocking(self, _: bool) -> None: ...
+    def setsockopt(self, *_: object) -> None: ...
+    def bind(self, _: object) -> None: ...
+
+    def recv(self, _: int) -> bytes:
+        raise BlockingIOError
+
+    def send(self, message: bytes) -> None:
+        self._sockets.sent.append(message)
+
+    def close(self) -> None:
+        self._sockets.closing.set()
+        assert self._sockets.go_on.wait(5)
+        self._sockets.open -= 1
+
+
+def test_a_sender_that_is_cancelled_while_its_socket_is_bound_anew_may_still_say_goodbye(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sockets = SlowlyClosed()
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        with monkeypatch.context() as patch:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with link.transport(Peer(0x7E0, 0x7E8), Shape(share=0.6)) as transport:
+                sending = asyncio.create_task(transport.send(b"\x10\x02"))
+                assert await asyncio.to_thread(sockets.closing.wait, 5)
+                sending.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await sending
+                transport.drop_input()
+                sockets.go_on.set()
+                await transport.send(b"\x10\x01")
+
+    asyncio.run(body())
+    assert sockets.sent == [b"\x10\x01"] and sockets.open == 0
+
+
 # -- what the controller says
 
 
