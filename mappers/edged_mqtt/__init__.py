@@ -134,7 +134,7 @@ async def _probe(address: str, env: Env) -> Identity | None:
     async with env.link(found.link) as link:
         wire = cast(Wire, link)
         memory = wire.memory(found.place).get("device")
-        if isinstance(memory, Memory) and memory.told.news:
+        if isinstance(memory, Memory) and wire.is_present(found.place):
             told = memory.told
             detail = {"title": told.title or "", "version": told.version or "", "state": told.state or ""}
             return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL, **detail})

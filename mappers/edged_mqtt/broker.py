@@ -123,6 +123,10 @@ class Broker:
         """See :meth:`edged_mqtt.wire.Wire.refused`."""
         return ""
 
+    def is_present(self, name: str) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.is_present`."""
+        return name in self.present
+
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
         return self._memories.setdefault(name, {})
@@ -219,8 +223,12 @@ class Broker:
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )
         async with client:
-            for seat in list(self._seats.values()):
-                await client.subscribe(seat.filters)
+            heard = set[BrokerSeat]()
+            # sessions begin meanwhile, too: each subscribes here, or by itself once there is a client
+            while missing := set(self._seats.values()) - heard:
+                for seat in missing:
+                    await client.subscribe(seat.filters)
+                heard |= missing
             self._client = client
             self._up.set()
             # who was there before may have come back first, and said all that it says
@@ -272,10 +280,13 @@ class Broker:
             self.count("dropped")
 
     async def subscribe(self, filters: list[tuple[str, SubscribeOptions]]) -> None:
-        """Also on the connections that follow."""
-        if self._client is not None:
-            with contextlib.suppress(aiomqtt.MqttError):
-                await self._client.subscribe(filters)
+        """On the connection that there is; on those that follow all seats are. Raises ``Transient(LINK_LOST)``."""
+        if self._client is None:
+            return
+        try:
+            await self._client.subscribe(filters)
+        except aiomqtt.MqttError as exc:
+            raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
 
     async def publish(self, topic: str, payload: bytes, qos: int) -> None:
         """Raises ``Transient(LINK_LOST)``."""

@@ -155,6 +155,10 @@ class Endpoint:
         if len(self._refusals) > MOST_REFUSALS:
             self._refusals.popitem(last=False)
 
+    def is_present(self, name: str) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.is_present`."""
+        return name in self._seats and self._seats[name].present
+
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
         return self._memories.setdefault(name, {})

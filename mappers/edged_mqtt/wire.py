@@ -143,6 +143,10 @@ class Wire(Protocol):
         """
         ...
 
+    def is_present(self, name: str) -> bool:
+        """Whether the device ``name`` is there, as far as the wire can tell; also while no session has its seat."""
+        ...
+
     def refused(self, name: str) -> str:
         """Who was not let in lately, from where and why, for an operator who misses ``name``; empty where nobody was, or where
         it is not known, as on a broker."""

@@ -421,6 +421,54 @@ def test_where_nothing_is_read_any_more_sessions_end_and_the_next_ones_are_heard
         asyncio.run(run())
 
 
+def test_a_session_that_begins_while_the_connection_is_made_anew_hears_its_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the subscriptions of those that were there before, and the moment when all is well again."""
+    begun, go_on, subscribe = asyncio.Event(), asyncio.Event(), aiomqtt.Client.subscribe
+
+    async def late(self: aiomqtt.Client, *args: Any, **options: Any) -> Any:
+        found = await subscribe(self, *args, **options)
+        begun.set()
+        await go_on.wait()
+        return found
+
+    async def run() -> None:
+        async with connected(broker.port) as (link, _), link.seat("a", TOKEN, Guest()):
+            monkeypatch.setattr(aiomqtt.Client, "subscribe", late)
+            broker.stop()
+            broker.start()
+            await asyncio.wait_for(begun.wait(), 20)
+            guest = Guest()
+            async with link.seat("b", TOKEN, guest):
+                go_on.set()
+                async with asyncio.timeout(20):
+                    while link._client is None:
+                        await asyncio.sleep(0.01)
+                await say(broker.port, (f"b/{TELEMETRY}", b"1"))
+                await guest.until(1)
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
+def test_a_session_whose_subscription_the_broker_does_not_answer_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "CONNECT_S", 1.0)
+
+    async def run() -> None:
+        async with connected(broker.port) as (link, _):
+            broker.freeze()
+            with pytest.raises(Transient, match="timed out") as caught:
+                async with link.seat("a", TOKEN, Guest()):
+                    raise AssertionError("it is deaf")
+            assert caught.value.reason is Reason.LINK_LOST and not link._seats
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
 def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

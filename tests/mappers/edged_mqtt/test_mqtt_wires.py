@@ -174,6 +174,32 @@ def test_a_probe_tells_who_is_refused_at_the_endpoint_and_no_secret(plant: Plant
     asyncio.run(run())
 
 
+def test_a_probe_does_not_take_a_device_that_was_there_for_one_that_is(plant: Plant) -> None:
+    plant.device()
+    described = mqtt_device(plant.port)
+    right, wrong = (PullingDevice(plant.port, token) for token in ("token-of-pump-1", "an-old-token"))
+
+    async def run() -> None:
+        assert SPEC.probe is not None
+        pool = LinkPool(LINKS)
+        env = device_env("probe", pool)
+        async with device_env("holder", pool).link(plant.listener):
+            right.start()
+            async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                await session.slots()  # type: ignore[attr-defined]
+                assert await SPEC.probe(described.address, env) is not None
+                await right.stop()
+                await until(lambda: not session.seat.present)  # type: ignore[attr-defined]
+                assert await SPEC.probe(described.address, env) is None
+                wrong.start()
+                await until(lambda: "refused: 4" in wrong.log)
+                with pytest.raises(Transient, match="pump-1 is not there; refused lately: .*login_refused"):
+                    await SPEC.probe(described.address, env)
+        await wrong.stop()
+
+    asyncio.run(run())
+
+
 async def _session(device: Device, pool: LinkPool) -> None:
     async with SPEC.connect(device, device_env(device.id, pool)):
         pass
