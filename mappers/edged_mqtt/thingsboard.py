@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5, sha256, sha384, sha512
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, Protocol
 
 from edged.api import JsonValue
 
@@ -133,53 +133,60 @@ def withdrawal(component: str) -> bytes:
     return encoded({"deleted": list(names(component))})
 
 
+@dataclass(slots=True)
+class _Meaning:
+    """Of a number: the image, and the size of chunks that was named under it last; None: none was."""
+
+    offer: Offer
+    size_bytes: int | None = None
+
+
 class Numbers:
     """What the numbers of a device's requests stand for, on one connection: an image, and a size of chunks. The oldest of too
     many are forgotten."""
 
     def __init__(self) -> None:
-        self._offers: OrderedDict[str, Offer] = OrderedDict()
-        self._sizes: OrderedDict[str, int] = OrderedDict()
-        self._former: Mapping[str, Offer] = {}
-        self._former_sizes: Mapping[str, int] = {}
+        self._known: OrderedDict[str, _Meaning] = OrderedDict()
+        self._former: OrderedDict[str, _Meaning] = OrderedDict()
 
     def stands_for(self, number: str, offer: Offer) -> bool:
         """Whether ``number`` is that of ``offer``; one that is new is so from now on."""
-        known = self._offers.get(number)
+        known = self._known.get(number)
         if known is None:
-            _keep(self._offers, number, offer)
+            former = self._former.get(number)
+            # a size that was named for another image is none for this one
+            size_bytes = former.size_bytes if former is not None and former.offer == offer else None
+            _keep(self._known, number, _Meaning(offer, size_bytes))
             return True
-        return known is offer or known == offer
+        return known.offer == offer
 
     def stood_for(self, number: str, offer: Offer) -> bool:
-        """Whether ``number`` is that of ``offer``, also where the device began under it on its former connection."""
-        return offer in (self._offers.get(number), self._former.get(number))
+        """Whether ``number`` is that of ``offer``, also where the device began under it on a former connection."""
+        known = (self._known.get(number), self._former.get(number))
+        return any(meaning is not None and meaning.offer == offer for meaning in known)
 
     def size(self, number: str, size_bytes: int | None) -> int | None:
-        """``size_bytes``, or where that is None what it was before under this number."""
-        known = self._sizes.get(number) or self._former_sizes.get(number)
-        if size_bytes is not None and size_bytes != known:
-            _keep(self._sizes, number, size_bytes)
-        return size_bytes or known
+        """``size_bytes``, or where that is None what it was before under this number, which stands for an image."""
+        meaning = self._known[number]
+        if size_bytes is not None:
+            meaning.size_bytes = size_bytes
+        return meaning.size_bytes
 
     def reconnected(self) -> None:
-        """It is another connection."""
-        self._former, self._former_sizes = dict(self._offers), dict(self._sizes)
-        self._offers.clear()
-        self._sizes.clear()
+        """It is another connection. One that ended before anything was asked takes nothing away."""
+        for number, meaning in self._known.items():
+            _keep(self._former, number, meaning)
+        self._known.clear()
 
     def withdrawn(self) -> None:
         """The device knows that what it began is not offered any more."""
-        self._former, self._former_sizes = {}, {}
-        self._offers.clear()
-        self._sizes.clear()
+        self._known.clear()
+        self._former.clear()
 
 
-_Kept = TypeVar("_Kept")
-
-
-def _keep(kept: OrderedDict[str, _Kept], number: str, value: _Kept) -> None:
-    kept[number] = value
+def _keep(kept: OrderedDict[str, _Meaning], number: str, meaning: _Meaning) -> None:
+    kept[number] = meaning
+    kept.move_to_end(number)
     while len(kept) > MOST_NUMBERS:
         kept.popitem(last=False)
 

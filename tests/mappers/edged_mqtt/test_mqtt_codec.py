@@ -325,6 +325,36 @@ def test_a_chunk_is_no_smaller_than_what_it_costs_unless_it_ends_the_image(size:
     tb.Download(40, 3).ask(0, 40)
 
 
+def _offer(version: str) -> tb.Offer:
+    return tb.Offer("fw", "pump", version, 100_000, "", "SHA256")
+
+
+def test_a_number_stands_for_its_image_after_any_number_of_cuts_and_until_that_is_withdrawn() -> None:
+    numbers, offer = tb.Numbers(), _offer("2")
+    assert numbers.stands_for("7", offer) and not numbers.stands_for("7", _offer("3"))
+    for _ in range(3):
+        numbers.reconnected()
+        assert numbers.stood_for("7", offer) and not numbers.stood_for("7", _offer("3"))
+    numbers.withdrawn()
+    assert not numbers.stood_for("7", offer)
+    for number in range(2 * tb.MOST_NUMBERS):
+        numbers.stands_for(str(number), offer)
+        numbers.reconnected()
+    known = [number for number in range(2 * tb.MOST_NUMBERS) if numbers.stood_for(str(number), offer)]
+    assert known == list(range(tb.MOST_NUMBERS, 2 * tb.MOST_NUMBERS)), "the oldest are forgotten"
+
+
+def test_a_size_of_chunks_is_that_of_its_image_alone() -> None:
+    numbers = tb.Numbers()
+    assert numbers.stands_for("1", _offer("2")) and numbers.size("1", 4096) == 4096
+    assert numbers.size("1", None) == 4096
+    numbers.reconnected()
+    assert numbers.stands_for("1", _offer("2")) and numbers.size("1", None) == 4096, "it goes on"
+    numbers.reconnected()
+    assert numbers.stands_for("1", _offer("3"))
+    assert numbers.size("1", None) is None, "the size was another image's"
+
+
 def test_a_device_that_may_boot_something_else_runs_nothing_for_sure() -> None:
     offer = tb.Offer("fw", "pump", "2", 1, "", "SHA256")
     told = tb.Told()
