@@ -324,6 +324,8 @@ def _proofs(config: UdsConfig) -> Iterator[str]:
         routine = getattr(config, name)
         if routine.running and not routine.poll_s:
             yield f"{name}.running: found {routine.running!r}; allowed: with a poll_s"
+        if routine.running and routine.ok.lower().startswith(routine.running.lower()):
+            yield f"{name}.running: found {routine.running!r}, as ok begins; allowed: another beginning"
     unknown = {"crc32", "sha256"} & set(config.erase.parameters)
     if unknown:
         yield f"erase.parameters: found {sorted(unknown)!r}; allowed: format, address, length: nothing was sent by then"

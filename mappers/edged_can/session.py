@@ -238,8 +238,9 @@ class UdsSession:
 
     async def _write_privileged(self, prop: Property, record: bytes) -> None:
         """In a session that the polls for other properties must not keep alive: it is left again, and locked with it."""
-        await self._client.session(EXTENDED_SESSION)
         try:
+            # whose answer is lost may be in it all the same
+            await self._client.session(EXTENDED_SESSION)
             if prop.security:
                 await self._access.unlock(self._config.security)
             await self._client.write(prop.did, record)

@@ -16,7 +16,7 @@ import pytest
 from can_kit import LINKS, SPEC, Segments, bus_name, connected, device, on_bus, quiet, secret, soon, verified
 from hypothesis import given
 from hypothesis import strategies as st
-from uds_server import BASE, SECRET, Controller, make_app
+from uds_server import BASE, DEFAULT, SECRET, Controller, make_app
 
 import edged_can
 from edged.api import Desired, Device, HealthCheck, Reported
@@ -48,6 +48,8 @@ FAULTS = [
     ({"erase": {"parameters": ["crc16"]}}, "erase.parameters: found ['crc16']"),
     ({"check": {"ok": "0"}}, "check.ok: found '0'; allowed: pairs of hexadecimal digits"),
     ({"check": {"running": "01"}}, "check.running: found '01'; allowed: with a poll_s"),
+    ({"check": {"running": "00", "poll_s": 0.5}}, "check.running: found '00', as ok begins"),
+    ({"erase": {"running": "0a", "ok": "0A01", "poll_s": 1}}, "erase.running: found '0a', as ok begins"),
     ({"functional_id": 0x800}, "functional_id: found 0x800; allowed: at most 0x7ff without extended_ids"),
     ({"functional_id": 0}, "functional_id: found 0; allowed: a whole number from 1"),
     ({"functional_id": 0x7E8}, "functional_id: found 0x7e8, which is the device's own"),
@@ -364,6 +366,29 @@ def test_health_is_what_an_identifier_or_a_property_says() -> None:
 
     with on_bus(name, controller):
         asyncio.run(body())
+
+
+def test_a_session_is_left_again_whose_beginning_nobody_heard_of() -> None:
+    """Polls would keep the controller in it, open and unguarded."""
+    name, controller, lost = bus_name(), Controller(), 0
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        nonlocal lost
+        begins = way == "out" and frame[1:3] == b"\x50\x03"
+        lost += begins
+        return [] if begins else [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", properties=POLLED)) as session:
+            with pytest.raises(Transient, match="no answer") as caught:
+                await session.apply(Desired("enabled", False, 1))
+            assert caught.value.reason is Reason.NO_RESPONSE
+            assert lost == 1 and controller.session == DEFAULT
+            assert controller.heard[-2:] == [b"\x10\x03", b"\x10\x01"]
+
+    with on_bus(name, controller, wire=wire):
+        asyncio.run(body())
+    assert controller.properties[0x0102] == b"\x01"
 
 
 # -- keys
