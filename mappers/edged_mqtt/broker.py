@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import socket
 import ssl
 from collections import deque
@@ -354,6 +355,8 @@ class BrokerSeat:
         self._waiting: deque[tuple[str, bytes]] = deque()
         self._waiting_bytes = 0
         self._telling: set[asyncio.Task[None]] = set()
+        self.silence_s = math.inf
+        """Without a meaning here: the broker takes what is sent, or is lost."""
 
     @property
     def present(self) -> bool:
@@ -395,6 +398,9 @@ class BrokerSeat:
     async def send(self, topic: str, payload: bytes | memoryview) -> None:
         if not self.present:
             raise Transient(Reason.LINK_LOST, f"{self._prefix} is not there")
+        if self._telling:
+            # a withdrawal must not come behind the next offer; no broker keeps the order of messages of two qualities
+            await asyncio.wait(self._telling)
         # a chunk that is lost is asked for again, or the offer is made anew; one that comes twice confuses devices
         await self._broker.publish(f"{self._prefix}/{topic}", bytes(payload), 0)
 

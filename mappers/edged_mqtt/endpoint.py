@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import math
 import socket
 import ssl
 from collections import OrderedDict, deque
@@ -78,6 +79,8 @@ MOST_REFUSALS: Final = 8
 REFUSED_S: Final = 600.0
 """So many, and so long, are known who were not let in."""
 
+_BYTES_ACKED: Final = slice(120, 128)
+"""``tcpi_bytes_acked`` of the kernel's ``struct tcp_info`` (linux/tcp.h)."""
 _BUSY: Final = frozenset({errno.EADDRINUSE})
 
 
@@ -341,6 +344,7 @@ class EndpointSeat:
         self._taken: deque[float] = deque(maxlen=TAKEOVERS)
         self._held: deque[tuple[str, bytes]] = deque()
         self._leaving: asyncio.TimerHandle | None = None
+        self.silence_s = math.inf
 
     # -- for the endpoint
 
@@ -415,25 +419,27 @@ class EndpointSeat:
     @property
     def ready(self) -> bool:
         connection = self._connection
-        return connection is not None and not connection.streaming and not connection.is_full
+        return connection is not None and connection.is_free
 
     async def send(self, topic: str, payload: bytes | memoryview) -> None:
         connection = self._required()
+        await connection.told(self.silence_s)
         connection.publish(topic, payload)
-        await connection.drained()
+        await connection.drained(self.silence_s)
 
     def send_now(self, topic: str, payload: bytes | memoryview) -> None:
         self._required().publish(topic, payload)
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         connection = self._required()
+        await connection.told(self.silence_s)
         whole = False
         connection.streaming = True
         try:
             connection.write(packets.publish_head(topic.encode(), length, connection.version))
             async for part in parts:
                 connection.write(part)
-                await connection.drained()
+                await connection.drained(self.silence_s)
             whole = True
         finally:
             connection.streaming = False
@@ -497,6 +503,7 @@ class Connection(asyncio.Protocol):
         self._control, self._control_at = CONTROL_AT_ONCE, self._heard_at
         self._soon: deque[tuple[str, bytes]] = deque()
         self._soon_bytes = 0
+        self._untold: asyncio.Future[None] | None = None
 
     # -- asyncio.Protocol
 
@@ -513,8 +520,9 @@ class Connection(asyncio.Protocol):
         self._endpoint.forget(self)
         if self._watch is not None:
             self._watch.cancel()
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
+        for waited_for in (self._room, self._untold):
+            if waited_for is not None and not waited_for.done():
+                waited_for.set_result(None)
         if self._seat is not None:
             self._seat.stand(self, f"{self._why}: {exc}" if exc else self._why)
         if not self.ended.done():
@@ -558,24 +566,57 @@ class Connection(asyncio.Protocol):
         """:meth:`publish`, at once or when the client has read what it was sent before. False where too much waits."""
         if self._over:
             return True
-        if not self.streaming and not self.is_full:
+        if self.is_free:
             self.publish(topic, payload)
             return True
         if self._soon_bytes + len(payload) > MOST_TOLD_BYTES:
             return False
         self._soon.append((topic, payload))
         self._soon_bytes += len(payload) + MOST_HEAD_BYTES
+        self._untold = self._untold or self._loop.create_future()
         return True
+
+    async def told(self, silence_s: float) -> None:
+        """Wait until all is sent that :meth:`publish_soon` put off: what comes later must not overtake it. Errors as
+        :meth:`drained`."""
+        while self._untold is not None and not self._over:
+            await self._read_on(self._untold, silence_s)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a message can be sent, and overtakes none."""
+        return not (self.streaming or self.is_full or self._soon)
 
     @property
     def is_full(self) -> bool:
         """Whether the client does not read what it was sent, or is gone."""
         return self._over or self._room is not None
 
-    async def drained(self) -> None:
-        """Wait until the client has read most of what it was sent."""
+    async def drained(self, silence_s: float) -> None:
+        """Wait until the client has read most of what it was sent. One that reads nothing for ``silence_s`` is cut off: raises
+        ``Transient(NO_RESPONSE)``."""
         while self._room is not None and not self._over:
-            await asyncio.shield(self._room)
+            await self._read_on(self._room, silence_s)
+
+    async def _read_on(self, waited_for: asyncio.Future[None], silence_s: float) -> None:
+        """Wait for it, ``silence_s`` at most; one round of the above."""
+        before = self._taken
+        await asyncio.wait([waited_for], timeout=silence_s)
+        if waited_for.done() or self._over or self._room is None or self._taken != before:
+            return
+        text = f"it read nothing of what it was sent for {silence_s:g} s"
+        name = self.host if self._seat is None else self._seat.name
+        self.abort(text)
+        raise Transient(Reason.NO_RESPONSE, f"{name}: {text}")
+
+    @property
+    def _taken(self) -> tuple[int, bytes]:
+        """Changes with each byte that the client takes: what is not sent yet, and what its machine has acknowledged, since TLS
+        hands on whole messages."""
+        info = self._transport.get_extra_info("socket").getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop
+        )
+        return self._transport.get_write_buffer_size(), info[_BYTES_ACKED]
 
     def resume(self) -> None:
         """The session takes more."""
@@ -634,6 +675,10 @@ class Connection(asyncio.Protocol):
             topic, payload = self._soon.popleft()
             self._soon_bytes -= len(payload) + MOST_HEAD_BYTES
             self.publish(topic, payload)
+        if self._untold is not None and not self._soon:
+            if not self._untold.done():
+                self._untold.set_result(None)
+            self._untold = None
         if not self._over and not self._waits:
             self._heard_at = self._loop.time()
             self._transport.resume_reading()

@@ -106,6 +106,7 @@ class MqttSession:
     def seated(self, seat: Seat) -> None:
         """See :class:`~edged_mqtt.wire.Guest`."""
         self.seat = seat
+        seat.silence_s = self._config.silence_s
         if not seat.present:
             self._memory.early.clear()
         elif self._memory.early:

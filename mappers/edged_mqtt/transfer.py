@@ -285,6 +285,8 @@ class Transfer:
         except Transient as exc:
             if exc.reason is Reason.LINK_LOST:
                 return  # it left; the next look says so
+            if exc.reason is Reason.NO_RESPONSE:
+                self._peer.count("silent")
             raise
         if self._arrivals == arrivals and seat.present:
             # where it left meanwhile, nobody knows what it read

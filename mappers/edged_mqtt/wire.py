@@ -79,7 +79,10 @@ class Guest(Protocol):
 
 
 class Seat(Protocol):
-    """One device's place on a wire."""
+    """One device's place on a wire. ``silence_s``: so long may the device take nothing of what it is sent, where the wire can
+    tell; its session says so."""
+
+    silence_s: float
 
     @property
     def present(self) -> bool:
@@ -97,7 +100,8 @@ class Seat(Protocol):
         ...
 
     async def send(self, topic: str, payload: bytes | memoryview) -> None:
-        """Raises ``Transient(LINK_LOST)`` where the device is not there."""
+        """Raises ``Transient``: LINK_LOST where the device is not there, NO_RESPONSE where it took nothing for ``silence_s``,
+        and was cut off for that."""
         ...
 
     def send_now(self, topic: str, payload: bytes | memoryview) -> None:

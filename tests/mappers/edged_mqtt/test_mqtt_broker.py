@@ -421,6 +421,29 @@ def test_where_nothing_is_read_any_more_sessions_end_and_the_next_ones_are_heard
         asyncio.run(run())
 
 
+def test_what_is_told_comes_before_what_is_sent_later(tmp_path: Path) -> None:
+    """A withdrawal behind the next offer would withdraw that."""
+
+    async def run() -> None:
+        async with (
+            connected(broker.port) as (link, _),
+            link.seat("a", TOKEN, guest := Guest()) as seat,
+            aiomqtt.Client("127.0.0.1", broker.port) as device,
+        ):
+            await device.subscribe("a/told")
+            await device.subscribe("a/sent")
+            await device.publish(f"a/{TELEMETRY}", b"1", qos=1)
+            await guest.until(1)
+            seat.tell("told", b"")
+            await seat.send("sent", b"")
+            async with asyncio.timeout(10):
+                found = [str((await anext(device.messages)).topic) for _ in range(2)]
+            assert found == ["a/told", "a/sent"]
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
 def test_a_session_that_begins_while_the_connection_is_made_anew_hears_its_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -350,6 +350,8 @@ def test_a_size_of_chunks_is_that_of_its_image_alone() -> None:
     assert numbers.size("1", None) == 4096
     numbers.reconnected()
     assert numbers.stands_for("1", _offer("2")) and numbers.size("1", None) == 4096, "it goes on"
+    numbers = tb.Numbers()
+    assert numbers.stands_for("1", _offer("2")) and numbers.size("1", 4096) == 4096
     numbers.reconnected()
     assert numbers.stands_for("1", _offer("3"))
     assert numbers.size("1", None) is None, "the size was another image's"

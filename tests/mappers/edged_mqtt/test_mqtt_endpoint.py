@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -876,6 +877,78 @@ def test_what_a_device_is_told_comes_after_a_long_message_and_when_it_reads_agai
             async with asyncio.timeout(20):
                 while b"\x30\7\0\1ytold" not in end:
                     end = end[-16:] + await client.reader.read(2**16)
+
+    asyncio.run(run())
+
+
+def _narrow(endpoint: Endpoint) -> None:
+    """What the kernel holds for the one client is little."""
+    (connection,) = endpoint._connections
+    connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_what_waits_to_be_told_comes_before_what_is_sent_later(tmp_path: Path, streams: bool) -> None:
+    """A withdrawal behind the next offer would withdraw that."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"later"
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, _, port),
+            endpoint.seat("pump-1", TOKEN, Guest()) as seat,
+        ):
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            await client.read(4)
+            _narrow(endpoint)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            while seat.ready:
+                seat.send_now("x", bytes(65536))
+            seat.tell("y", b"told")
+            later = seat.stream("z", 5, parts()) if streams else seat.send("z", b"later")
+            sending = asyncio.create_task(later)
+            await asyncio.sleep(0)
+            assert not seat.ready
+            client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+            end = b""
+            async with asyncio.timeout(20):
+                while not (b"told" in end and b"later" in end):
+                    end = end[-64:] + await client.reader.read(2**16)
+                await sending
+            assert end.index(b"told") < end.index(b"later")
+            assert seat.ready
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_nothing_is_cut_off_and_one_that_reads_slowly_is_not(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, _, port),
+            endpoint.seat("pump-1", TOKEN, Guest()) as seat,
+        ):
+            seat.silence_s = 1.0
+            client = await dial(port)
+            client.writer.write(connect_packet())
+            await client.read(4)
+            _narrow(endpoint)
+            client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            sending = asyncio.create_task(seat.send("x", bytes(16 * 1024 * 1024)))
+            sock = client.writer.transport.get_extra_info("socket")
+            loop, taken = asyncio.get_running_loop(), 0
+            begun = loop.time()
+            while loop.time() - begun < 3 * seat.silence_s:
+                with contextlib.suppress(BlockingIOError):
+                    taken += len(socket.socket.recv(sock._sock, 16384))
+                await asyncio.sleep(0.02)
+            assert seat.present and not sending.done(), f"it was cut off after {taken} bytes"
+            with pytest.raises(
+                Transient, match="pump-1: it read nothing of what it was sent for 1 s"
+            ) as caught:
+                await sending
+            assert caught.value.reason is Reason.NO_RESPONSE and not seat.present
 
     asyncio.run(run())
 

@@ -166,7 +166,7 @@ def test_the_end_of_a_cut_off_chunk_is_no_word_that_the_device_has_it(
     async def run() -> None:
         image = await image_of(bytes(chunk))
         async with listening(pool, port) as link, AsyncExitStack() as stack:
-            connecting = asyncio.create_task(_connected(stack, pool, port, install_s=3600.0))
+            connecting = asyncio.create_task(_connected(stack, pool, port, install_s=3600.0, silence_s=60.0))
             await until(lambda: "pump-1" in link._seats)
             async with raw(port) as first:
                 session = await connecting
@@ -189,6 +189,37 @@ def test_the_end_of_a_cut_off_chunk_is_no_word_that_the_device_has_it(
                     )
                     again.cancel()
                     await asyncio.wait([again])
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("size", [250_000, 1_000_000], ids=["at once", "in parts"])
+def test_a_device_that_stops_reading_in_the_middle_of_a_message_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+    counted: Counter[str] = Counter()
+    port, pool = free_port(), LinkPool(LINKS, count=lambda _, event: counted.update([event]))
+
+    async def run() -> None:
+        image = await image_of(bytes(size))
+        async with listening(pool, port) as link, AsyncExitStack() as stack:
+            connecting = asyncio.create_task(_connected(stack, pool, port, silence_s=0.5))
+            await until(lambda: "pump-1" in link._seats)
+            async with raw(port) as client:
+                session = await connecting
+                staging = asyncio.create_task(session.stage(image, _quiet))
+                assert b"fw_version" in await client.packet()
+                (connection,) = link._connections
+                sock = connection._transport.get_extra_info("socket")
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+                client.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                client.publish("v2/fw/request/1/chunk/0", b"%d" % size)
+                async with asyncio.timeout(20):
+                    with pytest.raises(Transient, match="it read nothing of what it was sent") as caught:
+                        await staging
+                assert caught.value.reason is Reason.NO_RESPONSE and counted["silent"] == 1
+                await until(lambda: not link._connections)
 
     asyncio.run(run())
 
