@@ -364,7 +364,7 @@ class Env(Protocol):
 
     async def recall(self, key: str) -> str | None:
         """What this device's mapper, or this wire's plugin, kept last by :meth:`remember` under ``key``; None where it kept
-        nothing. Raises ``Permanent(STORAGE_FAILED)``."""
+        nothing. Raises ``Transient`` and ``Permanent``: ``STORAGE_FAILED``."""
         ...
 
     async def remember(self, key: str, text: str) -> None:

@@ -42,7 +42,7 @@ class RefusedKeys:
             )
 
     async def why(self, env: Env, device: str, settings: Security, secret: bytes) -> str:
-        """What the device said to a key by this secret; empty where it refused none. Raises Permanent(STORAGE_FAILED)."""
+        """What the device said to a key by this secret; empty where it refused none. Errors as :meth:`edged.api.Env.recall`."""
         text = self._records.get((device, settings.level)) or await env.recall(_key(settings))
         if not text:
             return ""
