@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from guest import Container, Image
 from guest.command import eventually
+from guest.images import run
 from node_kit import (
     RELEASES,
     SOCKET,
@@ -150,6 +151,21 @@ print(urllib.request.urlopen(sys.argv[1], timeout=10).read().decode())
 """
 
 
+CONFFILE = "/etc/edged/edged.toml"
+KEEP_MINE = ("-o", "Dpkg::Options::=--force-confold")
+CHANGED = "# what the newer version says here\n"
+
+
+def with_another_conffile(deb: Path, folder: Path) -> Path:
+    """The same package, whose edged.toml is not that of the version before: dpkg has to choose."""
+    tree, changed = folder / "tree", folder / deb.name
+    run("dpkg-deb", "--raw-extract", str(deb), str(tree))
+    with (tree / CONFFILE.lstrip("/")).open("a") as file:
+        file.write(CHANGED)
+    run("dpkg-deb", "--build", "--root-owner-group", str(tree), str(changed))
+    return changed
+
+
 def test_upgraded_and_downgraded_in_the_middle_of_jobs(
     suite_image: Image, tmp_path: Path, releases: Releases, deb: Path, newer_deb: Path
 ) -> None:
@@ -157,9 +173,10 @@ def test_upgraded_and_downgraded_in_the_middle_of_jobs(
         install(guest, deb)
         configure(guest, {DEVICE: f"serial:{PORT}"})
         old = guest.run("edged", "--version").out
+        newer = with_another_conffile(newer_deb, tmp_path)
         for version, package, options in (
-            ("1.0.0", newer_deb, ()),
-            ("2.0.0", deb, ("--allow-downgrades",)),
+            ("1.0.0", newer, KEEP_MINE),
+            ("2.0.0", deb, (*KEEP_MINE, "--allow-downgrades")),
         ):
             before = avr.stats().pages_written
             wished = deploy(guest, version)
@@ -173,7 +190,11 @@ def test_upgraded_and_downgraded_in_the_middle_of_jobs(
             assert avr.stats().pages_written - before < 2 * FILLER_BYTES / 128
             steady(guest)
             assert (guest.run("edged", "--version").out == old) == (package == deb)
-        assert f'"{RELEASES}"' in guest.run("cat", "/etc/edged/edged.toml").out, "the conffile was replaced"
+            assert f'"{RELEASES}"' in guest.run("cat", CONFFILE).out, "the conffile was replaced"
+            if package == newer:
+                assert CHANGED in guest.run("cat", f"{CONFFILE}.dpkg-dist").out, (
+                    "the new one is not beside it"
+                )
         assert guest.run("edged", "audit", "verify").out.startswith("Intact")
 
 
