@@ -233,7 +233,7 @@ class Control:
             "left_alone": explain_reason(alone.reason, alone.detail) if alone else None,
             "hardware_ids": list(model.hardware_ids),
             "flash_size": model.flash_size,
-            "attached": attached_json(attached) if attached else None,
+            "attached": attached_json(attached, twin) if attached else None,
             "twin": twin_json(twin),
             "jobs": [job_json(job) for job in last],
         }

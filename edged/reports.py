@@ -13,7 +13,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 
-from edged.api import Reported
+from edged.api import JsonValue, Reported
 from edged.clock import Clock
 from edged.domain.reconcile import FIRMWARE
 from edged.domain.twin import Value, delta
@@ -31,6 +31,9 @@ MOST_WAITING = 10_000
 """Values that wait for the disk; whoever reports more waits as well."""
 MOST_NAMES = 256
 """Properties of one device; one that makes up new names for ever must not fill the disk."""
+MOST_BYTES = 65_536
+MOST_DEPTH = 32
+"""Of one value, as JSON."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/ -]{0,126}")
 
 
@@ -115,10 +118,20 @@ def _fault(reported: Reported) -> str:
         return f"{reported.name}: {reported.unit!r:.100} is no unit"
     try:
         # encoded: a lone surrogate is text that nobody could be shown
-        json.dumps(reported.value, allow_nan=False, ensure_ascii=False).encode()
+        text = json.dumps(reported.value, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         return f"{reported.name}: {exc}"
+    if len(text) > MOST_BYTES or not _is_flat(reported.value, MOST_DEPTH):
+        return f"{reported.name}: found {len(text)} bytes of JSON; allowed: {MOST_BYTES}, {MOST_DEPTH} levels deep"
     return ""
+
+
+def _is_flat(value: JsonValue, levels: int) -> bool:
+    """Whether ``value`` has no more levels of lists and objects: one that nobody could read again ends every start."""
+    if not isinstance(value, list | dict):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_flat(one, levels - 1) for one in inner)
 
 
 def _within(tx: Tx, device: str, values: list[Reported]) -> list[Reported]:

@@ -301,16 +301,14 @@ class DeviceUnit:
         reports: asyncio.Task[None] | None = None
         try:
             while True:
+                if (self._refresh or self._loans) and reports is not None and not session.traits.concurrent:
+                    if not await let_go(reports):
+                        raise Permanent(Reason.PLUGIN_FAILED, "reports() does not end when it is cancelled")
+                    reports = None
                 if self._refresh and not self._loans:
                     self._refresh = False
                     await self._attached(session)
                 if self._loans:
-                    if reports is not None and not session.traits.concurrent:
-                        if not await let_go(reports):
-                            raise Permanent(
-                                Reason.PLUGIN_FAILED, "reports() does not end when it is cancelled"
-                            )
-                        reports = None
                     if not await self._lend(session, self._loans.popleft()):
                         return
                 elif not self._watch:

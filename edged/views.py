@@ -123,16 +123,16 @@ def report_json(report: audit.AuditReport) -> Json:
     }
 
 
-def attached_json(attached: Attached) -> Json:
-    """What a device said when its session was opened last."""
-    identity = attached.identity
+def attached_json(attached: Attached, twin: twins.Twin) -> Json:
+    """What a device said when its session was opened last. ``twin``: what it has by now was not rejected."""
+    identity, behind = attached.identity, delta(twin.desired, twin.reported)
     return {
         "time": to_text(attached.time),
         "slot_count": attached.traits.slot_count,
         "ceiling_bytes_per_s": attached.traits.ceiling_bytes_per_s,
         "hardware_id": identity.hardware_id if identity else None,
         "serial_number": identity.serial_number if identity else None,
-        "rejected": dict(attached.rejected),
+        "rejected": {name: why for name, why in attached.rejected.items() if name in behind},
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 
 from edged import reports
-from edged.api import Reported
+from edged.api import JsonValue, Reported
 from edged.clock import SystemClock
 from edged.engine.events import Broadcast
 from edged.errors import Reason, Transient
@@ -116,12 +116,33 @@ def test_who_reports_more_names_than_fit_waits_for_the_disk(
     run(tmp_path, body)
 
 
+def nested(levels: int) -> JsonValue:
+    value: JsonValue = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def test_values_that_are_large_but_can_be_read_again_are_kept(tmp_path: Path) -> None:
+    values = {"list": nested(32), "text": "x" * 65_534, "object": {"a": [nested(30)]}}
+
+    async def body(taken: reports.Reports, store: _Counting, _: Broadcast) -> None:
+        for name, value in values.items():
+            await taken.put("one", Reported(name, value))
+        await taken.flush()
+        assert await reported(store, "one") == values
+
+    run(tmp_path, body)
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         Reported("level", float("nan")),
         Reported("level", "\ud800"),
         Reported("level", {"a": ["\udcff"]}),
+        Reported("level", nested(33)),
+        Reported("level", "x" * 65_535),
         Reported("level", b"raw"),  # type: ignore[arg-type]
         Reported("level", object()),  # type: ignore[arg-type]
         Reported("", 1),

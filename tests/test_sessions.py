@@ -23,13 +23,13 @@ class Talking:
     traits = SessionTraits(ceiling_bytes_per_s=1000)
 
     def __init__(self, mapper: Mapper) -> None:
-        self._mapper = mapper
+        self.mapper = mapper
 
     async def identify(self) -> Identity:
         return Identity("hw")
 
     async def reports(self) -> AsyncIterator[Reported]:
-        self._mapper.reporting += 1
+        self.mapper.reporting += 1
         count = 0
         try:
             while True:
@@ -37,7 +37,7 @@ class Talking:
                 count += 1
                 await asyncio.sleep(0.001)
         finally:
-            self._mapper.reporting -= 1
+            self.mapper.reporting -= 1
 
 
 @dataclass
@@ -66,6 +66,8 @@ class Mapper:
 class Seen:
     reports: list[Reported] = field(default_factory=list)
     attached: int = 0
+    beside: int = 0
+    """Reports that were being read while the session was attached."""
 
 
 Check = Callable[[DeviceUnit, Seen], Awaitable[None]]
@@ -80,6 +82,7 @@ def _run(connect: Any, check: Check, *, watch: bool = True, call_s: float = 5, p
 
         async def attached(session: Session) -> None:
             seen.attached += 1
+            seen.beside += isinstance(session, Talking) and session.mapper.reporting
 
         spec = MapperSpec("test", connect, dict)
         unit = DeviceUnit(
@@ -122,6 +125,22 @@ def test_reports_stop_while_the_session_is_lent_and_go_on_afterwards() -> None:
             assert len(seen.reports) == count
         await _until(lambda: len(seen.reports) > count)
         assert (mapper.opened, seen.attached) == (1, 1)
+
+    _run(mapper.connect, check)
+
+
+def test_reports_stop_while_a_device_is_told_what_has_changed() -> None:
+    """Two readers on one line would take each other's answers."""
+    mapper = Mapper()
+
+    async def check(unit: DeviceUnit, seen: Seen) -> None:
+        await _until(lambda: len(seen.reports) > 2)
+        for times in range(2, 5):
+            unit.refresh()
+            await _until(lambda times=times: seen.attached == times)  # type: ignore[misc]
+            count = len(seen.reports)
+            await _until(lambda count=count: len(seen.reports) > count)  # type: ignore[misc]
+        assert (mapper.opened, seen.beside) == (1, 0)
 
     _run(mapper.connect, check)
 

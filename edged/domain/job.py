@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import Final
 
 from edged.errors import Reason
 from edged_firmware.facts import ParamValue
@@ -51,6 +52,10 @@ SUCCESSORS: dict[State, frozenset[State]] = {
     State.VERIFYING: frozenset({State.SUCCEEDED, State.REVERTING, State.FAILED, State.CANCELLED}),
     State.REVERTING: frozenset({State.REVERTED, State.FAILED}),
 }
+
+
+SILENT: Final = "nobody answers: "
+"""How the detail of a wait for an absent device begins where its wire is there: only an answer ends it early, not the wire."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,11 +100,11 @@ class Engine:
 
     async def _follow_the_clock(self) -> None:
         """The machine's clock was set: move with it what jobs wait for, and when they have to end."""
-        clock = self._shop.clock
+        clock, settings = self._shop.clock, self._shop.settings
         step = clock.step()
         if abs(step) < _LEAST_STEP:
             return
-        moved = await self._shop.store.write(lambda tx: clock_was_set(tx, step))
+        moved = await self._shop.store.write(lambda tx: clock_was_set(tx, step, settings))
         clock.follow(step)
         log.warning("clock was set", extra={"by_s": step.total_seconds(), "jobs": len(moved)})
         for job in moved:
@@ -153,7 +153,8 @@ class Engine:
         if len(self._running) >= self._shop.settings.parallel_jobs:
             return _LONGEST_SLEEP_S
         busy = self._running.keys() | self._orphans
-        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, busy, self._longest_wait))
+        now = self._shop.clock.now()
+        due = await self._shop.store.read(lambda tx: jobs.next_due_at(tx, now, busy, self._longest_wait))
         if due is None:
             return _LONGEST_SLEEP_S
         return min(max((due - self._shop.clock.now()).total_seconds(), 0.01), _LONGEST_SLEEP_S)

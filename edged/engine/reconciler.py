@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from edged.api import JsonValue
 from edged.config import EngineSettings
-from edged.domain.job import ACTIVE_STATES, Job
+from edged.domain.job import ACTIVE_STATES, SILENT, Job
 from edged.domain.reconcile import DRIFT, FIRMWARE, CancelJob, LeftAlone, MakeJob, reconcile
 from edged.engine.ids import ulid
 from edged.errors import Permanent, Reason
@@ -29,7 +29,9 @@ def reconcile_device(tx: Tx, device: str, settings: EngineSettings, *, is_back: 
         case CancelJob() as wish:
             return cancel(tx, wish.job, wish.reason, "engine")
     # only for a port that was not there: a device that is there and does not answer keeps its back-off
-    if is_back and active and active.waiting and active.waiting.reason is Reason.DEVICE_ABSENT:
+    waiting = active.waiting if active else None
+    was_gone = waiting and waiting.reason is Reason.DEVICE_ABSENT and not waiting.detail.startswith(SILENT)
+    if is_back and active and was_gone:
         return jobs.advance(tx, active, replace(active, waiting=None, attempts=0), "device is back")
     return None
 
@@ -79,14 +81,19 @@ def cancel(tx: Tx, job: Job, reason: Reason, actor: str) -> Job:
     return saved
 
 
-def clock_was_set(tx: Tx, step: timedelta) -> list[Job]:
+def clock_was_set(tx: Tx, step: timedelta, settings: EngineSettings) -> list[Job]:
     """Move deadline and wait of every active job by ``step``; returns the jobs. One that was made just now has the new time
-    already."""
-    moved = []
+    already.
+
+    An earlier life may have made a deadline by a clock that was right: none comes nearer by a step back but where it is
+    farther away than a new one were, and none goes farther than that.
+    """
+    moved, farthest = [], tx.now + timedelta(seconds=settings.deadline_s)
     for job in jobs.find(tx, states=ACTIVE_STATES, limit=-1):
         if not tx.now - _JUST_NOW <= job.created <= tx.now:
             waiting = job.waiting and replace(job.waiting, until=job.waiting.until + step)
-            later = replace(job, deadline=job.deadline + step, waiting=waiting)
+            deadline = min(max(job.deadline, job.deadline + step), farthest)
+            later = replace(job, deadline=deadline, waiting=waiting)
             moved.append(jobs.advance(tx, job, later, "clock was set", f"by {step.total_seconds():.0f} s"))
     audit.append(tx, "engine", "clock.set", {"by_s": round(step.total_seconds()), "jobs": len(moved)})
     return moved

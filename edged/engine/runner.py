@@ -31,7 +31,7 @@ from edged.api import (
 from edged.clock import SteadyClock
 from edged.config import EngineSettings, Model
 from edged.domain import admission, retry
-from edged.domain.job import Fallback, Job, State
+from edged.domain.job import SILENT, Fallback, Job, State
 from edged.domain.reconcile import firmware_value, release_of
 from edged.domain.steps import Bounds, Do, Facts, Move, View, next_step
 from edged.engine.events import Broadcast
@@ -374,7 +374,7 @@ class JobRunner:
             return await self._connect()
         except Transient as exc:
             if exc.reason is Reason.NO_RESPONSE and self.job.state in _BETWEEN_IMAGES:
-                raise Transient(Reason.DEVICE_ABSENT, f"nobody answers: {exc.detail}") from exc
+                raise Transient(Reason.DEVICE_ABSENT, f"{SILENT}{exc.detail}") from exc
             raise
 
     async def _connect(self) -> Session:

@@ -125,18 +125,18 @@ def active_devices(tx: Tx) -> frozenset[str]:
 
 
 def next_due_at(
-    tx: Tx, besides: Collection[str] = (), longest_wait: timedelta = timedelta(days=36_500)
+    tx: Tx, now: datetime, besides: Collection[str] = (), longest_wait: timedelta = timedelta(days=36_500)
 ) -> datetime | None:
-    """When the next active job is due, leaving out the devices ``besides``: the transaction's time where one
-    is now, None where no job is active. ``longest_wait`` as for :func:`due`.
+    """When the next active job is due, leaving out the devices ``besides``: ``now`` where one is by then, None where no job
+    is active. ``longest_wait`` as for :func:`due`.
     """
     found = tx.db.execute(
         "SELECT min(CASE WHEN waiting_until <= :horizon THEN waiting_until ELSE :now END) FROM job"
         " WHERE state NOT IN ('succeeded', 'failed', 'cancelled', 'reverted')"
         " AND device NOT IN (SELECT value FROM json_each(:besides))",
         {
-            "now": to_text(tx.now),
-            "horizon": to_text(tx.now + longest_wait),
+            "now": to_text(now),
+            "horizon": to_text(now + longest_wait),
             "besides": json.dumps(sorted(besides)),
         },
     ).fetchone()[0]

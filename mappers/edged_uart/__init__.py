@@ -42,7 +42,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
         _spec("uart-stk500v2", "stk500v2", parse_v2, _v2),
         MapperSpec(
             "uart-smp",
-            _connect_smp,
+            _SmpConnecting().connect,
             parse_smp,
             frozenset({PROTOCOL}),
             _probe_smp,
@@ -99,15 +99,24 @@ async def _port(device: Device, env: Env) -> AsyncIterator[SerialLink]:
         yield link
 
 
-@asynccontextmanager
-async def _connect_smp(device: Device, env: Env) -> AsyncIterator[SmpSession]:
-    await _loaded("edged_uart.smp_session")
-    from edged_uart.smp_session import SmpSession
+class _SmpConnecting:
+    """Opens sessions. What outlives them is which devices were reset for their silence."""
 
-    config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
-    async with _port(device, env) as link:
-        await link.keep_lines()
-        yield SmpSession(device, config, link, env.log)
+    def __init__(self) -> None:
+        self._pulsed: set[str] = set()
+
+    @asynccontextmanager
+    async def connect(self, device: Device, env: Env) -> AsyncIterator[SmpSession]:
+        await _loaded("edged_uart.smp_session")
+        from edged_uart.smp_session import SmpSession
+
+        config = device.config if isinstance(device.config, SmpConfig) else SmpConfig()
+        async with _port(device, env) as link:
+            if config.reset == "dtr" and not link.has_lines:
+                text = f"reset: found 'dtr'; allowed: 'none', since {device.address} has no DTR and RTS lines"
+                raise Permanent(Reason.CONFIG_INVALID, text)
+            await link.keep_lines()
+            yield SmpSession(device, config, link, env.log, self._pulsed)
 
 
 async def _probe_smp(address: str, env: Env) -> Identity | None:

@@ -93,6 +93,7 @@ class SerialLink:
 
     exclusive = True
     sets_baud = True
+    has_lines = True
     """Whether it is here that the rate is set."""
 
     def __init__(self, path: str) -> None:

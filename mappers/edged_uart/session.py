@@ -266,26 +266,37 @@ class UartSession:
         differing: list[Page] = []
         run = 0
         for number, page in enumerate(pages, 1):
-            held = await loader.read(page.address, page.size)
-            same = page.agrees(held, await page.content(image))
+            same = await self._holds(loader, image, page)
             progress(Phase.COMPARE, number * page.size, len(pages) * page.size)
             if same:
                 run = 0
                 continue
-            if not loader.page_by_page:
-                return pages[: number - 1] + await self._to_last_differing(loader, image, pages[number - 1 :])
             differing.append(page)
             run += 1
-            if run == _SURELY_ANOTHER_IMAGE:
-                return differing + await self._to_last_differing(loader, image, pages[number:])
+            if run == _SURELY_ANOTHER_IMAGE or not loader.page_by_page:
+                last = await self._last_differing(loader, image, pages, number, progress)
+                return (differing if loader.page_by_page else pages[:number]) + pages[number:last]
         return differing
 
-    async def _to_last_differing(self, loader: BootLoader, image: Image, pages: list[Page]) -> list[Page]:
-        for count in range(len(pages), 0, -1):
-            page = pages[count - 1]
-            if not page.agrees(await loader.read(page.address, page.size), await page.content(image)):
-                return pages[:count]
-        return []
+    async def _last_differing(
+        self, loader: BootLoader, image: Image, pages: list[Page], number: int, progress: Progress
+    ) -> int:
+        """How many of ``pages`` there are up to the last one that differs; the first ``number`` are."""
+        for count in range(len(pages), number, -1):
+            if not await self._holds(loader, image, pages[count - 1]):
+                return count
+            progress(
+                Phase.COMPARE, (number + len(pages) - count + 1) * pages[0].size, len(pages) * pages[0].size
+            )
+        return number
+
+    async def _holds(self, loader: BootLoader, image: Image, page: Page) -> bool:
+        """Read again where it seems not to: a bit that the line flipped must not cost a boot loader."""
+        wanted = await page.content(image)
+        for _ in range(2):
+            if page.agrees(await loader.read(page.address, page.size), wanted):
+                return True
+        return False
 
     async def _write(self, loader: BootLoader, image: Image, pages: list[Page], progress: Progress) -> None:
         self._wrote = True

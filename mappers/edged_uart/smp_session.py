@@ -127,8 +127,12 @@ class _Inspected:
 class SmpSession:
     """A session with one device; see :class:`edged.api.Session` and the ``Supports...`` Protocols for the contract."""
 
-    def __init__(self, device: Device, config: SmpConfig, link: SerialLink, log: Log) -> None:
+    def __init__(
+        self, device: Device, config: SmpConfig, link: SerialLink, log: Log, pulsed: set[str] | None = None
+    ) -> None:
+        """``pulsed``: the devices that were reset for their silence, and have not answered since."""
         self._device = device
+        self._pulsed = pulsed if pulsed is not None else set()
         self._log = log
         self._config = config
         self._link = link
@@ -154,7 +158,8 @@ class SmpSession:
     async def identify(self) -> Identity:
         """``smp:`` and the board's name as the device tells it (``smp:unknown`` where it does not).
 
-        Where its reset is wired, a device that says nothing for as long as a boot may take is reset, and asked once more.
+        Where its reset is wired, a device that says nothing for as long as a boot may take is reset, and asked once more; not
+        again before it has answered.
 
         Raises Transient(NO_RESPONSE), Transient(LINK_LOST), Permanent(UNSUPPORTED) where the port has no lines
         for that.
@@ -162,9 +167,11 @@ class SmpSession:
         await self._link.set_baud(self._config.baud)
         await self._rest_after_open()
         if not await self._is_met():
+            self._pulsed.add(self._device.id)
             await self._link.pulse_reset()
             await self._client.silence(self._config.quiet_s)
             await self._meet_within(self._config.boot_s)
+        self._pulsed.discard(self._device.id)
         parameters = self._client.parameters
         detail = {
             "protocol": PROTOCOL,
@@ -560,7 +567,7 @@ class SmpSession:
 
     async def _is_met(self) -> bool:
         """False where nobody answers and a reset may help. One that boots, perhaps on trial, must not be reset meanwhile."""
-        is_wired = self._config.reset == "dtr"
+        is_wired = self._config.reset == "dtr" and self._device.id not in self._pulsed
         try:
             await self._meet_within(self._config.boot_s if is_wired else 0.0)
         except Transient as error:

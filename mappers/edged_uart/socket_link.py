@@ -58,6 +58,7 @@ class SocketLink(SerialLink):
     """One connection. See :class:`SerialLink`; only how it is opened and closed differs, and what cannot be done."""
 
     sets_baud = False
+    has_lines = False
 
     def __init__(self, path: str, host: str, port: int) -> None:
         super().__init__(path)

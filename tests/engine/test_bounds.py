@@ -113,6 +113,56 @@ def test_a_clock_that_is_set_does_not_end_a_job(place: Place, plugin: Unplugged)
     asyncio.run(run())
 
 
+def test_deadlines_of_earlier_lives_come_no_nearer_and_go_no_farther(place: Place, plugin: Unplugged) -> None:
+    """A board without a battery begins in 1970 at each boot until it is told the time; another keeps a wrong one."""
+    place.device()
+    right = datetime.now(UTC)
+    now = right
+
+    async def boot(begins: datetime) -> Job:
+        nonlocal now
+        now = begins
+        async with life(place.config, place.plugins, now=lambda: now) as node:
+            await node.engine.ping()
+            now = right
+            await node.engine.ping()
+            return (await node.jobs("dev-1"))[0]
+
+    async def run() -> None:
+        async with life(place.config, place.plugins, now=lambda: now) as node:
+            await node.want("dev-1", "app@2.0.0")
+            first = (await _waiting(node)).deadline
+        for begins in (
+            datetime(1970, 1, 1, tzinfo=UTC),
+            right + timedelta(days=5),
+            right - timedelta(days=9),
+        ):
+            job = await boot(begins)
+            assert abs(job.deadline - first) < timedelta(minutes=1), (begins, job.deadline, first)
+            assert not job.state.ended, (begins, job.reason, job.detail)
+
+    asyncio.run(run())
+
+
+def test_a_clock_that_is_set_back_by_seconds_keeps_nobody_busy(place: Place, plugin: Unplugged) -> None:
+    place.device()
+    back = timedelta()
+
+    async def run() -> None:
+        nonlocal back
+        place.engine = attrs.evolve(place.engine, first_backoff_s=30, longest_backoff_s=30)
+        async with life(place.config, place.plugins, now=lambda: datetime.now(UTC) - back) as node:
+            await node.want("dev-1", "app@2.0.0")
+            await _waiting(node)
+            back = timedelta(seconds=40)
+            await node.engine.ping()
+            turns = node.engine.turns
+            await asyncio.sleep(1)
+            assert node.engine.turns <= turns + 2
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("by", [timedelta(days=8), timedelta(days=-8)])
 def test_a_clock_that_is_set_while_bytes_move_disturbs_nobody(
     tmp_path: Path, publisher: Publisher, by: timedelta
@@ -155,6 +205,10 @@ def test_a_device_that_is_silent_between_two_images_is_waited_for(place: Place, 
                 await asyncio.sleep(0.005)
         assert job.state is state and job.waiting is not None
         assert job.waiting.reason is Reason.DEVICE_ABSENT and "nobody answers" in job.waiting.detail
+        # its wire is opened again at each try, and says nothing of the device
+        node.engine.device_returned("dev-1")
+        await node.engine.ping()
+        assert (await node.jobs("dev-1"))[0].attempts >= job.attempts
         device.absent = False
 
     async def run() -> None:

@@ -245,7 +245,7 @@ def test_due_and_when_the_next_is(path: Path) -> None:
     def due(minutes: int, limit: int = 10) -> list[str]:
         return [job.id for job in read(path, lambda tx: jobs.due(tx, START + minutes * MINUTE, limit))]
 
-    assert read(path, jobs.next_due_at) is None
+    assert read(path, lambda tx: jobs.next_due_at(tx, START)) is None
     write(path, add_all)
     # who is due for longest comes first, or a few that wait in vain would have every turn
     assert due(0) == ["over", "now2"]
@@ -253,10 +253,10 @@ def test_due_and_when_the_next_is(path: Path) -> None:
     assert due(9, 3) == ["over", "now2", "soon"]
     set_back = read(path, lambda tx: jobs.due(tx, START, longest_wait=5 * MINUTE))
     assert [job.id for job in set_back] == ["over", "now2", "late"]
-    assert read(path, jobs.next_due_at) == START
+    assert read(path, lambda tx: jobs.next_due_at(tx, START)) == START
     write(path, end(make_job("now2", run=2)), end(waiting("over", 0)))
-    assert read(path, jobs.next_due_at) == START + MINUTE
-    assert read(path, lambda tx: jobs.next_due_at(tx, besides=["soon"])) == START + 9 * MINUTE
+    assert read(path, lambda tx: jobs.next_due_at(tx, START)) == START + MINUTE
+    assert read(path, lambda tx: jobs.next_due_at(tx, START, besides=["soon"])) == START + 9 * MINUTE
 
 
 def test_finding(path: Path) -> None:

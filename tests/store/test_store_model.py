@@ -180,7 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
         ready.sort(key=lambda job: job.waiting.until if job.waiting else job.created)
         assert [job.id for job in jobs.due(tx, now)] == [job.id for job in ready]
         wakes = [now if job.waiting is None else job.waiting.until for job in active]
-        assert jobs.next_due_at(tx) == min(wakes, default=None)
+        assert jobs.next_due_at(tx, now) == min(wakes, default=None)
 
 
 TestStoreMachine = StoreMachine.TestCase

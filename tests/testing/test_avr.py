@@ -152,16 +152,23 @@ def test_each_open_is_one_reset_also_when_the_next_client_is_quick(tmp_path: Pat
 def test_what_a_client_sent_last_is_not_for_the_part_after_the_next_one_s_reset(tmp_path: Path) -> None:
     """Also where the next client is quicker than the simulator, which did not see the line closed in between. The begin of a
     page would be the boot loader's first command, and it would wait for the rest of it in vain."""
-    with SimulatedAvr(tmp_path, application=build_app(version="1.2.0"), tap=True) as avr:
+    assert any(_overtaken(tmp_path / str(number)) for number in range(5)), "it was never on the line in time"
+
+
+def _overtaken(folder: Path) -> bool:
+    """Whether the simulator got what the first client had sent after the next one had opened the line."""
+    folder.mkdir()
+    half = b"\x64\x00\x80F" + b"\x55" * 8
+    with SimulatedAvr(folder, application=build_app(version="1.2.0"), tap=True) as avr:
         with opened(avr) as line:
             sync(line)
             os.kill(avr.pid, signal.SIGSTOP)
-            half = b"\x64\x00\x80F" + b"\x55" * 8
             os.write(line, half)
         with opened(avr) as line:
             os.kill(avr.pid, signal.SIGCONT)
             sync(line)
-        assert half in avr.tapped() and avr.stats().external_resets == 2
+        assert avr.stats().external_resets == 2
+        return half in avr.tapped()
 
 
 def test_flash_and_counters_outlive_a_power_cut(tmp_path: Path) -> None:
