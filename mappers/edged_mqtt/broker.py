@@ -14,7 +14,7 @@ import logging
 import math
 import socket
 import ssl
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final
@@ -51,6 +51,8 @@ MOST_RESTING_BYTES: Final = 1024 * 1024
 HELD_S: Final = 60.0
 """What a device says while no session has its seat waits for one so long: what a broker kept comes before the sessions do."""
 MOST_HELD_BYTES: Final = 4 * 1024 * 1024
+MOST_HELD_OF_ONE_BYTES: Final = 64 * 1024
+"""Of all devices, and of one: the reports of the others must have room beside what one sends."""
 _OVERHEAD_BYTES: Final = 256
 _STEMS: Final = tuple(f"/{topic.removesuffix('#')}" for topic in SUBSCRIBED)
 
@@ -305,35 +307,47 @@ class _Held:
 
     def __init__(self) -> None:
         self._messages: dict[str, deque[tuple[float, str, bytes]]] = {}
+        self._sizes: Counter[str] = Counter()
         self._bytes = 0
 
     def put(self, prefix: str, topic: str, payload: bytes, now: float) -> bool:
         """Whether there was room."""
         size = _held_bytes(topic, payload)
+        self._forget(prefix, now)
+        if (
+            self._sizes[prefix] + size > MOST_HELD_OF_ONE_BYTES
+            or len(self._messages.get(prefix, ())) >= MOST_RESTING
+        ):
+            return False
         if self._bytes + size > MOST_HELD_BYTES:
             for name in list(self._messages):
                 self._forget(name, now)
-        waiting = self._messages.get(prefix, ())
-        if self._bytes + size > MOST_HELD_BYTES or len(waiting) >= MOST_RESTING:
+        if self._bytes + size > MOST_HELD_BYTES:
             return False
         self._messages.setdefault(prefix, deque()).append((now, topic, payload))
-        self._bytes += size
+        self._weigh(prefix, size)
         return True
 
     def take(self, prefix: str, now: float) -> list[tuple[str, bytes]]:
         """What waits for ``prefix`` and is not too old."""
         self._forget(prefix, now)
         found = self._messages.pop(prefix, ())
-        self._bytes -= sum(_held_bytes(topic, payload) for _, topic, payload in found)
+        self._weigh(prefix, -self._sizes[prefix])
         return [(topic, payload) for _, topic, payload in found]
 
     def _forget(self, prefix: str, now: float) -> None:
         waiting = self._messages.get(prefix)
         while waiting and now - waiting[0][0] > HELD_S:
             _, topic, payload = waiting.popleft()
-            self._bytes -= _held_bytes(topic, payload)
+            self._weigh(prefix, -_held_bytes(topic, payload))
         if not waiting:
             self._messages.pop(prefix, None)
+
+    def _weigh(self, prefix: str, more: int) -> None:
+        self._bytes += more
+        self._sizes[prefix] += more
+        if not self._sizes[prefix]:
+            del self._sizes[prefix]
 
 
 def _held_bytes(topic: str, payload: bytes) -> int:

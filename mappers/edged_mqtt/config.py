@@ -140,7 +140,7 @@ class ListenConfig:
     - ``client_ca``: file of the authorities whose certificates devices may show; empty: none is asked for.
     - ``client_certificates``: ``"optional"``, or ``"required"``: nobody connects without one; needs ``client_ca``.
     - ``plain``: also without TLS on an address that is not loopback.
-    - ``connections``: so many at a time.
+    - ``connections``: of so many devices at a time; who has not shown a credential yet is counted apart.
     - ``longest_silence_s``: of whom nothing is heard for so long its connection is ended, whatever keep-alive it asked for.
     """
 

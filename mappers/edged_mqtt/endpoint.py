@@ -68,7 +68,8 @@ FORGIVEN_S: Final = 600.0
 KEPT_S: Final = 60.0
 """A device stays connected for so long where its session ended, so that the next one finds it there."""
 MOST_HELD: Final = 32
-"""So many of its messages wait for that next session; then it is not read."""
+MOST_HELD_BYTES: Final = 64 * 1024
+"""So many of its messages, and bytes of them, wait for that next session; then it is not read."""
 MOST_TOLD_BYTES: Final = 256 * 1024
 """So much waits for a client that does not read, or that is in the middle of a long message."""
 TOLD_AGAIN_S: Final = 60.0
@@ -253,18 +254,18 @@ class Endpoint:
         self.log.warning("TLS failed", extra={"detail": f"{host}: {text}"})
 
     def _admit(self, connection: Connection) -> bool:
-        """Whether there is room for one more."""
+        """Whether there is room for one more stranger."""
         of_one = sum(stranger.host == connection.host for stranger in self._strangers)
-        if (
-            len(self._connections) >= self._most
-            or len(self._strangers) >= STRANGERS
-            or of_one >= STRANGERS_OF_ONE
-        ):
+        if len(self._strangers) >= STRANGERS or of_one >= STRANGERS_OF_ONE:
             self.count("connection_refused")
             return False
         self._connections.add(connection)
         self._strangers.add(connection)
         return True
+
+    def has_room(self, seat: EndpointSeat) -> bool:
+        """Whether a device may connect; one that has a connection, perhaps a dead one, takes the place of that."""
+        return seat.present or sum(one.present for one in self._seats.values()) < self._most
 
     def known(self, connection: Connection) -> None:
         self._strangers.discard(connection)
@@ -343,6 +344,7 @@ class EndpointSeat:
         self._connection: Connection | None = None
         self._taken: deque[float] = deque(maxlen=TAKEOVERS)
         self._held: deque[tuple[str, bytes]] = deque()
+        self._held_bytes = 0
         self._leaving: asyncio.TimerHandle | None = None
         self.silence_s = math.inf
 
@@ -375,7 +377,8 @@ class EndpointSeat:
         if self.guest is not None and not self._held:
             return self.guest.heard(topic, payload)
         self._held.append((topic, payload))
-        return self.guest is None and len(self._held) < MOST_HELD
+        self._held_bytes += len(payload)
+        return self.guest is None and len(self._held) < MOST_HELD and self._held_bytes < MOST_HELD_BYTES
 
     # -- edged_mqtt.wire.Seat
 
@@ -413,6 +416,7 @@ class EndpointSeat:
         if self._connection is connection:
             self._connection = None
             self._held.clear()
+            self._held_bytes = 0
             if self.guest is not None:
                 self.guest.left(why)
 
@@ -454,7 +458,11 @@ class EndpointSeat:
 
     def more(self) -> None:
         while self._held:
-            if self.guest is None or not self.guest.heard(*self._held.popleft()):
+            if self.guest is None:
+                return
+            topic, payload = self._held.popleft()
+            self._held_bytes -= len(payload)
+            if not self.guest.heard(topic, payload):
                 return
         if self._connection is not None:
             self._connection.resume()
@@ -753,6 +761,9 @@ class Connection(asyncio.Protocol):
             return
         if seat.rest.lasts(self._loop.time()):
             self._refuse_later("must_rest", Code.BUSY, (seat.name,))
+            return
+        if not self._endpoint.has_room(seat):
+            self._refuse_later("connection_refused", Code.BUSY, (seat.name,))
             return
         if not seat.may_sit(self._loop.time()):
             self._refuse_later("two_sessions", Code.BUSY, (seat.name,))

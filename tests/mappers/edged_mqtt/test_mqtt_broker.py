@@ -384,6 +384,27 @@ def test_what_the_broker_kept_waits_for_the_session(tmp_path: Path, monkeypatch:
         asyncio.run(run())
 
 
+def test_what_one_device_says_before_its_session_leaves_room_for_what_others_do(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with connected(broker.port, "node-1") as (link, env):
+            for name in ("bad", "good"):
+                async with link.seat(name, TOKEN, Guest()):
+                    pass
+            much = [(f"bad/{TELEMETRY}", bytes(60_000))] * 80
+            await say(broker.port, *much, (f"good/{TELEMETRY}", b"1"), (f"bad/{TELEMETRY}", b"2"))
+            await held(link, "bad", 2)
+            assert env.counted["dropped"] == 79
+            guest = Guest()
+            async with link.seat("good", TOKEN, guest):
+                assert guest.heard_all == [(TELEMETRY, b"1")]
+            async with link.seat("bad", TOKEN, Guest()):
+                pass
+            assert not link._held._messages and not link._held._sizes and not link._held._bytes
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
+
+
 async def held(link: Broker, prefix: str, count: int) -> None:
     async with asyncio.timeout(10):
         while len(link._held._messages.get(prefix, ())) != count:

@@ -21,6 +21,7 @@ from mqtt_node import Authority
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
 from edged_mqtt import endpoint as subject
+from edged_mqtt import packets
 from edged_mqtt.config import BrokerConfig, ListenAddress, ListenConfig
 from edged_mqtt.endpoint import Endpoint, open_endpoint
 from edged_mqtt.tls import client_context, server_context
@@ -672,6 +673,57 @@ def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.
             _DIALLED.append(other)
             other.writer.write(connect_packet())
             assert await other.read(4) == b"\x20\2\0\0"
+
+    asyncio.run(run())
+
+
+def test_places_are_the_devices_and_one_that_comes_back_takes_its_own(tmp_path: Path) -> None:
+    """Whoever has no credential takes none of them; nor has a device to wait until its dead connection is found out."""
+    names = ["pump-1", "pump-2", "pump-3"]
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path, ListenConfig(connections=2)) as (endpoint, env, port),
+            AsyncExitStack() as stack,
+        ):
+            for name in names:
+                place = endpoint.seat(name, Credential(Proof.TOKEN, name, f"of {name}"), Guest())
+                await stack.enter_async_context(place)
+            for _ in range(4):
+                await dial(port)
+
+            async def greeted(name: str) -> bytes:
+                client = await dial(port)
+                client.writer.write(connect_packet(f"of {name}"))
+                return await client.read(4)
+
+            assert await greeted("pump-1") == await greeted("pump-2") == b"\x20\2\0\0"
+            assert await greeted("pump-3") == b"\x20\2\0\3" and env.counted["connection_refused"] == 1
+            assert await greeted("pump-1") == b"\x20\2\0\0", "it has a place"
+
+    asyncio.run(run())
+
+
+def test_a_device_that_says_much_between_two_sessions_is_not_read_and_loses_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                await client.read(4)
+            body, count = b"\0\1x" + bytes(50_000), 16
+            client.writer.write((b"\x30" + packets.length_bytes(len(body)) + body) * count)
+            (connection,) = endpoint._connections
+            async with asyncio.timeout(10):
+                while not connection._resting:
+                    await asyncio.sleep(0.01)
+            assert len(endpoint._seats["pump-1"]._held) == 2
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                async with asyncio.timeout(10):
+                    while len(guest.messages) < count:
+                        guest.news.clear()
+                        await guest.news.wait()
 
     asyncio.run(run())
 
