@@ -150,7 +150,7 @@ class ListenConfig:
     client_certificates: str = key("optional", one_of("optional", "required"))
     plain: bool = key(False, flag())
     connections: int = key(1024, whole(1, 65_536))
-    longest_silence_s: float = key(1800.0, seconds(1, 86_400))
+    longest_silence_s: float = key(1800.0, seconds(2, 86_400))
 
 
 @dataclass(frozen=True, slots=True)

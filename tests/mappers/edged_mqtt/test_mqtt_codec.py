@@ -195,6 +195,13 @@ def test_what_would_go_in_the_clear_or_ask_for_nothing_is_refused(
 # -- ThingsBoard's payloads
 
 
+def test_silence_is_borne_for_longer_than_the_shortest_keep_alive_that_a_device_is_told() -> None:
+    """One second, and MQTT gives it half of that on top."""
+    with pytest.raises(ValueError, match="longest_silence_s: found 1"):
+        parse_link({"longest_silence_s": 1}, "listen@127.0.0.1:1883")
+    assert parse_link({"longest_silence_s": 2}, "listen@127.0.0.1:1883")
+
+
 @pytest.mark.parametrize(
     ("topic", "payload", "expected"),
     [
