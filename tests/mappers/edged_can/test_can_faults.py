@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def releases(tmp_path_factory: pytest.TempPathFactory) -> Publisher:
 HITS = 4
 """Each costs a try of the job or two, and after eight that come to nothing it ends."""
 
+LATEST_S = 0.5
+"""Half of what ISO-TP waits for a consecutive frame (N_Cr)."""
+
 
 class Noise:
     """Does ``what`` to :data:`HITS` of the frames, by chance but always the same ones; ``count`` is how often it did."""
@@ -59,19 +63,20 @@ class Noise:
         self._dice = random.Random(seed)
         self._odds = odds
         self._skip = skip
-        self._held: dict[str, bytes] = {}
+        self._held: dict[str, tuple[bytes, float]] = {}
         self.count = 0
 
     def __call__(self, way: str, frame: bytes) -> list[bytes]:
         self._skip -= 1
-        held = self._held.pop(way, None)
+        held, since = self._held.pop(way, (None, 0.0))
         if held is not None:
-            return [frame, held]
+            # one that comes after its receiver gave it up would be taken for a part of the next message: no bus is so late
+            return [frame, held] if time.monotonic() - since < LATEST_S else [frame]
         if self._skip > 0 or self.count >= HITS or self._dice.random() > self._odds:
             return [frame]
         self.count += 1
         if self._what == "reordered":
-            self._held[way] = frame
+            self._held[way] = frame, time.monotonic()
         return [frame, frame] if self._what == "doubled" else []
 
 
