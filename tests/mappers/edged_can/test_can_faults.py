@@ -85,11 +85,7 @@ class Noise:
 def test_an_image_gets_through_frames_that_are_lost_doubled_or_swapped(
     tmp_path: Path, releases: Publisher, what: str, seed: int
 ) -> None:
-    """ISO-TP notices each of them, or UDS its answer that does not come; the message, the segment or the try is repeated.
-
-    But for one: a frame that comes late into the next answer, with the number that is due there. Nothing guards against it, and
-    who answers may be taken for somebody else.
-    """
+    """ISO-TP notices each of them, or UDS its answer that does not come; the message, the segment or the try is repeated."""
     site = Site(tmp_path / "state", releases, table={"answer_s": 1})
     controller = site.controller()
     noise = Noise(what, seed)
@@ -101,9 +97,6 @@ def test_an_image_gets_through_frames_that_are_lost_doubled_or_swapped(
 
     with alive(site, controller, noise):
         job = asyncio.run(body())
-    if what == "reordered" and job.reason is Reason.HARDWARE_MISMATCH:
-        assert job.state is State.FAILED and controller.counts.erased == 0
-        return
     assert noise.count == HITS
     assert job.state is State.SUCCEEDED, job.detail
     assert all(controller.held(at, len(data)) == data for at, data in IMAGES["2.0.0"])
