@@ -44,7 +44,12 @@ class TestNode:
     key: NodeKey
 
     async def want(self, device: str, release: str, source: str = "operator") -> None:
-        """Set the device's desired firmware."""
+        """Set the device's desired firmware.
+
+        When the engine has looked at its devices: or the wish would come before its first look in one life and after it in the
+        next, and a sweep of power cuts find other commits.
+        """
+        await self.engine.ping()
         value = firmware_value(release)
         await self.store.write(lambda tx: twins.set_desired(tx, device, FIRMWARE, value, source))
         self.engine.device_changed(device)

@@ -85,8 +85,6 @@ class World:
 
     async def _live(self, faults: Faults) -> Job:
         async with life(self.place.config, self.place.plugins, faults=faults) as node:
-            # or the wish would come before the first look at the devices in one life, and after it in the next
-            await node.engine.ping()
             await self._wish(node)
             return await node.ended("dev-1")
 

@@ -184,8 +184,9 @@ def test_a_probe_does_not_take_a_device_that_was_there_for_one_that_is(plant: Pl
         pool = LinkPool(LINKS)
         env = device_env("probe", pool)
         async with device_env("holder", pool).link(plant.listener):
-            right.start()
+            starting = asyncio.get_running_loop().call_later(0.5, right.start)
             async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                assert starting.when() <= asyncio.get_running_loop().time(), "it waits for its device"
                 await session.slots()  # type: ignore[attr-defined]
                 assert await SPEC.probe(described.address, env) is not None
                 await right.stop()
