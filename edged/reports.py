@@ -103,8 +103,8 @@ class Reports:
                 self._broadcast.send(
                     {"kind": "reported", "device": device, "name": name, "value": value.value}
                 )
-        for device, twin in behind.items():
-            self.behind(device, delta(twin.desired, twin.reported), twin.reported)
+        for device, (wishes, reported) in behind.items():
+            self.behind(device, wishes, reported)
         return True
 
 
@@ -147,8 +147,8 @@ def _within(tx: Tx, device: str, values: list[Reported]) -> list[Reported]:
 
 def _store(
     tx: Tx, batch: Mapping[tuple[str, str], Reported]
-) -> tuple[dict[str, dict[str, Value]], dict[str, twins.Twin]]:
-    """What changed, and the twins of those devices in it that are not as they should be."""
+) -> tuple[dict[str, dict[str, Value]], dict[str, tuple[Mapping[str, Value], Mapping[str, Value]]]]:
+    """What changed; and of those devices that are not as they should be, what they should have, and all that they report."""
     by_device: dict[str, list[Reported]] = {}
     for (device, _), reported in batch.items():
         by_device.setdefault(device, []).append(reported)
@@ -157,4 +157,5 @@ def _store(
         for device, values in by_device.items()
     }
     found = {device: twins.get(tx, device) for device in by_device}
-    return changed, {device: twin for device, twin in found.items() if delta(twin.desired, twin.reported)}
+    behind = {device: (delta(twin.desired, twin.reported), twin.reported) for device, twin in found.items()}
+    return changed, {device: (wishes, reported) for device, (wishes, reported) in behind.items() if wishes}

@@ -203,27 +203,19 @@ def _rules_of(record: type[Any]) -> dict[str, _Reader]:
 
 
 def _read(default: T, values: object, path: str, faults: list[str], without: Collection[str] = ()) -> T:
-    """``default`` with what ``values`` say."""
-    rules = {name: rule for name, rule in _rules_of(type(default)).items() if name not in without}
-    defaults = {name: getattr(default, name) for name in rules}
-    return dataclasses.replace(default, **_values(rules, values, path, faults, defaults))  # type: ignore[type-var]
-
-
-def _values(
-    rules: Mapping[str, _Reader], values: object, path: str, faults: list[str], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What ``values`` say, key by key; a key with a fault has its default."""
+    """``default`` with what ``values`` say, key by key; a key with a fault keeps its default."""
     if not isinstance(values, Mapping):
         faults.append(_fault(path, values, "a table"))
-        return {}
+        return default
+    rules = {name: rule for name, rule in _rules_of(type(default)).items() if name not in without}
     found = {}
     for name, value in values.items():
         here = f"{path}.{name}" if path else str(name)
         if name in rules:
-            found[name] = rules[name].read(value, here, defaults.get(name), faults)
+            found[name] = rules[name].read(value, here, getattr(default, name), faults)
         else:
             faults.append(f"{here}: found an unknown key; allowed: {', '.join(sorted(rules))}")
-    return found
+    return dataclasses.replace(default, **found)  # type: ignore[type-var]
 
 
 def _fault(path: str, value: object, allowed: str) -> str:
