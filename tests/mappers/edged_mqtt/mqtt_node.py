@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from engine_kit import Publisher
-from mqtt_kit import free_port
+from mqtt_kit import PullingDevice, free_port
 from peer_kit import peer_python
 
 import edged_mqtt
@@ -35,9 +35,9 @@ from edged.config import (
     Storage,
     TrustSettings,
 )
-from edged.domain.job import Job
+from edged.domain.job import Job, State
 from edged.plugins import Plugins, discover
-from edged.testing.node import TestNode
+from edged.testing.node import TestNode, life
 
 ENGINE = EngineSettings(
     first_backoff_s=0.05, longest_backoff_s=0.2, stall_s=20, lease_s=5, checkpoint_bytes=4096, checkpoint_s=0
@@ -251,3 +251,18 @@ async def vendor_device(port: int, **settings: Any) -> AsyncIterator[VendorDevic
     finally:
         process.kill()
         await process.wait()
+
+
+@asynccontextmanager
+async def running(plant: Plant, *devices: PullingDevice, **options: Any) -> AsyncIterator[TestNode]:
+    """A life with ``devices`` that run what the node gave them. ``options``: of :func:`life`."""
+    async with life(plant.config, plant.plugins, **options) as node:
+        for device in devices:
+            device.start()
+        try:
+            first = await deployed(node, "pump@1.0.0")
+            assert first.state is State.SUCCEEDED, first.detail
+            yield node
+        finally:
+            for device in devices:
+                await device.stop()

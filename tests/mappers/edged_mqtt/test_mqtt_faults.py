@@ -18,13 +18,13 @@ import attrs
 import pytest
 from broker_kit import Mosquitto
 from mqtt_kit import PullingDevice, free_port
-from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
+from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes, running
 
 from edged.domain.job import Job, State
 from edged.engine.observer import Silent
 from edged.errors import Reason
 from edged.supervisor import UnitState
-from edged.testing.node import TestNode, life
+from edged.testing.node import life
 
 Fault = Callable[[int, bytes], list[bytes]]
 
@@ -145,20 +145,6 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     return plant
 
 
-@asynccontextmanager
-async def running(plant: Plant, *devices: PullingDevice, counting: Counting) -> AsyncIterator[TestNode]:
-    async with life(plant.config, plant.plugins, observer=counting) as node:
-        for device in devices:
-            device.start()
-        try:
-            first = await deployed(node, "pump@1.0.0")
-            assert first.state is State.SUCCEEDED, first.detail
-            yield node
-        finally:
-            for device in devices:
-                await device.stop()
-
-
 def right(job: Job, device: PullingDevice) -> None:
     """The right image, or the old one and a reason; never a wrong image that is called good."""
     if job.state is State.SUCCEEDED:
@@ -205,7 +191,7 @@ def test_a_wire_with_one_fault_delivers(plant: Plant, fault: Fault, begins: int)
     device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert wire.fired, "the fault did not fire"
             assert job.state is State.SUCCEEDED, job.detail
@@ -267,7 +253,7 @@ def test_a_message_that_is_lost_doubled_or_late_changes_nothing(plant: Plant, na
     device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, **talks)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert wire.fired, "the fault did not fire"
             assert job.state is State.SUCCEEDED, job.detail
@@ -282,7 +268,7 @@ def test_a_device_that_only_says_again_what_it_runs_is_silent_in_its_download(pl
     device = PullingDevice(wire.port, "token-of-pump-1", every_s=0.2, repeats=True)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert wire.fired and job.state is State.SUCCEEDED, job.detail
             right(job, device)
@@ -331,7 +317,7 @@ def test_a_wire_that_always_flips_ends_with_the_old_image(plant: Plant) -> None:
     device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, chunk_bytes=65536)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert (job.state, job.reason) == (State.REVERTED, Reason.VERIFY_FAILED), job.detail
             assert "'checksum', 3 times" in job.detail
@@ -350,7 +336,7 @@ def test_a_connection_that_breaks_anywhere_ends_right(plant: Plant, seed: int) -
     device = PullingDevice(wire.port, "token-of-pump-1", reboots=bool(seed % 2), protocol=4 + seed % 2)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert wire.fired >= 2, "the connection did not break"
             assert job.state is State.SUCCEEDED, job.detail
@@ -379,7 +365,7 @@ def test_a_wire_with_many_faults_never_makes_a_wrong_image_good(plant: Plant, se
     device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, naive=bool(seed % 2))
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0", timeout_s=120)
             assert wire.fired, "no fault fired"
             right(job, device)
@@ -419,7 +405,7 @@ def test_who_asks_too_much_is_stopped_and_counted_and_others_go_on(
     good.on_chunk = lambda _: asked.append(rude.requests)
 
     async def run() -> None:
-        async with running(plant, rude, good, counting=counting) as node:
+        async with running(plant, rude, good, observer=counting) as node:
             await deployed(node, "pump@1.0.0", "pump-2")
             jobs = await asyncio.gather(deployed(node, "pump@2.0.0"), deployed(node, "pump@2.0.0", "pump-2"))
             assert (jobs[0].state, jobs[0].reason) == (State.REVERTED, Reason.DEVICE_ERROR), jobs[0].detail
@@ -441,7 +427,7 @@ def test_a_client_that_a_duplicate_sends_round_for_ever_is_stopped(plant: Plant)
     device = PullingDevice(wire.port, "token-of-pump-1", naive=True)
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_ERROR), job.detail
             assert wire.fired and counting.events["endless_requests"] == 1
@@ -457,7 +443,7 @@ def test_a_device_that_hangs_uses_up_its_attempts(plant: Plant) -> None:
     device = PullingDevice(wire.port, "token-of-pump-1")
 
     async def run() -> None:
-        async with wire.up(), running(plant, device, counting=counting) as node:
+        async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert (job.state, job.reason) == (State.REVERTED, Reason.ATTEMPTS_EXHAUSTED), job.detail
             assert "silent for 0.6 s, with" in job.detail
@@ -472,7 +458,7 @@ def test_a_chunk_that_nobody_offered_is_not_given(plant: Plant) -> None:
     device = PullingDevice(plant.port, "token-of-pump-1")
 
     async def run() -> None:
-        async with running(plant, device, counting=counting):
+        async with running(plant, device, observer=counting):
             device._offer = {"size": 1}
             before = device.log.count("connected")
             device.ask()
@@ -512,7 +498,7 @@ def test_a_device_that_goes_on_by_itself_after_a_cut_is_let_in(plant: Plant) -> 
     device.on_chunk, device.say = cut, resume  # type: ignore[method-assign]
 
     async def run() -> None:
-        async with running(plant, device, counting=counting) as node:
+        async with running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
             assert cuts, "the connection did not break"
             assert job.state is State.SUCCEEDED, job.detail
@@ -528,7 +514,7 @@ def test_two_devices_with_one_credential_never_pass_for_one(plant: Plant) -> Non
     two = PullingDevice(plant.port, "token-of-pump-1", delay_s=0.02)
 
     async def run() -> None:
-        async with running(plant, one, counting=counting) as node:
+        async with running(plant, one, observer=counting) as node:
             await node.want("pump-1", "pump@2.0.0")
             await asyncio.sleep(0.3)
             two.start()

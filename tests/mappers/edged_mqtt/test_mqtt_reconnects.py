@@ -6,8 +6,7 @@ import asyncio
 import json
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -29,13 +28,13 @@ from mqtt_kit import (
     secrets_of,
     until,
 )
-from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes
+from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes, running
 
 from edged.api import Device, HealthCheck, Phase, SupportsFirmware, SupportsHealth
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
-from edged.testing.node import TestNode, life
+from edged.testing.node import TestNode
 from edged_mqtt import endpoint
 from edged_mqtt.endpoint import Endpoint
 
@@ -47,18 +46,6 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     plant.publish("1.0.0", "2.0.0")
     plant.device(silence_s=0.6, install_s=2.0)
     return plant
-
-
-@asynccontextmanager
-async def running(plant: Plant, device: PullingDevice, **options: Any) -> AsyncIterator[TestNode]:
-    async with life(plant.config, plant.plugins, **options) as node:
-        device.start()
-        try:
-            first = await deployed(node, "pump@1.0.0")
-            assert first.state is State.SUCCEEDED, first.detail
-            yield node
-        finally:
-            await device.stop()
 
 
 def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
