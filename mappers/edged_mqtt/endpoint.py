@@ -66,7 +66,7 @@ LONGEST_REST_S: Final = 60.0
 FORGIVEN_S: Final = 600.0
 """Who was thrown out for what it did is not let in for so long; twice as long each time, until it was good for a while."""
 KEPT_S: Final = 60.0
-"""A device stays connected for so long where its session ended, so that the next one finds it there."""
+"""A device stays connected, and may come, for so long where its session ended, so that the next one finds it there."""
 MOST_HELD: Final = 32
 MOST_HELD_BYTES: Final = 64 * 1024
 """So many of its messages, and bytes of them, wait for that next session; then it is not read."""
@@ -345,24 +345,37 @@ class EndpointSeat:
         self._taken: deque[float] = deque(maxlen=TAKEOVERS)
         self._held: deque[tuple[str, bytes]] = deque()
         self._held_bytes = 0
+        self._came = False
+        """Whether the connection began while there was no session."""
         self._leaving: asyncio.TimerHandle | None = None
         self.silence_s = math.inf
 
     # -- for the endpoint
 
     def take(self, guest: Guest) -> None:
-        """A session begins; a device that is there has not come anew by that."""
+        """A session begins; a device that was there before has not come anew by that."""
         self.close()
         guest.seated(self)
         self.guest = guest
+        if self._came:
+            self._came = False
+            guest.arrived()
         self.more()
 
     def vacate(self) -> None:
         """The session ended. The next one is soon there, or the device has to go."""
         self.guest = None
-        if self._connection is not None:
-            loop = asyncio.get_running_loop()
-            self._leaving = loop.call_later(KEPT_S, self.dismiss, "it has had no session for a while")
+        self._leaving = asyncio.get_running_loop().call_later(KEPT_S, self._give_up)
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a session has it, or had it just now: who connects between two must not be told to go, since a client may
+        never come back after that."""
+        return self.guest is not None or self._leaving is not None
+
+    def _give_up(self) -> None:
+        self._leaving = None
+        self.dismiss("it has had no session for a while")
 
     def close(self) -> None:
         """Nothing happens any more by itself."""
@@ -408,6 +421,7 @@ class EndpointSeat:
             self.stand(old, "its credential was used on another connection")
             old.end(Code.TAKEN_OVER)
         self._connection = connection
+        self._came = self.guest is None
         if self.guest is not None:
             self.guest.arrived()
 
@@ -415,6 +429,7 @@ class EndpointSeat:
         """``connection`` is over."""
         if self._connection is connection:
             self._connection = None
+            self._came = False
             self._held.clear()
             self._held_bytes = 0
             if self.guest is not None:
@@ -749,15 +764,24 @@ class Connection(asyncio.Protocol):
         self._control, self._control_at = filled - 1 - size // CONTROL_BYTES, now
         return self._control >= 0
 
-    def _hello(self, hello: Connect) -> None:
+    def _hello(self, hello: Connect, late: bool = False) -> None:
+        """Let it in or not. Who is not known, or not served, is looked for once more before it is refused: after a start of the
+        node devices are back before their sessions are, and a client may give up for good where its credential is refused."""
         self.version = hello.version
         shown = common_name(self._transport.get_extra_info("peercert"))
         seat = self._endpoint.find(hello, shown)
-        if seat is None:
-            self._refuse_later("login_refused", Code.BAD_CREDENTIAL, (hello.user, shown))
+        if not late and (seat is None or not seat.is_served):
+            self._resting = True
+            self._transport.pause_reading()
+            self._loop.call_later(REFUSE_S, self._hello, hello, True)
             return
-        if seat.guest is None:
-            self._refuse_later("not_served", Code.UNAVAILABLE, (seat.name,))
+        if seat is None:
+            self._refuse("login_refused", Code.BAD_CREDENTIAL, (hello.user, shown))
+            return
+        if not seat.is_served:
+            self._refuse("not_served", Code.UNAVAILABLE, (seat.name,))
+            return
+        if self._over:
             return
         if seat.rest.lasts(self._loop.time()):
             self._refuse_later("must_rest", Code.BUSY, (seat.name,))
@@ -779,6 +803,8 @@ class Connection(asyncio.Protocol):
         )
         self.write(packets.connack(self.version, Code.SUCCESS, answer))
         seat.sit(self)
+        if late:
+            self.resume()
 
     def _mind_keep_alive(self, keep_alive_s: int) -> int | None:
         """Watch for one and a half times the keep-alive (v5 3.1.2.10), and no longer than this node bears silence. The
@@ -793,12 +819,12 @@ class Connection(asyncio.Protocol):
         return max(1, int(longest_s / 1.5)) if too_long else None
 
     def _refuse_later(self, event: str, code: Code, shown: Collection[str | None]) -> None:
-        self._endpoint.refuse(event, self.host, shown)
         self._resting = True
         self._transport.pause_reading()
-        self._loop.call_later(REFUSE_S, self._refuse, code)
+        self._loop.call_later(REFUSE_S, self._refuse, event, code, shown)
 
-    def _refuse(self, code: Code) -> None:
+    def _refuse(self, event: str, code: Code, shown: Collection[str | None]) -> None:
+        self._endpoint.refuse(event, self.host, shown)
         if not self._over:
             self._transport.write(packets.connack(self.version, code))
             self._close()

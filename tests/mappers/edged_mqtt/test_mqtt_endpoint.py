@@ -514,7 +514,7 @@ def test_a_device_stays_from_one_session_to_the_next_and_nothing_that_it_says_is
         return bytes([0x30, len(body)]) + body
 
     async def run() -> None:
-        async with listening(tmp_path) as (endpoint, env, port):
+        async with listening(tmp_path) as (endpoint, _, port):
             first, second = Guest(), Guest()
             async with endpoint.seat("pump-1", TOKEN, first):
                 client = await dial(port)
@@ -523,12 +523,6 @@ def test_a_device_stays_from_one_session_to_the_next_and_nothing_that_it_says_is
                 await first.until("arrived")
             client.writer.write(b"".join(map(message, range(10))) + b"\xc0\0")
             assert await client.read(2) == b"\xd0\0", "it is served meanwhile"
-            # a newcomer is not taken for one with a wrong credential
-            other = await dial(port)
-            other.writer.write(connect_packet(version=version))
-            answer = await other.closed()
-            assert answer[3:4] == (b"\x88" if version == 5 else b"\3")
-            assert env.counted["not_served"] == 1 and not env.counted["login_refused"]
             client.writer.write(b"".join(map(message, range(10, 100))))
             async with asyncio.timeout(10):
                 while len(endpoint._seats["pump-1"]._held) < subject.MOST_HELD:
@@ -550,18 +544,68 @@ def test_a_device_stays_from_one_session_to_the_next_and_nothing_that_it_says_is
     asyncio.run(run())
 
 
+def test_a_device_that_comes_between_two_sessions_is_let_in_and_has_come_anew(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            async with endpoint.seat("pump-1", TOKEN, Guest()):
+                before = await dial(port)
+                before.writer.write(connect_packet())
+                assert await before.read(4) == b"\x20\2\0\0"
+            after = await dial(port)
+            after.writer.write(connect_packet() + b"\x30\4\0\1ax")
+            assert await after.read(4) == b"\x20\2\0\0"
+            assert await before.closed() == b"", "it has two connections"
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                assert seat.present and guest.seen == ["arrived"] and guest.messages == [("a", b"x")]
+            assert not env.counted["not_served"]
+            # the session after that finds the same connection
+            async with endpoint.seat("pump-1", TOKEN, guest := Guest()) as seat:
+                assert seat.present and not guest.seen
+
+    asyncio.run(run())
+
+
+def test_a_device_that_comes_before_its_first_session_is_not_refused(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, env, port):
+            client = await dial(port)
+            client.writer.write(connect_packet() + b"\x30\4\0\1ax")
+            other = await dial(port)
+            other.writer.write(connect_packet("nobody"))
+            await asyncio.sleep(subject.REFUSE_S / 5)
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                assert not guest.seen, "the session was there first, nothing is shown"
+                assert await client.read(4) == b"\x20\2\0\0"
+                client.writer.write(b"\xc0\0")
+                assert await client.read(2) == b"\xd0\0"
+                assert guest.seen == ["arrived"] and guest.messages == [("a", b"x")]
+                assert await other.closed() == b"\x20\2\0\4"
+            assert env.counted["login_refused"] == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [4, 5])
 def test_a_device_whose_session_does_not_come_back_has_to_go(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
     monkeypatch.setattr(subject, "KEPT_S", 0.2)
 
     async def run() -> None:
-        async with listening(tmp_path) as (endpoint, _, port):
+        async with listening(tmp_path) as (endpoint, env, port):
             async with endpoint.seat("pump-1", TOKEN, Guest()):
                 client = await dial(port)
-                client.writer.write(connect_packet())
-                await client.read(4)
-            assert await client.closed() == b""
+                client.writer.write(connect_packet(version=version))
+                await client.read((await client.read(2))[1])
+            await client.closed()
+            # it is not taken for one with a wrong credential
+            client = await dial(port)
+            client.writer.write(connect_packet(version=version))
+            answer = await client.closed()
+            assert answer[3:4] == (b"\x88" if version == 5 else b"\3")
+            assert env.counted["not_served"] == 1 and not env.counted["login_refused"]
 
     asyncio.run(run())
 

@@ -34,6 +34,9 @@ def received(client: TBDeviceMqttClient, data: bytes, version: str) -> None:
 
 def connected(client: object, userdata: object, flags: object, code: object, *rest: object) -> None:
     say("connected", code)
+    if code != 0:
+        # what it asks now would wait for a connection for ever, in the thread that should make one
+        return
     if settings.get("subscribe"):
         # a broker does not match the client's own filter, v2/fw/response/+
         device._client.subscribe("v2/fw/response/+/chunk/+", qos=1)

@@ -132,7 +132,8 @@ class Container(Guest):
             raise GuestError(f"systemd-nspawn ended: {self.console()[-2000:]}")
         # until its init has started, the only child is a helper that sets the namespaces up
         for child in Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split():
-            with suppress(FileNotFoundError):
+            # it may end at any moment: before its file is opened, or before that is read
+            with suppress(FileNotFoundError, ProcessLookupError):
                 if Path(f"/proc/{child}/comm").read_text() == "systemd\n":
                     return int(child)
         return 0
