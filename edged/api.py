@@ -59,6 +59,7 @@ __all__ = [
     "SupportsDesiredQuery",
     "SupportsFirmware",
     "SupportsHealth",
+    "SupportsPreparation",
     "SupportsReadBack",
     "SupportsTrial",
     "as_text",
@@ -273,6 +274,19 @@ class SupportsFirmware(Protocol):
         """Boot what was staged; on trial where the device can revert.
 
         Raises ``Permanent`` where it was not booted and cannot be: ``VERIFY_FAILED`` where the device does not hold it.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsPreparation(Protocol):
+    """The device has to agree before its memory may be changed: a session, a key, a precondition."""
+
+    async def prepare(self, image: Image) -> None:
+        """All that comes before the first change of what the device runs. Idempotent.
+
+        Where it raises ``Permanent`` the job ends ``failed`` and has no way to go back; it may be cancelled meanwhile.
+        :meth:`SupportsFirmware.stage` follows at once, and by itself in another session, where it has to prepare again.
         """
         ...
 

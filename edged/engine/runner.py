@@ -25,6 +25,7 @@ from edged.api import (
     Slots,
     SupportsFirmware,
     SupportsHealth,
+    SupportsPreparation,
     SupportsReadBack,
     SupportsTrial,
 )
@@ -136,6 +137,7 @@ class JobRunner:
                 await self._check_published()
                 await self._admit(self._release)
                 await self._check_bounds()
+                await self._prepare()
             await self._move(step)
         else:
             # in memory: the next commit brings the count to disk; a cut before it repeats an idempotent step
@@ -493,6 +495,13 @@ class JobRunner:
         if fallback.release is None:
             raise Permanent(Reason.NO_FALLBACK, "the flash that was read out is damaged on disk")
         await self._bring(await self._shop.trust.known(fallback.release))
+
+    async def _prepare(self) -> None:
+        """What the device has to agree to before it is committed that it is about to be changed."""
+        session, _ = await self._firmware_session()
+        if isinstance(session, SupportsPreparation):
+            async with self._shop.images.open(self._image_key) as image:
+                await self._watched(self._meter(session), translated(session.prepare, image))
 
     async def _stage(self) -> None:
         await self._send(self._image_key)

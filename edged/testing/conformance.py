@@ -28,6 +28,7 @@ from edged.api import (
     Reported,
     Session,
     SupportsFirmware,
+    SupportsPreparation,
     SupportsReadBack,
     SupportsTrial,
 )
@@ -180,6 +181,19 @@ async def stages_what_it_was_given(subject: Subject) -> None:
         await _firmware(session).stage(await _image(subject.first), _quiet)
         _assert_holds(subject, subject.first)
         await _firmware(session).activate()
+
+
+async def prepares_without_a_write(subject: Subject) -> None:
+    """``prepare``, where there is one, stores no byte of an image, also twice; ``stage`` goes on from it."""
+    async with _connected(subject) as session:
+        await session.identify()
+        image, before = await _image(subject.second), subject.written()
+        if isinstance(session, SupportsPreparation):
+            await session.prepare(image)
+            await session.prepare(image)
+        assert subject.written() == before, "something was written before stage"
+        await _firmware(session).stage(image, _quiet)
+    _assert_holds(subject, subject.second)
 
 
 async def stage_is_idempotent(subject: Subject) -> None:
@@ -354,6 +368,7 @@ CHECKS: tuple[Check, ...] = (
     identity_is_stable,
     traits_are_honest,
     stages_what_it_was_given,
+    prepares_without_a_write,
     stage_is_idempotent,
     cancellation_comes_out,
     goes_on_from_the_device,

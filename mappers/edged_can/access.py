@@ -16,6 +16,7 @@ from edged_can.security import check_secret, key_for, secret_bytes
 
 _REFUSED: Final = frozenset({0x35, 0x36})
 """invalidKey, exceededNumberOfAttempts."""
+_CURE: Final = "that key is not sent again: correct the credential and restart edged"
 
 
 class Access:
@@ -45,8 +46,7 @@ class Access:
         secret = await self._secret_of(settings)
         before = await self._refused.why(self._env, self._name, settings, secret)
         if before:
-            text = f"{before}; that key is not sent again: correct the credential and restart edged"
-            raise Permanent(Reason.DEVICE_ERROR, text)
+            raise Permanent(Reason.DEVICE_ERROR, f"{before}; {_CURE}")
         level = settings.level
         seed = await self._client.ask(Request(services.SecurityAccess, level), bytes((level,)))
         if not any(seed):
@@ -59,7 +59,7 @@ class Access:
                 raise
             await self._refused.add(self._env, self._name, settings, secret, error.detail)
             # a key that is wrong is wrong the next time, and the device is locked for longer
-            raise Permanent(error.reason, error.detail) from error
+            raise Permanent(error.reason, f"{error.detail}; {_CURE}") from error
 
     async def _secret_of(self, settings: Security) -> bytes:
         text = await self._env.credential(settings.credential) if settings.credential else ""

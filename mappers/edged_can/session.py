@@ -102,6 +102,7 @@ class UdsSession:
         self._complained: set[tuple[str, int | None]] = set()
         self._untold: set[str] = set()
         self._wishes: dict[str, JsonValue] = {}
+        self._prepared = False
         self.programming = Programming(client, config, link, access, device.id, env.now)
         peer, shape = config.peer, config.shape
         self.traits = SessionTraits(
@@ -135,17 +136,25 @@ class UdsSession:
             version = await self._version()
         return Slots((Slot("flash", active=True, runs=NO_APPLICATION if version is None else version),))
 
-    async def stage(self, image: Image, progress: Progress) -> None:
-        """The programming sequence up to the check routine.
+    async def prepare(self, image: Image) -> None:
+        """The programming sequence up to the first erase.
 
         Raises, before anything is sent, Permanent: IMAGE_TOO_LARGE, CONFIG_INVALID for a secret that cannot be used; then
-        what :mod:`edged_can.programming` raises.
+        what :meth:`Programming.enter` raises.
         """
         self._check_bounds(image)
         self.programming.check(image)
         for settings in self._config.unlocks.values():
             await self._access.check(settings)
         await self.programming.enter()
+        self._prepared = True
+
+    async def stage(self, image: Image, progress: Progress) -> None:
+        """The programming sequence up to the check routine. Raises what :mod:`edged_can.programming` raises, and
+        :meth:`prepare`."""
+        if not self._prepared:
+            await self.prepare(image)
+        self._prepared = False
         await self.programming.write(image, progress)
 
     async def activate(self) -> None:

@@ -112,7 +112,8 @@ def test_a_wrong_key_that_locks_the_device_is_not_tried_again(
     controller = site.controller()
     controller.tries = 2
     job = run(site, controller, "2.0.0")
-    assert job.state is State.FAILED and "exceedNumberOfAttempts (0x36)" in job.detail
+    assert (job.state, job.reason, job.touched) == (State.FAILED, Reason.DEVICE_ERROR, False)
+    assert "exceedNumberOfAttempts (0x36)" in job.detail
     assert controller.counts.wrong_keys == 1 and controller.counts.erased == 0
 
 
@@ -178,10 +179,8 @@ def test_a_wrong_secret_is_sent_once_and_again_only_when_it_is_another(
     with alive(site, controller):
         *failed, good = asyncio.run(body())
     for job in failed:
-        assert (
-            job.state is State.FAILED
-            and "SecurityAccess: the device answered invalidKey (0x35)" in job.detail
-        )
+        assert (job.state, job.reason, job.touched) == (State.FAILED, Reason.DEVICE_ERROR, False)
+        assert "SecurityAccess: the device answered invalidKey (0x35)" in job.detail
         assert "that key is not sent again: correct the credential" in job.detail
     assert good.state is State.SUCCEEDED, good.detail
     assert controller.counts.wrong_keys == 1 and controller.runs == b"2.0.0"
@@ -237,7 +236,7 @@ def test_a_wrong_key_for_a_wish_is_sent_once_however_often_the_daemon_starts(
             caplog.clear()
             why, job = asyncio.run(another_life())
             assert "that key is not sent again" in why
-            assert job.state is State.FAILED and why in job.detail
+            assert job.state is State.FAILED and f"{job.reason}: {job.detail}" == why
             assert controller.counts.wrong_keys == controller.counts.seeds == 1
         secret(monkeypatch, tmp_path)
         asyncio.run(with_the_secret())

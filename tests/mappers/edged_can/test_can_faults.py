@@ -142,7 +142,7 @@ def test_a_flipped_bit_has_its_end(tmp_path: Path, releases: Publisher, where: s
         job = asyncio.run(body())
     state, reason, runs = {
         "data": (State.REVERTED, Reason.VERIFY_FAILED, "1.0.0"),
-        "key": (State.FAILED, Reason.REVERT_FAILED, "1.0.0"),
+        "key": (State.FAILED, Reason.DEVICE_ERROR, "1.0.0"),
     }.get(where, (State.SUCCEEDED, None, "2.0.0"))
     assert flips == 1
     assert (job.state, job.reason) == (state, reason), job.detail
