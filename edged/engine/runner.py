@@ -385,8 +385,7 @@ class JobRunner:
             self._unit.lease(self._shop.settings.lease_s)
         )
         session = lease.session
-        identity = expect(Identity, await self._call(session.identify))
-        admission.check_identity(self._device, self._release.facts.hardware_ids, identity)
+        await self._check_identity(session)
         if self._model.health is not None and not isinstance(session, SupportsHealth):
             raise Permanent(Reason.UNSUPPORTED, f"mapper {self._device.mapper} has no health check")
         if expect(SessionTraits, session.traits).slot_count > 1 and not isinstance(session, SupportsTrial):
@@ -394,6 +393,17 @@ class JobRunner:
                 Reason.UNSUPPORTED, f"mapper {self._device.mapper} has two slots but cannot revert"
             )
         return session
+
+    async def _check_identity(self, session: Session) -> None:
+        """What may be one garbled answer is asked for once more: a refusal is for good, also between two images."""
+        for last in (False, True):
+            identity = expect(Identity, await self._call(session.identify))
+            try:
+                admission.check_identity(self._device, self._release.facts.hardware_ids, identity)
+                return
+            except Refused:
+                if last:
+                    raise
 
     async def _secure_fallback(self) -> None:
         """One slot: what runs now must be on this node's disk before the first erase."""

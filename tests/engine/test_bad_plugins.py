@@ -13,7 +13,19 @@ import attrs
 import pytest
 from engine_kit import QUICK, Place, Publisher
 
-from edged.api import Device, Env, Health, MapperSpec, Phase, Session, Slot, Slots, hookimpl
+from edged.api import (
+    Device,
+    Env,
+    Health,
+    Identity,
+    MapperSpec,
+    Phase,
+    Session,
+    SessionTraits,
+    Slot,
+    Slots,
+    hookimpl,
+)
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.testing.fake import FakePlugin
@@ -352,3 +364,27 @@ def test_a_device_that_goes_back_during_its_health_check_has_not_passed(place: P
     job = _deploy(place)
     assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
     assert "runs another image" in job.detail
+
+
+@pytest.mark.parametrize("garbled", [1, 2])
+def test_an_identity_that_came_in_garbled_is_asked_for_once_more(place: Place, garbled: int) -> None:
+    """Once is noise, which must not end a job for good; twice is another device."""
+    device = place.device()
+    asked = 0
+    assert isinstance(place.plugin, BadPlugin)
+    # only a job asks then
+    place.plugin.attributes["traits"] = SessionTraits(1e9, identify_disturbs=True)
+
+    async def answers(session: Any, real: Any, *args: Any) -> Identity:
+        nonlocal asked
+        asked += 1
+        identity: Identity = await real(*args)
+        return replace(identity, hardware_id="fake:9") if asked <= garbled else identity
+
+    _twist(place, identify=answers)
+    job = _deploy(place)
+    if garbled == 1:
+        assert job.state is State.SUCCEEDED, job.detail
+    else:
+        assert (job.state, job.reason) == (State.FAILED, Reason.HARDWARE_MISMATCH)
+        assert asked == 2 and device.counts.received == 0
