@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pty
 import shutil
 import subprocess
+import tty
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from uart_kit import LINKS, MAPPERS, Segments, Watched, app, connected, device, needs_avr, segments, verified
@@ -432,3 +435,57 @@ def test_the_other_protocol_gets_no_answer_and_harms_nothing(
         run(work(avr))
         assert avr.flash() == before
         assert avr.stats().pages_erased == 0
+
+
+class Bridge:
+    """A line between a client and a board, on which the signature comes in garbled ``times`` times."""
+
+    def __init__(self, avr: SimulatedAvr, times: int) -> None:
+        self._near, self._client = pty.openpty()
+        tty.setraw(self._client)
+        self._far = os.open(avr.port, os.O_RDWR | os.O_NOCTTY)
+        tty.setraw(self._far)
+        self._signature = bytes(avr.board.signature)
+        self._left = times
+        self._said = b""
+        self.path = os.ttyname(self._client)
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._near, lambda: os.write(self._far, os.read(self._near, 4096)))
+        loop.add_reader(self._far, lambda: os.write(self._near, self._garbled(os.read(self._far, 4096))))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for fd in (self._near, self._far):
+            asyncio.get_running_loop().remove_reader(fd)
+        for fd in (self._near, self._far, self._client):
+            os.close(fd)
+
+    def _garbled(self, data: bytes) -> bytes:
+        out = bytearray()
+        for byte in data:
+            self._said = (self._said + bytes([byte]))[-len(self._signature) :]
+            hit = self._left > 0 and self._said == self._signature
+            self._left -= hit
+            out.append(0 if hit else byte)
+        return bytes(out)
+
+
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_signature_that_came_in_garbled_is_asked_for_once_more(tmp_path: Path, times: int) -> None:
+    board = OPTIBOOT_328P
+    image = segments(app(board, "1.2.0"))
+
+    async def work(avr: SimulatedAvr) -> None:
+        async with Bridge(avr, times) as bridge:
+            to = replace(device(avr), address=f"serial:{bridge.path}")
+            if times == 1:
+                await stage(to, image)
+            else:
+                error = await refusal(to, image)
+                assert isinstance(error, Permanent) and error.reason is Reason.HARDWARE_MISMATCH
+
+    with SimulatedAvr(tmp_path, board, application=app(board, "1.0.0")) as avr:
+        run(work(avr))
+        assert (avr.stats().pages_written > 0) == (times == 1)
