@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from edged.config import (
     Config,
@@ -31,6 +32,9 @@ from edged_firmware import release
 from edged_firmware.facts import ReleaseRef
 
 IMAGE_BYTES = 2048
+AT_ONCE = 4
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def write_quickly(path: Path, data: bytes) -> None:
@@ -183,6 +187,15 @@ def through_cuts(world: CutWorld, cuts: Iterable[Faults]) -> None:
     world.check(job)
 
 
+def at_once(work: Callable[[T], R], each: Iterable[T]) -> list[R]:
+    """``work`` of ``each``, some at a time in threads: a life is mostly waiting. The first that fails ends it."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        return list(pool.map(work, each))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def cut_at_each(
     names: Sequence[str],
     torn: Collection[str],
@@ -195,15 +208,21 @@ def cut_at_each(
 
     ``begin`` makes a world of that name. ``tries``: worlds for each cut, where a run may have an effect less or more before it.
     """
-    planned = hit = 0
+
+    def falls(cut: tuple[int, str, When]) -> bool:
+        number, effect, when = cut
+        worlds = (begin(f"{number}-{when}-{attempt}") for attempt in range(tries))
+        return any(cut_and_end(world, Faults(number, when)) == effect for world in worlds)
+
+    hit = at_once(falls, list(moments(names, torn, step)))
+    return len(hit), sum(hit)
+
+
+def moments(names: Sequence[str], torn: Collection[str], step: int = 1) -> Iterator[tuple[int, str, When]]:
+    """Number and name of each effect, and when to cut it; an effect that cannot be torn is cut before it and after it."""
     for number, effect in list(enumerate(names, 1))[::step]:
         for when in When if effect in torn else (When.BEFORE, When.AFTER):
-            cuts: list[str] = []
-            while effect not in cuts and len(cuts) < tries:
-                cuts.append(cut_and_end(begin(f"{number}-{when}-{len(cuts)}"), Faults(number, when)))
-            planned += 1
-            hit += effect in cuts
-    return planned, hit
+            yield number, effect, when
 
 
 async def check_store(node: TestNode, device: str, floor: int) -> None:

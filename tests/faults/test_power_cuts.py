@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine_kit import IMAGE_BYTES, Place, Publisher, check_store, cut_and_end, through_cuts, until_cut
+from engine_kit import IMAGE_BYTES, Place, Publisher, check_store, cut_at_each, through_cuts, until_cut
 
 from edged.domain.job import Job, State
 from edged.domain.reconcile import FIRMWARE
@@ -125,23 +124,16 @@ def _effects(folder: Path, publisher: Publisher, scenario: Scenario) -> tuple[st
     return tuple(counting.names)
 
 
-def _folders(base: Path) -> Iterator[Path]:
-    for number in range(10_000):
-        yield base / f"life-{number}"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_one_cut_at_every_effect(tmp_path: Path, publisher: Publisher, name: str) -> None:
-    scenario, folders = SCENARIOS[name], _folders(tmp_path)
-    names = effects_of(next(folders), publisher, scenario)
+    scenario = SCENARIOS[name]
+    names = effects_of(tmp_path / "counting", publisher, scenario)
     assert {"store.commit", "artifact.adopt", "device.page", "device.boot"} <= set(names)
-    for number, effect in enumerate(names, 1):
-        for when in When if effect == "device.page" else (When.BEFORE, When.AFTER):
-            assert any(
-                cut_and_end(World(next(folders), publisher, scenario), Faults(number, when)) == effect
-                for _ in range(TRIES)
-            ), f"the cut {when} effect {number} did not fire where it should"
+    planned, hit = cut_at_each(
+        names, ("device.page",), lambda folder: World(tmp_path / folder, publisher, scenario), TRIES
+    )
+    assert hit == planned == 2 * len(names) + names.count("device.page")
 
 
 @pytest.mark.parametrize("seed", range(40))

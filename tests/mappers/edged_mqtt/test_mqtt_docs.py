@@ -168,7 +168,7 @@ def test_every_count_has_its_word() -> None:
                 name = (
                     node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
                 )
-                if name in ("count", "refuse", "_refuse_later", "Misbehaved"):
+                if name in ("count", "refuse", "_refuse", "_refuse_later", "Misbehaved"):
                     counted |= {
                         part.value
                         for part in ast.walk(node.args[0])

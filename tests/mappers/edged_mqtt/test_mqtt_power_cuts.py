@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_kit import cut_at_each, through_cuts, until_cut
+from engine_kit import at_once, cut_at_each, moments, through_cuts, until_cut
 from mqtt_kit import PullingDevice
 from mqtt_node import Plant, image_bytes
 
@@ -158,13 +158,16 @@ def test_the_device_alone_loses_its_power_at_each_of_its_effects(
     ]
     images = 2 if name == "bad" else 1
     assert names == ["device.erase", *["device.chunk"] * -(-SIZE // 4096), "device.boot"] * images
-    for number, effect in enumerate(names, 1):
-        for when in When if effect in TORN else (When.BEFORE, When.AFTER):
-            cut = Faults(number, when)
-            world = World(tmp_path / f"{number}-{when}", begin, name, cut)
-            job = world.live(Faults())
-            assert job is not None and (cut.fired, world.fallen) == (effect, 1)
-            world.check(job)
+
+    def lives_on(moment: tuple[int, str, When]) -> None:
+        number, effect, when = moment
+        cut = Faults(number, when)
+        world = World(tmp_path / f"{number}-{when}", begin, name, cut)
+        job = world.live(Faults())
+        assert job is not None and (cut.fired, world.fallen) == (effect, 1)
+        world.check(job)
+
+    at_once(lives_on, list(moments(names, TORN)))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import Publisher, check_store, through_cuts, until_cut
+from engine_kit import Publisher, at_once, check_store, through_cuts, until_cut
 from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, VERSION_IS, Node, identifies_as
 from smp_server import HANGS, SmpServer, body_of, make_image
 
@@ -317,15 +317,17 @@ def test_one_cut_at_every_effect(tmp_path: Path, two_releases: Node, healthy: bo
         whole.check(job)
     names = counting.names
     assert {"store.commit", "device.erase", "device.page", "device.pending", "device.boot"} <= set(names)
-    fired = []
-    for number in range(1, len(names) + 1):
+
+    def fires(number: int) -> str:
         world = scene(tmp_path / f"cut-{number}", two_releases, healthy)
         with world.server:
             cut = Faults(number, list(When)[number % len(When)])
             job = world.live(cut) or world.live(Faults())
             assert job is not None
             world.check(job)
-            fired.append(cut.fired)
+        return cut.fired
+
+    fired = at_once(fires, range(1, len(names) + 1))
     # checkpoints are due by the clock: now and then there is one less
     assert fired.count("") <= 3 and set(fired) - {""} == set(names)
 
