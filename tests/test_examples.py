@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from engine_kit import Place, Publisher, write_quickly
 
+import edged_uart
 from edged.cli import main
 from edged.cli.release import release
 from edged.config import load
@@ -39,7 +40,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The example's package and tests can be imported, for as long as a test runs."""
     monkeypatch.syspath_prepend(MAPPER)
     monkeypatch.syspath_prepend(MAPPER / "tests")
-    for name in ("edged_lamp", "edged_lamp.wire", "simulated_lamp", "test_lamp"):
+    for name in ("edged_lamp", "simulated_lamp", "test_lamp"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -112,7 +113,7 @@ def test_the_mapper_is_found_as_its_package_says(
     found = discover()
     (state,) = [state for state in found.states if state.name == "lamp"]
     assert (state.distribution, state.problem) == ("edged-lamp 0.1.0", "")
-    assert (state.mappers, state.schemes) == (("lamp",), ("tcp",))
+    assert (state.mappers, state.schemes) == (("lamp",), ())
 
 
 def test_the_mapper_installs_and_passes_its_own_tests(tmp_path: Path) -> None:
@@ -147,6 +148,7 @@ def test_the_mapper_in_the_readme_is_the_example() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     source = (MAPPER / "edged_lamp" / "__init__.py").read_text(encoding="utf-8")
     assert f"```python\n{source}```" in text
+    assert [file.name for file in (MAPPER / "edged_lamp").glob("*.py")] == ["__init__.py"]
     body = ast.parse(source).body[1:]
     first = next(node.lineno for node in body if not isinstance(node, ast.Import | ast.ImportFrom))
     assert len([line for line in source.splitlines()[first - 1 :] if line.strip()]) < 50
@@ -174,7 +176,9 @@ def test_the_example_reaches_its_device_through_the_whole_daemon(
             config = attrs.evolve(
                 place.config, device=(attrs.evolve(settings, mapper="lamp", address=lamp.address),)
             )
-            async with life(config, discover([("lamp under test", edged_lamp)])) as node:
+            async with life(
+                config, discover([("wires", edged_uart), ("lamp under test", edged_lamp)])
+            ) as node:
                 await node.want("dev-1", "lamp@4.0.0")
                 job = await node.ended("dev-1")
                 assert job.state is State.SUCCEEDED, job.detail
@@ -193,11 +197,11 @@ def test_a_lamp_that_is_not_there_is_absent(example: None) -> None:
     from edged.api import Device
     from edged.errors import Transient
 
-    plugins = discover([("lamp under test", edged_lamp)])
+    plugins = discover([("wires", edged_uart), ("lamp under test", edged_lamp)])
 
     async def run() -> None:
         env = device_env("lamp-1", LinkPool(plugins.links))
-        device = Device("lamp-1", "lamp", "lamp", "tcp:127.0.0.1:1")
+        device = Device("lamp-1", "lamp", "lamp", "socket:127.0.0.1:1")
         async with plugins.mapper("lamp").connect(device, env):
             pass
 

@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 from edged import api
-from edged.errors import Permanent, Reason
-from edged_lamp.wire import TcpLink, open_tcp
+from edged.errors import Permanent, Reason, Transient
+from edged_uart.link import SerialLink
 
 PAGE_BYTES = 64
 
@@ -15,8 +15,8 @@ PAGE_BYTES = 64
 class LampSession:
     traits = api.SessionTraits(ceiling_bytes_per_s=100_000)
 
-    def __init__(self, link: TcpLink) -> None:
-        self._ask = link.ask
+    def __init__(self, link: SerialLink) -> None:
+        self._link = link
 
     async def identify(self) -> api.Identity:
         hardware_id, serial_number = await self._ask("identify")
@@ -55,18 +55,21 @@ class LampSession:
     async def _read(self, address: int, length: int) -> bytes:
         return bytes.fromhex((await self._ask(f"read {address} {length}"))[0])
 
+    async def _ask(self, request: str) -> list[str]:
+        await self._link.send(f"{request}\n".encode())
+        answer = await self._link.receive(lambda data: data.find(b"\n") + 1 or len(data) + 1, timeout_s=2)
+        if answer is None:
+            raise Transient(Reason.NO_RESPONSE, f"no answer to {request!r}")
+        return answer.decode().split()
+
 
 @asynccontextmanager
 async def connect(device: api.Device, env: api.Env) -> AsyncIterator[api.Session]:
     async with env.link(device.address) as link:
-        yield LampSession(cast(TcpLink, link))
+        yield LampSession(cast(SerialLink, link))
 
 
 @api.hookimpl
 def edged_mappers() -> Iterable[api.MapperSpec]:
-    return [api.MapperSpec("lamp", connect, flash_protocols=frozenset({"lamp"}), schemes=frozenset({"tcp"}))]
-
-
-@api.hookimpl
-def edged_links() -> Iterable[api.LinkSpec]:
-    return [api.LinkSpec("tcp", open_tcp)]
+    schemes = frozenset({"serial", "socket"})
+    return [api.MapperSpec("lamp", connect, flash_protocols=frozenset({"lamp"}), schemes=schemes)]

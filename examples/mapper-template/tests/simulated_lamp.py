@@ -1,4 +1,4 @@
-"""A lamp on a TCP port of this machine: the protocol of ``edged_lamp.wire``, and a fake device behind it."""
+"""A lamp on a TCP port of this machine, as behind a terminal server: each line is answered by one line."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,7 +18,7 @@ class SimulatedLamp:
 
     @property
     def address(self) -> str:
-        return f"tcp:127.0.0.1:{self.port}"
+        return f"socket:127.0.0.1:{self.port}"
 
     async def plug(self) -> None:
         """Listen, on the same port as before."""
@@ -36,8 +36,8 @@ class SimulatedLamp:
         self._open.add(writer)
         try:
             while line := await reader.readline():
-                number, verb, *arguments = line.decode().split()
-                writer.write(f"{number} {self._answer(verb, arguments)}\n".encode())
+                verb, *arguments = line.decode().split()
+                writer.write(f"{self._answer(verb, arguments)}\n".encode())
         except OSError:
             pass
         finally:

@@ -6,6 +6,7 @@ import edged_lamp
 import pytest
 from simulated_lamp import simulated_lamp
 
+import edged_uart
 from edged.api import Device
 from edged.plugins import discover
 from edged.testing.conformance import Check, Subject
@@ -15,7 +16,7 @@ from edged.testing.fake import FakeDevice, fake_app
 async def check_lamp(check: Check) -> None:
     hardware = FakeDevice("lamp-1", hardware_id="lamp:1", page_bytes=edged_lamp.PAGE_BYTES)
     hardware.install(fake_app("0.2.0"))
-    plugins = discover([("lamp under test", edged_lamp)])
+    plugins = discover([("wires", edged_uart), ("lamp under test", edged_lamp)])
     async with simulated_lamp(hardware) as lamp:
         subject = Subject(
             spec=plugins.mapper("lamp"),
