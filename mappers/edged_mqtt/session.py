@@ -48,6 +48,8 @@ MESSAGE_BYTES: Final = 4096
 EARLY_S: Final = 5.0
 """So long is an image awaited for a device that asks for chunks of none: after a cut it may go on before anybody looked."""
 _EVIDENCE_CHARS: Final = 200
+_NOTHING: Final = object()
+"""No JSON value is equal to it."""
 
 
 @dataclass(slots=True)
@@ -282,21 +284,21 @@ class MqttSession:
 
     async def apply(self, desired: Desired) -> Reported:
         """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
-        does not answer has what it was given."""
+        does not answer has what it was given. That it says what it said before is no answer: it may not have heard."""
         self._require()
-        begun = self._loop.time()
-        self._memory.shared[desired.name] = desired.value
-        await self.seat.send(tb.ATTRIBUTES, tb.encoded({desired.name: desired.value}))
+        name, begun = desired.name, self._loop.time()
+        before = self._values.get(name, _NOTHING)
+        self._memory.shared[name] = desired.value
+        await self.seat.send(tb.ATTRIBUTES, tb.encoded({name: desired.value}))
         deadline = begun + self._config.confirm_s
         value = desired.value
         while self._loop.time() < deadline:
-            if self._values.told_at(desired.name) > begun:
-                value = self._values[desired.name]
-                if value == desired.value:
-                    break
-            if not await self._news.wait(deadline):
+            said = self._values.get(name, _NOTHING)
+            if said != before:
+                value = self._values[name]
+            if said == desired.value or not await self._news.wait(deadline):
                 break
-        return Reported(desired.name, value, self._config.units.get(desired.name))
+        return Reported(name, value, self._config.units.get(name))
 
     # -- edged.api.SupportsHealth
 

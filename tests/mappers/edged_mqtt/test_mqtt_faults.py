@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -23,8 +24,9 @@ from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes, running
 from edged.domain.job import Job, State
 from edged.engine.observer import Silent
 from edged.errors import Reason
+from edged.store import twins
 from edged.supervisor import UnitState
-from edged.testing.node import life
+from edged.testing.node import TestNode, life
 
 Fault = Callable[[int, bytes], list[bytes]]
 
@@ -54,6 +56,14 @@ def is_offer(packet: bytes) -> bool:
 def is_state(packet: bytes) -> bool:
     """What the device says of its download: DOWNLOADING, DOWNLOADED, VERIFIED, UPDATING, UPDATED."""
     return b"/telemetry" in packet[:64] and b'"fw_state"' in packet
+
+
+def is_report(packet: bytes) -> bool:
+    return b"/telemetry" in packet[:64] and b'"interval"' in packet
+
+
+def is_wish(packet: bytes) -> bool:
+    return b"/attributes" in packet[:64] and b'"interval"' in packet
 
 
 class Wire:
@@ -306,6 +316,82 @@ def test_a_chunk_that_a_broker_loses_or_doubles_changes_nothing(
                 await device.stop()
 
     with broker.running():
+        asyncio.run(run())
+
+
+class Obedient(PullingDevice):
+    """Does what its shared attributes say, where it can read them, and reports it."""
+
+    async def _message(self, first: int, body: bytes) -> None:
+        with contextlib.suppress(json.JSONDecodeError):
+            await super()._message(first, body)
+
+    def _given(self, shared: dict[str, Any]) -> None:
+        super()._given(shared)
+        self.values |= {name: shared[name] for name in self.values.keys() & shared.keys()}
+
+
+def flip_last(which: int) -> Fault:
+    """In the payload's last byte, which makes no JSON of it."""
+    return lambda number, packet: [packet[:-1] + bytes([packet[-1] ^ 1])] if number == which else [packet]
+
+
+PROPERTIES = {
+    f"{what} {how}": (on, fault)
+    for what, on in (("report", is_report), ("wish", is_wish))
+    for how, fault in (
+        ("lost", lose(1)),
+        ("doubled", double(1)),
+        ("late", late(1)),
+        ("flipped", flip_last(1)),
+    )
+}
+
+
+@pytest.mark.parametrize("by", ["endpoint", "broker"])
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_a_property_gets_there_whatever_happens_to_one_message(
+    plant: Plant, tmp_path: Path, name: str, by: str
+) -> None:
+    """A device that says now and then how it is, and is told a second time what it did not hear."""
+    on, fault = PROPERTIES[name]
+    broker = Mosquitto(tmp_path)
+    port, prefix = (plant.port, "") if by == "endpoint" else (broker.port, "devices/pump-1/")
+    if by == "broker":
+        plant.devices.clear()
+        plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1")
+    config = plant.config
+    brisk = attrs.evolve(config, storage=attrs.evolve(config.storage, report_interval_s=0.2))
+    wire, later = Wire(port, fault, on=on), 0.0
+    values = {"temperature": 20.5, "interval": 1}
+    device = Obedient(wire.port, "token-of-pump-1", prefix=prefix, every_s=0.1, values=values)
+
+    async def reported(node: TestNode, value: int) -> None:
+        nonlocal later
+        async with asyncio.timeout(20):
+            while await node.reported("pump-1", "interval") != value or device.values["interval"] != value:
+                await asyncio.sleep(0.02)
+                # what it did not take is told again after some seconds
+                later += 0.1
+
+    async def run() -> None:
+        async with wire.up(), life(brisk, plant.plugins, passed=lambda: later) as node:
+            device.start()
+            try:
+                await reported(node, 1)
+                for value in (5, 7):
+                    await node.store.write(
+                        lambda tx, value=value: twins.set_desired(tx, "pump-1", "interval", value, "operator")
+                    )
+                    node.sessions["pump-1"].refresh()
+                    await reported(node, value)
+                assert wire.fired, "the fault did not fire"
+                twin = await node.store.read(lambda tx: twins.get(tx, "pump-1"))
+                assert twin.reported["temperature"].value == 20.5 and set(twin.desired) == {"interval"}
+            finally:
+                await device.stop()
+
+    with broker.running() if by == "broker" else contextlib.nullcontext():
         asyncio.run(run())
 
 
