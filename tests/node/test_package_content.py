@@ -244,6 +244,13 @@ def test_the_folder_of_the_package_wins(package: Deb) -> None:
         assert 'sys.path.insert(0, "/usr/lib/edged")' in text
 
 
+def test_the_pages_are_on_the_node(package: Deb) -> None:
+    """Whole, and where they name each other."""
+    inside = "usr/share/doc/edged"
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert package.files[f"{inside}/{page.relative_to(ROOT)}"] == page.read_bytes()
+
+
 # -- licences
 
 
