@@ -37,6 +37,7 @@ from edged.config import (
 )
 from edged.domain.job import Job, State
 from edged.plugins import Plugins, discover
+from edged.supervisor import UnitState
 from edged.testing.node import TestNode, life
 
 ENGINE = EngineSettings(
@@ -253,10 +254,18 @@ async def vendor_device(port: int, **settings: Any) -> AsyncIterator[VendorDevic
         await process.wait()
 
 
+async def awaited(node: TestNode) -> None:
+    """Until the node waits for all of its devices: on a broker it does not hear who speaks before that."""
+    async with asyncio.timeout(20):
+        while any(unit.unit.state is not UnitState.ABSENT for unit in node.sessions.all()):
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def running(plant: Plant, *devices: PullingDevice, **options: Any) -> AsyncIterator[TestNode]:
     """A life with ``devices`` that run what the node gave them. ``options``: of :func:`life`."""
     async with life(plant.config, plant.plugins, **options) as node:
+        await awaited(node)
         for device in devices:
             device.start()
         try:

@@ -10,7 +10,7 @@ import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ import attrs
 import pytest
 from broker_kit import Mosquitto
 from mqtt_kit import PullingDevice, free_port
-from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes, running
+from mqtt_node import ENGINE, IMAGE_BYTES, Plant, awaited, deployed, image_bytes, running
 
 from edged.domain.job import Job, State
 from edged.engine.observer import Silent
 from edged.errors import Reason
 from edged.store import twins
-from edged.supervisor import UnitState
 from edged.testing.node import TestNode, life
 
 Fault = Callable[[int, bytes], list[bytes]]
@@ -155,6 +154,19 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     return plant
 
 
+@pytest.fixture(params=["endpoint", "broker"])
+def way(request: pytest.FixtureRequest, plant: Plant, tmp_path: Path) -> Iterator[tuple[int, str]]:
+    """The plant's device at the node's own endpoint and at a broker: the port, and what its topics begin with."""
+    if request.param == "endpoint":
+        yield plant.port, ""
+        return
+    broker = Mosquitto(tmp_path)
+    plant.devices.clear()
+    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1", silence_s=0.6, install_s=2.0)
+    with broker.running():
+        yield broker.port, "devices/pump-1/"
+
+
 def right(job: Job, device: PullingDevice) -> None:
     """The right image, or the old one and a reason; never a wrong image that is called good."""
     if job.state is State.SUCCEEDED:
@@ -255,12 +267,14 @@ MESSAGES = {
 
 
 @pytest.mark.parametrize("name", MESSAGES)
-def test_a_message_that_is_lost_doubled_or_late_changes_nothing(plant: Plant, name: str) -> None:
+def test_a_message_that_is_lost_doubled_or_late_changes_nothing(
+    plant: Plant, way: tuple[int, str], name: str
+) -> None:
     """A device that says now and then how it is, where one of its states is hit; edged offers again what nobody asks for."""
-    on, fault = MESSAGES[name]
-    wire, counting = Wire(plant.port, fault, on=on), Counting()
+    (port, prefix), (on, fault) = way, MESSAGES[name]
+    wire, counting = Wire(port, fault, on=on), Counting()
     talks: dict[str, Any] = {"every_s": 0.3, "repeats": True} if on is is_state else {}
-    device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, **talks)
+    device = PullingDevice(wire.port, "token-of-pump-1", prefix=prefix, tries_again=True, **talks)
 
     async def run() -> None:
         async with wire.up(), running(plant, device, observer=counting) as node:
@@ -299,9 +313,7 @@ def test_a_chunk_that_a_broker_loses_or_doubles_changes_nothing(
 
     async def run() -> None:
         async with wire.up(), life(plant.config, plant.plugins, observer=counting) as node:
-            async with asyncio.timeout(20):
-                while node.sessions["pump-1"].unit.state is not UnitState.ABSENT:
-                    await asyncio.sleep(0.01)
+            await awaited(node)
             device.start()
             try:
                 first = await deployed(node, "pump@1.0.0")
@@ -348,19 +360,12 @@ PROPERTIES = {
 }
 
 
-@pytest.mark.parametrize("by", ["endpoint", "broker"])
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_a_property_gets_there_whatever_happens_to_one_message(
-    plant: Plant, tmp_path: Path, name: str, by: str
+    plant: Plant, way: tuple[int, str], name: str
 ) -> None:
     """A device that says now and then how it is, and is told a second time what it did not hear."""
-    on, fault = PROPERTIES[name]
-    broker = Mosquitto(tmp_path)
-    port, prefix = (plant.port, "") if by == "endpoint" else (broker.port, "devices/pump-1/")
-    if by == "broker":
-        plant.devices.clear()
-        plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1")
-    config = plant.config
+    (port, prefix), (on, fault), config = way, PROPERTIES[name], plant.config
     brisk = attrs.evolve(config, storage=attrs.evolve(config.storage, report_interval_s=0.2))
     wire, later = Wire(port, fault, on=on), 0.0
     values = {"temperature": 20.5, "interval": 1}
@@ -376,6 +381,7 @@ def test_a_property_gets_there_whatever_happens_to_one_message(
 
     async def run() -> None:
         async with wire.up(), life(brisk, plant.plugins, passed=lambda: later) as node:
+            await awaited(node)
             device.start()
             try:
                 await reported(node, 1)
@@ -391,8 +397,7 @@ def test_a_property_gets_there_whatever_happens_to_one_message(
             finally:
                 await device.stop()
 
-    with broker.running() if by == "broker" else contextlib.nullcontext():
-        asyncio.run(run())
+    asyncio.run(run())
 
 
 def test_a_wire_that_always_flips_ends_with_the_old_image(plant: Plant) -> None:
