@@ -18,14 +18,13 @@ import aiomqtt
 import pytest
 from broker_kit import Mosquitto
 from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
-from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
+from mqtt_node import Authority, Plant, awaited, deployed, image_bytes, vendor_device
 
 from edged.config import LinkSettings
 from edged.domain.job import State
 from edged.errors import EdgedError, Reason, Transient
-from edged.supervisor import UnitState
 from edged.testing.conformance import Subject
-from edged.testing.node import TestNode, life
+from edged.testing.node import life
 from edged_mqtt import broker as subject
 from edged_mqtt.broker import Broker, open_broker
 from edged_mqtt.config import BrokerAddress, BrokerConfig
@@ -37,13 +36,6 @@ SECOND = [(0, bytes(range(255, -1, -1)) * 64)]
 
 def _on_broker(port: int, name: str) -> Any:
     return replace(mqtt_device(port, name, silence_s=1.5), address=f"mqtt:127.0.0.1:{port}/devices/{name}")
-
-
-async def listening(node: TestNode) -> None:
-    """Until this node hears what the device says: a broker keeps nothing for whoever comes later."""
-    async with asyncio.timeout(20):
-        while node.sessions["pump-1"].unit.state is not UnitState.ABSENT:
-            await asyncio.sleep(0.01)
 
 
 def test_conformance(edged_conformance: Any, tmp_path: Path) -> None:
@@ -108,7 +100,7 @@ def test_the_vendors_client_goes_through_a_bridge_to_updated(tmp_path: Path, chu
 
     async def run() -> None:
         async with life(plant.config, plant.plugins) as node, AsyncExitStack() as stack:
-            await listening(node)
+            await awaited(node)
             client = await stack.enter_async_context(
                 vendor_device(
                     bridge.port, tls=True, ca=str(authority.ca), username="any", chunk=chunk, subscribe=True
@@ -143,7 +135,7 @@ def test_what_a_broker_retained_is_no_device(tmp_path: Path) -> None:
                 await asyncio.sleep(0.05)
         await device.stop()
         async with life(plant.config, plant.plugins) as node:
-            await listening(node)
+            await awaited(node)
             await node.want("pump-1", "pump@1.0.0")
             async with asyncio.timeout(20):
                 while not (jobs := await node.jobs("pump-1")) or jobs[0].waiting is None:
@@ -174,7 +166,7 @@ def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tm
 
     async def run() -> None:
         async with life(plant.config, plant.plugins) as node:
-            await listening(node)
+            await awaited(node)
             device.start()
             try:
                 first = await deployed(node, "pump@1.0.0")
@@ -213,7 +205,7 @@ def test_a_large_image_goes_through_a_broker_at_once_where_the_table_says_so(
 
     async def run() -> None:
         async with life(plant.config, plant.plugins) as node:
-            await listening(node)
+            await awaited(node)
             device.start()
             try:
                 first = await deployed(node, "pump@1.0.0")
