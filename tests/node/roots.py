@@ -1,7 +1,8 @@
 """Roots of Debian without a kernel or a systemd of their own: also for machines of another kind, run by qemu-user.
 
-Built by mmdebstrap once, into ``.cache/roots/SUITE-ARCHITECTURE-HASH``, and never written to: each use lies on an overlay in
-a mount namespace of its own, in which the kernel is told who runs the foreign programs, too. All of that ends with it.
+Built once, by mmdebstrap or (those of other machines) by ``foreign.py``, into ``.cache/roots/SUITE-ARCHITECTURE-HASH``, and
+never written to: each use lies on an overlay in a mount namespace of its own, in which the kernel is told who runs the foreign
+programs, too. All of that ends with it.
 """
 
 from __future__ import annotations
@@ -16,37 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-CACHE: Final = Path(__file__).resolve().parents[2] / ".cache" / "roots"
-INTERPRETERS: Final = {"arm64": "aarch64", "armhf": "arm"}
-"""Debian's name of an architecture to that of QEMU."""
+import foreign
 
-SUITE: Final = "bookworm"
-MIRROR: Final = f"deb http://deb.debian.org/debian {SUITE} main"
-PACKAGES: Final = (
-    "systemd",
-    "python3",
-    "python3-cryptography",
-    "python3-aiohttp",
-    "tzdata",
-    "ca-certificates",
-)
-BUILD_S: Final = 1800
+CACHE: Final = Path(__file__).resolve().parents[2] / ".cache" / "roots"
 COMMAND_S: Final = 900
 
-REGISTER: Final = """
-if [ -n "$1" ]; then
-    mount -t binfmt_misc binfmt_misc /proc/sys/fs/binfmt_misc
-    grep -qs enabled "/proc/sys/fs/binfmt_misc/qemu-$1" ||
-        cat "/usr/lib/binfmt.d/qemu-$1.conf" >/proc/sys/fs/binfmt_misc/register
-fi
-"""
-"""With the flag F: the interpreter is opened now, and need not be in the root."""
-
 BUILD: Final = """
-exec mmdebstrap --quiet --mode=root --variant=apt --architectures="$2" --include="$3" \
+exec mmdebstrap --quiet --mode=root --variant=apt --include="$1" \
     --aptopt='Acquire::Languages "none"' --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/locale/*' --dpkgopt='path-exclude=/usr/share/doc/*' \
-    "$4" "$5" "$6"
+    "$2" "$3" "$4"
 """
 
 ENTER: Final = """
@@ -71,7 +51,8 @@ class Recipe:
     @property
     def folder(self) -> Path:
         """Where it lies in the cache; another recipe is another root."""
-        text = "\0".join((self.mirror, *self.packages, BUILD))
+        how = foreign.ingredients(self.suite) if self.interpreter else (BUILD,)
+        text = "\0".join((self.mirror, *self.packages, *how))
         return CACHE / f"{self.suite}-{self.architecture}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -82,7 +63,7 @@ class Recipe:
     @property
     def interpreter(self) -> str:
         """QEMU's name of the machine; empty for this one's own."""
-        return INTERPRETERS.get(self.architecture, "")
+        return foreign.INTERPRETERS.get(self.architecture, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +80,16 @@ class Root:
 
     pid: int
     folder: Path
+    processor: str
 
     def run(self, *command: str, timeout_s: float = COMMAND_S) -> Done:
         """Run a program of the root, as root; what it printed, on either channel."""
-        environment = ("LANG=C.UTF-8", "HOME=/root", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+        environment = (
+            "LANG=C.UTF-8",
+            "HOME=/root",
+            "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+            f"QEMU_CPU={self.processor}",
+        )
         done = subprocess.run(
             [
                 *("nsenter", f"--target={self.pid}", "--mount", "--", "env", "-i", *environment),
@@ -131,10 +118,7 @@ def tree(recipe: Recipe) -> Path:
         with tempfile.TemporaryDirectory(prefix=f".{recipe.architecture}-", dir=CACHE) as half:
             Path(half).chmod(0o755)
             built = Path(half) / "root"
-            arguments = (recipe.interpreter, recipe.architecture, ",".join(recipe.packages), recipe.suite)
-            command = [*_alone(REGISTER + BUILD), *arguments, str(built), recipe.mirror]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_S)
-            assert done.returncode == 0, done.stderr[-2000:]
+            _make(recipe, built)
             built.rename(folder)
         for other in CACHE.glob(f"{recipe.suite}-{recipe.architecture}-*"):
             if other != folder:
@@ -148,19 +132,21 @@ def root(recipe: Recipe) -> Iterator[Root]:
     lower = tree(recipe)
     with tempfile.TemporaryDirectory(prefix=f"edged-{recipe.architecture}-") as work:
         process = subprocess.Popen(
-            [*_alone(REGISTER + ENTER), recipe.interpreter, str(lower), work],
+            [*foreign.in_namespace(foreign.REGISTER + ENTER), recipe.interpreter, str(lower), work],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
         try:
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.readline() == b"ready\n", process.stderr.read().decode()
-            yield Root(process.pid, Path(work) / "root")
+            yield Root(process.pid, Path(work) / "root", foreign.PROCESSORS.get(recipe.architecture, ""))
         finally:
             process.kill()
             process.communicate()
 
 
-def _alone(script: str) -> list[str]:
-    """``sh`` in a mount namespace of its own; its arguments follow."""
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-euc", script, "sh"]
+def _make(recipe: Recipe, folder: Path) -> None:
+    if recipe.interpreter:
+        foreign.make(recipe.suite, recipe.architecture, recipe.mirror, recipe.packages, folder)
+    else:
+        foreign.alone(BUILD, ",".join(recipe.packages), recipe.suite, str(folder), recipe.mirror)
