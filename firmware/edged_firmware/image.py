@@ -255,13 +255,22 @@ class Image:
         the source is too short, Transient where it cannot be read now, and ValueError for what is not inside
         the segment.
         """
+        return await self._reader.read(self._place(segment, offset, length), length)
+
+    def at_hand(self, segment: int | Segment, offset: int, length: int) -> bytes | None:
+        """The same verified bytes at once, where they are in memory and in one piece, else None. Raises ValueError as
+        :meth:`read`."""
+        return self._reader.at_hand(self._place(segment, offset, length), length)
+
+    def _place(self, segment: int | Segment, offset: int, length: int) -> int:
+        """Where in the file the ``length`` bytes at ``offset`` of ``segment`` begin. Raises ValueError."""
         number = self._number(segment)
         whole = self.segments[number].length
         if offset < 0 or length < 0 or offset + length > whole:
             raise ValueError(
                 f"{length} bytes at {offset} are not inside the {whole} bytes of segment {number}"
             )
-        return await self._reader.read(self._begins[number] + offset, length)
+        return self._begins[number] + offset
 
     def _number(self, segment: int | Segment) -> int:
         if isinstance(segment, Segment):
@@ -295,6 +304,12 @@ class _VerifiedFile:
             parts.append(block[skip:stop])
             offset += stop - skip
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def at_hand(self, offset: int, length: int) -> bytes | None:
+        """The same where it lies in one block that is kept, else None."""
+        number, skip = divmod(offset, self._block_bytes)
+        block = self._kept(number) if skip + length <= self._block_bytes else None
+        return None if block is None else block[skip : skip + length]
 
     def _kept(self, number: int) -> bytes | None:
         block = self._blocks.get(number)

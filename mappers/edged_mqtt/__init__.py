@@ -122,7 +122,7 @@ class _Listener:
     def over(self, fault: EdgedError) -> None:
         pass
 
-    def heard(self, topic: str, payload: bytes) -> bool:
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         self.heard_it.set()
         return True
 

@@ -421,6 +421,9 @@ class BrokerSeat:
     def send_now(self, topic: str, payload: bytes | memoryview) -> None:
         raise Transient(Reason.LINK_LOST, f"{self._prefix} is not reached at once")
 
+    def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
+        """For nothing: the broker's client parses what it gets."""
+
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         async with self._broker.large if length > LARGE_BYTES else contextlib.nullcontext():
             await self.send(topic, b"".join([part async for part in parts]))

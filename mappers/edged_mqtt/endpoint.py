@@ -22,7 +22,7 @@ from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from edged.api import Env
 from edged.errors import Permanent, Reason, Transient
@@ -385,10 +385,10 @@ class EndpointSeat:
 
     # -- for the connection
 
-    def heard(self, topic: str, payload: bytes) -> bool:
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         """The device sent a message. Whether it may send more."""
         if self.guest is not None and not self._held:
-            return self.guest.heard(topic, payload)
+            return self.guest.heard(topic, payload, meaning)
         self._held.append((topic, payload))
         self._held_bytes += len(payload)
         return self.guest is None and len(self._held) < MOST_HELD and self._held_bytes < MOST_HELD_BYTES
@@ -449,6 +449,10 @@ class EndpointSeat:
     def send_now(self, topic: str, payload: bytes | memoryview) -> None:
         self._required().publish(topic, payload)
 
+    def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
+        if self._connection is not None:
+            self._connection.foresee(topic, payload, meaning)
+
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:
         connection = self._required()
         await connection.told(self.silence_s)
@@ -500,6 +504,15 @@ class EndpointSeat:
         return self._connection
 
 
+class _Foreseen(NamedTuple):
+    """The packet of a message that a device is likely to send next, and what is in it."""
+
+    packet: bytes
+    topic: str
+    payload: bytes
+    meaning: object
+
+
 class Connection(asyncio.Protocol):
     """One connection of a client. Everything happens in the loop's callbacks; a client that does not read, or that sends more
     than its session takes, stops only itself."""
@@ -527,6 +540,7 @@ class Connection(asyncio.Protocol):
         self._soon: deque[tuple[str, bytes]] = deque()
         self._soon_bytes = 0
         self._untold: asyncio.Future[None] | None = None
+        self._foreseen: _Foreseen | None = None
 
     # -- asyncio.Protocol
 
@@ -565,10 +579,23 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._heard_at = self._loop.time()
-        self._buffer += data
-        self._work()
+        foreseen = self._foreseen
+        if (
+            foreseen is not None
+            and data == foreseen.packet
+            and not (self._buffer or self._over or self._waits)
+        ):
+            self._message(foreseen.topic, foreseen.payload, foreseen.meaning)
+        else:
+            self._buffer += data
+            self._work()
 
     # -- for the seat
+
+    def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
+        """See :meth:`edged_mqtt.wire.Seat.foresee`."""
+        packet = packets.publish_head(topic.encode(), len(payload), self.version) + payload
+        self._foreseen = _Foreseen(packet, topic, payload, meaning)
 
     def write(self, data: bytes) -> None:
         """Raises ``Transient(LINK_LOST)`` where the connection is over."""
@@ -833,7 +860,10 @@ class Connection(asyncio.Protocol):
         message = packets.parse_publish(first, body, self.version)
         if message.qos:
             self.write(packets.puback(message.number))
-        if self._seat is not None and not self._seat.heard(message.topic, message.payload):
+        self._message(message.topic, message.payload)
+
+    def _message(self, topic: str, payload: bytes, meaning: object = None) -> None:
+        if self._seat is not None and not self._seat.heard(topic, payload, meaning):
             self._resting = True
             self._transport.pause_reading()
 

@@ -332,8 +332,8 @@ def publish_head(topic: bytes, payload_bytes: int, version: int) -> bytes:
     """All of a PUBLISH with QoS 0 before its payload of ``payload_bytes``. Raises ValueError where that does not fit."""
     size = len(topic)
     if version == V5:
-        return b"\x30" + length_bytes(3 + size + payload_bytes) + size.to_bytes(2, "big") + topic + b"\0"
-    return b"\x30" + length_bytes(2 + size + payload_bytes) + size.to_bytes(2, "big") + topic
+        return b"\x30%b%b%b\0" % (length_bytes(3 + size + payload_bytes), size.to_bytes(2, "big"), topic)
+    return b"\x30%b%b%b" % (length_bytes(2 + size + payload_bytes), size.to_bytes(2, "big"), topic)
 
 
 def puback(number: int) -> bytes:

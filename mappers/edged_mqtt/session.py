@@ -144,10 +144,10 @@ class MqttSession:
             self._transfer.left(why)
         self._wake()
 
-    def heard(self, topic: str, payload: bytes) -> bool:
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         """See :class:`~edged_mqtt.wire.Guest`."""
         try:
-            request = tb.chunk_request(topic, payload)
+            request = meaning if isinstance(meaning, ChunkRequest) else tb.chunk_request(topic, payload)
             if request is not None:
                 transfer = self._transfer
                 if transfer is None or transfer.is_over:

@@ -83,6 +83,19 @@ class ChunkRequest(NamedTuple):
     size_bytes: int | None
 
     @property
+    def topic(self) -> str:
+        return f"v2/{self.component}/request/{self.number}/chunk/{self.chunk}"
+
+    @property
+    def payload(self) -> bytes:
+        return b"" if self.size_bytes is None else b"%d" % self.size_bytes
+
+    @property
+    def following(self) -> ChunkRequest:
+        """For the chunk after this one."""
+        return ChunkRequest(self.component, self.number, self.chunk + 1, self.size_bytes)
+
+    @property
     def answer_topic(self) -> str:
         return f"v2/{self.component}/response/{self.number}/chunk/{self.chunk}"
 
@@ -158,7 +171,7 @@ class Numbers:
             size_bytes = former.size_bytes if former is not None and former.offer == offer else None
             _keep(self._known, number, _Meaning(offer, size_bytes))
             return True
-        return known.offer == offer
+        return known.offer is offer or known.offer == offer
 
     def stood_for(self, number: str, offer: Offer) -> bool:
         """Whether ``number`` is that of ``offer``, also where the device began under it on a former connection."""
@@ -307,6 +320,11 @@ class Pieces:
         return len(self._edges) // 2
 
     def add(self, begin: int, end: int) -> None:
+        if self._edges and self._edges[-1] == begin < end:
+            # in order, as nearly all are
+            self._edges[-1] = end
+            self.total_bytes += end - begin
+            return
         first, last = bisect_left(self._edges, begin), bisect_right(self._edges, end)
         begins, ends = [begin] * (first % 2), [end] * (last % 2)
         known = [*begins, *self._edges[first:last], *ends]

@@ -250,9 +250,14 @@ class Transfer:
         part = self._part(offset, length)
         if part is None:
             return False
-        self._ask(offset, length)
+        now = self._loop.time()
+        self._ask(offset, length, now)
         self._seat.send_now(request.answer_topic, part)
-        self._account(offset, length)
+        self._account(offset, length, now)
+        if offset + length < self.offer.size_bytes:
+            # most devices ask for the chunks in order: the time to prepare is while this one is on its way
+            following = request.following
+            self._seat.foresee(following.topic, following.payload, following)
         return True
 
     async def _answer_first(self) -> None:
@@ -272,7 +277,7 @@ class Transfer:
         if extent is None:
             return
         offset, length, size = extent
-        self._ask(offset, length)
+        self._ask(offset, length, self._loop.time())
         arrivals, seat, topic = self._arrivals, self._seat, request.answer_topic
         try:
             if length > STREAM_BYTES:
@@ -290,7 +295,7 @@ class Transfer:
             raise
         if self._arrivals == arrivals and seat.present:
             # where it left meanwhile, nobody knows what it read
-            self._account(offset, length)
+            self._account(offset, length, self._loop.time())
 
     def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
         """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as
@@ -304,9 +309,10 @@ class Transfer:
             return None
         size = self._peer.numbers.size(number, request.size_bytes) or offer.size_bytes
         offset = request.chunk * size
-        return offset, max(0, min(size, offer.size_bytes - offset)), size
+        left = offer.size_bytes - offset
+        return offset, size if left >= size else max(0, left), size
 
-    def _ask(self, offset: int, length: int) -> None:
+    def _ask(self, offset: int, length: int, now: float) -> None:
         """The device wants that, and has what it was given before. Raises :class:`Misbehaved`."""
         allowed = self._seat.largest_bytes
         if self._config.largest_chunk_bytes:
@@ -317,7 +323,7 @@ class Transfer:
         if self._download.ask(offset, length):
             self._whole_at = self._updated_at = None
         self._failed_at = None
-        self._moved_at = now = self._loop.time()
+        self._moved_at = now
         done = self._download.acknowledged_bytes
         moved = done - self._progress_bytes
         if moved >= self._step_bytes or moved < 0 or now - self._progress_at >= PROGRESS_S:
@@ -327,9 +333,9 @@ class Transfer:
         self._progress_bytes, self._progress_at = done_bytes, now
         self._progress(Phase.WRITE, done_bytes, self.offer.size_bytes)
 
-    def _account(self, offset: int, length: int) -> None:
+    def _account(self, offset: int, length: int, now: float) -> None:
         """The device was sent ``length`` bytes."""
-        self._moved_at = self._loop.time()
+        self._moved_at = now
         self._download.sent(offset, length)
         if self._whole_at is None and self._download.is_whole:
             self._whole_at = self._moved_at
@@ -345,11 +351,25 @@ class Transfer:
             part = piece.part(offset, length) if length else None
             if part is not None:
                 if number:
-                    self._pieces = (piece,)
-                    self._plan(piece)
-                    self._wake.set()
+                    self._go_on_from(piece)
                 return part
         return None
+
+    def _go_on_from(self, piece: _Piece) -> None:
+        """The device has come to ``piece``, which was read ahead."""
+        self._pieces = (piece,)
+        self._plan(piece)
+        if self._ahead is not None:
+            data = self._image.at_hand(0, *self._ahead)
+            if data is None:
+                self._wake.set()
+            else:
+                self._append(self._ahead[0], data)
+                self._ahead = None
+
+    def _append(self, offset: int, data: bytes) -> None:
+        if self._pieces and self._pieces[-1].end == offset:
+            self._pieces = (self._pieces[-1], _Piece(offset, offset + len(data), memoryview(data)))
 
     def _plan(self, piece: _Piece) -> None:
         """What to read next: as much again."""
@@ -377,8 +397,7 @@ class Transfer:
             data = await self._image.read(0, offset, length)
         except (Refused, Transient):
             return  # it is asked for, or it does not matter
-        if self._pieces and self._pieces[-1].end == offset:
-            self._pieces = (self._pieces[-1], _Piece(offset, offset + length, memoryview(data)))
+        self._append(offset, data)
 
     async def _parts(self, offset: int, length: int) -> AsyncIterator[bytes]:
         for at in range(offset, offset + length, STREAM_BYTES):

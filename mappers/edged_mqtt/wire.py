@@ -73,8 +73,9 @@ class Guest(Protocol):
         """The wire came to an end; nothing is heard from now on."""
         ...
 
-    def heard(self, topic: str, payload: bytes) -> bool:
-        """It sent a message. ``topic`` is without any prefix. False: no more for now, until :meth:`Seat.more`."""
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
+        """It sent a message. ``topic`` is without any prefix; ``meaning``: what :meth:`Seat.foresee` was given for just this
+        message. False: no more for now, until :meth:`Seat.more`."""
         ...
 
 
@@ -106,6 +107,11 @@ class Seat(Protocol):
 
     def send_now(self, topic: str, payload: bytes | memoryview) -> None:
         """:meth:`send` at once; only where the seat is ``ready``."""
+        ...
+
+    def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
+        """What the device is likely to send next, and what it means: where it comes it is known by its bytes and need not be
+        parsed, and is treated as any other message."""
         ...
 
     async def stream(self, topic: str, length: int, parts: AsyncIterator[bytes]) -> None:

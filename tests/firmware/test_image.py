@@ -276,6 +276,30 @@ def test_reading_straight_on_reads_each_byte_once_and_memory_is_bounded(plain: b
         assert len({offset // (512 * 1024) for offset, _ in source.asked}) <= 7
 
 
+def test_what_is_at_hand_is_what_was_read_and_verified() -> None:
+    file = bytearray(os.urandom(200_000))
+    index = ChunkIndex.build(file, 4096)
+    file[70_000] ^= 1
+    source = SpySource(bytes(file))
+
+    async def scenario() -> None:
+        image = await Image.open(source, index, True)
+        assert image.at_hand(0, 100, 200) is None, "nothing was read"
+        await image.read(0, 0, 1)
+        assert image.at_hand(0, 100, 200) == file[100:300]
+        assert image.at_hand(0, 0, 65536) == file[:65536]
+        assert image.at_hand(0, 65535, 2) is None, "not all of it was read"
+        with pytest.raises(Refused):
+            await image.read(0, 69_999, 2)
+        assert image.at_hand(0, 69_999, 2) is None, "a chunk that is not what was signed"
+        await image.read(0, 131_072, 1)
+        assert image.at_hand(0, 131_000, 100) is None, "it lies in two blocks"
+        with pytest.raises(ValueError, match="not inside"):
+            image.at_hand(0, 199_999, 2)
+
+    run(scenario())
+
+
 def test_one_byte_here_and_there_reads_no_more_than_a_block_each() -> None:
     file = os.urandom(4 * 1024 * 1024)
     source = SpySource(file)

@@ -264,7 +264,7 @@ class Guest:
     def over(self, fault: EdgedError) -> None:
         raise AssertionError(fault)
 
-    def heard(self, topic: str, payload: bytes) -> bool:
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         self.heard_all.append((topic, payload))
         self.news.set()
         if payload == self.bad:

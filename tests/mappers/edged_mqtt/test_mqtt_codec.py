@@ -217,10 +217,39 @@ def test_chunk_requests(topic: str, payload: bytes, expected: tb.ChunkRequest | 
     assert tb.chunk_request(topic, payload) == expected
 
 
+@given(
+    st.sampled_from(["fw", "sw"]),
+    st.from_regex(r"[0-9A-Za-z_-]{1,32}", fullmatch=True),
+    st.integers(0, 999_999_998),
+    st.none() | st.integers(1, 999_999_999),
+)
+def test_what_follows_a_request_means_what_it_is_read_as(
+    component: str, number: str, chunk: int, size: int | None
+) -> None:
+    following = tb.ChunkRequest(component, number, chunk, size).following
+    assert following == (component, number, chunk + 1, size)
+    assert tb.chunk_request(following.topic, following.payload) == following
+
+
 @pytest.mark.parametrize("payload", [b"0", b"-1", b"4k", b"1e3", b"9" * 10, "４".encode(), b" 1"])
 def test_a_size_that_is_none_is_misbehaviour(payload: bytes) -> None:
     with pytest.raises(tb.Misbehaved, match="is no number"):
         tb.chunk_request("v2/fw/request/1/chunk/0", payload)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 12), st.integers(1, 6)).map(lambda part: (part[0], sum(part))), max_size=20
+    )
+)
+def test_pieces_are_the_bytes_that_were_added(parts: list[tuple[int, int]]) -> None:
+    """In any order, twice, or in parts that touch or overlap."""
+    pieces, added = tb.Pieces(), set[int]()
+    for begin, end in parts:
+        pieces.add(begin, end)
+        added.update(range(begin, end))
+        assert pieces.total_bytes == len(added)
+        assert len(pieces) == sum(at - 1 not in added for at in added)
 
 
 @given(st.text(max_size=60), st.binary(max_size=100))

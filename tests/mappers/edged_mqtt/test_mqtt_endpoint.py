@@ -49,6 +49,7 @@ class Guest:
     def __init__(self, takes: int = 10**9) -> None:
         self.seen: list[str] = []
         self.messages: list[tuple[str, bytes]] = []
+        self.meanings: list[object] = []
         self.takes = takes
         self.news = asyncio.Event()
 
@@ -66,8 +67,9 @@ class Guest:
     def over(self, fault: EdgedError) -> None:
         raise AssertionError(fault)
 
-    def heard(self, topic: str, payload: bytes) -> bool:
+    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         self.messages.append((topic, payload))
+        self.meanings.append(meaning)
         self.news.set()
         self.takes -= 1
         return self.takes > 0
@@ -791,6 +793,60 @@ def test_a_client_that_sends_more_than_its_session_takes_waits_and_loses_nothing
                     while len(guest.messages) < 100:
                         await asyncio.sleep(0.01)
                 assert [payload[0] for _, payload in guest.messages] == list(range(100))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", [packets.V3, packets.V5])
+def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_other(
+    tmp_path: Path, version: int
+) -> None:
+    def packet(payload: bytes) -> bytes:
+        return packets.publish_head(b"a", len(payload), version) + payload
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest()
+
+            async def heard(data: bytes, count: int) -> None:
+                client.writer.write(data)
+                async with asyncio.timeout(10):
+                    while len(guest.messages) < count:
+                        await asyncio.sleep(0.01)
+
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                client = await dial(port)
+                client.writer.write(connect_packet(version=version))
+                await guest.until("arrived")
+                seat.foresee("a", b"2", "two")
+                await heard(packet(b"1"), 1)
+                await heard(packet(b"2"), 2)
+                client.writer.write(packet(b"2")[:3])
+                (connection,) = endpoint._connections
+                async with asyncio.timeout(10):
+                    while not connection._buffer:
+                        await asyncio.sleep(0.01)
+                await heard(packet(b"2")[3:], 3)
+                guest.takes = 1
+                await heard(packet(b"2"), 4)
+                client.writer.write(packet(b"2"))
+                await asyncio.sleep(0.1)
+                assert len(guest.messages) == 4, "it did not wait"
+                guest.takes = 10**9
+                seat.more()
+                await heard(packet(b"3"), 6)
+            assert [payload for _, payload in guest.messages] == [b"1", b"2", b"2", b"2", b"2", b"3"]
+            assert set(guest.meanings[:1] + guest.meanings[5:]) == {None}
+            assert (guest.meanings[1], guest.meanings[2], guest.meanings[3]) == ("two", None, "two")
+
+            # without a session it is held, and read by the next one
+            client.writer.write(packet(b"2"))
+            async with asyncio.timeout(10):
+                while not endpoint._seats["pump-1"]._held:
+                    await asyncio.sleep(0.01)
+            guest = Guest()
+            async with endpoint.seat("pump-1", TOKEN, guest):
+                assert (guest.messages, guest.meanings) == ([("a", b"2")], [None])
 
     asyncio.run(run())
 
