@@ -345,12 +345,13 @@ class MqttSession:
     # -- edged.api.SupportsFirmware
 
     async def slots(self) -> Slots:
-        """What the device says that it runs; None where it does not say it within ``report_s``.
+        """What the device says that it runs; None where it does not say it within ``report_s``. So long it is awaited, too,
+        where it says that it may run something else any time: a word that was late is followed by another.
 
         Raises Transient(DEVICE_ABSENT).
         """
         self._require()
-        if self._told.version is None and not self._asked_version:
+        if self._told.is_booting or (self._told.version is None and not self._asked_version):
             await self._until_told()
             self._asked_version = True
             self._require()
@@ -460,9 +461,9 @@ class MqttSession:
         return self._told.runs(offer)
 
     async def _until_told(self) -> None:
-        """Until the device has said what it runs, ``report_s`` at most."""
+        """Until the device has said what it runs, and is not about to boot another, ``report_s`` at most."""
         deadline = self._loop.time() + self._config.report_s
-        while self._told.version is None and self.seat.present:
+        while (self._told.version is None or self._told.is_booting) and self.seat.present:
             if not await self._news.wait(deadline):
                 return
 

@@ -29,7 +29,7 @@ _POLL_S: Final = (0.03, 0.5)
 """A command's end is asked for at first and at last this often: each question is work for an emulated guest."""
 HOST_ADDRESS: Final = "10.0.2.100"
 KERNEL_LINE: Final = (
-    "root=/dev/vda rw console=ttyS0 mitigations=off quiet systemd.show_status=error panic=-1 "
+    "root=/dev/vda rw console=ttyS0 mitigations=off no_timer_check quiet systemd.show_status=error panic=-1 "
     "net.ifnames=0 random.trust_cpu=on modprobe.blacklist=ahci,kvm_amd,powernow_k8,i2c_i801,lpc_ich,psmouse,pcspkr"
 )
 CAN: Final = ("-object", "can-bus,id=cb0", *("-device", "kvaser_pci,canbus=cb0") * 2)
