@@ -1,8 +1,10 @@
 # Every target sets up what it needs on a fresh Debian 12 machine (as root), and is quick the second time.
 PYTHON ?= python3
 BIN := .venv/bin
-# much of a test is waiting, so that two at a time take little more than one; what shares a fixture stays together
-AT_A_TIME := -n 2 --dist loadfile
+# half of a test is waiting, so that three at a time are no load for two cores; what shares a fixture stays together
+AT_A_TIME := -n 3 --dist loadfile
+# guests are at work all the time
+GUESTS_AT_A_TIME := -n 2 --dist loadfile
 # tests sync what they write as often as the daemon does, and ask nothing of the disk: it goes to memory where that is large enough
 SCRATCH := $(shell [ "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm || echo "$${TMPDIR:-/tmp}")
 # what Debian 12's versions of aiohttp and cryptography cannot change: wires use neither, but for a key on the CAN bus
@@ -13,7 +15,7 @@ NOT_THEIRS := $(addprefix --ignore=tests/,mappers/edged_uart mappers/edged_mqtt 
 
 help:
 	@echo "make demo    sign a release, flash it into a real boot loader on a simulated board, refuse what must be refused"
-	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some twenty minutes"
+	@echo "make test    the whole test suite, on the locked libraries and on Debian 12's; takes some fifteen minutes"
 	@echo "make test-node  the package on real Debian systems: containers, machines, power cuts; as root, some thirty minutes"
 	@echo "make lint    ruff and mypy --strict"
 	@echo "make bench   measure against avrdude and against physical limits; prints a table, writes JSON"
@@ -35,7 +37,7 @@ test:
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
-	$(BIN)/python -m pytest $(AT_A_TIME) --no-loadscope-reorder tests/node
+	$(BIN)/python -m pytest $(GUESTS_AT_A_TIME) --no-loadscope-reorder tests/node
 
 lint: setup
 	$(BIN)/ruff check .

@@ -425,6 +425,9 @@ def test_another_wish_supersedes_before_the_first_change(place: Place) -> None:
 
 def test_several_devices_at_once_and_each_in_turn(place: Place) -> None:
     devices = [place.device(f"dev-{number}", bus=f"bus-{number % 3}") for number in range(8)]
+    for number in range(3):
+        # so that the first is not ready before the second is wished for
+        place.plugin.bus(f"bus-{number}").bytes_per_s = 20_000
     place.engine = attrs.evolve(place.engine, parallel_jobs=4)
 
     async def run() -> None:
