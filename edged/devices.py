@@ -361,9 +361,12 @@ def _is_refusal(error: EdgedError) -> bool:
 def _forget_if_other(tx: Tx, device: str, active: Slot) -> bool:
     """Whether ``active`` does not run the release that the twin reports; the report is then taken back.
 
-    Never while a job changes the device: a trial boot runs another image, and the job says how it ended.
+    Never while a job changes the device, or is about to: a trial boot runs another image, a device that is prepared may run
+    none, and the job says how it ended.
     """
-    if any(job.touched for job in jobs.find(tx, device=device, states=ACTIVE_STATES)):
+    if any(
+        job.touched or job.state is State.READY for job in jobs.find(tx, device=device, states=ACTIVE_STATES)
+    ):
         return False
     reported = twins.get(tx, device).reported.get(FIRMWARE)
     release = release_of(reported.value) if reported else None

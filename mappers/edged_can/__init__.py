@@ -45,10 +45,12 @@ def edged_links() -> Iterable[LinkSpec]:
 
 
 class _Connecting:
-    """Opens sessions. What outlives them are the keys that devices refused."""
+    """Opens sessions. What outlives them are the keys that devices refused, and until when to leave alone a device that could
+    not be told that the tester goes."""
 
     def __init__(self) -> None:
         self._refused = RefusedKeys()
+        self._alone_until: dict[str, float] = {}
 
     @asynccontextmanager
     async def connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
@@ -56,7 +58,9 @@ class _Connecting:
         async with env.link(device.address) as link:
             module = await loaded("edged_can.session")
             bus = _bus(link, device.address)
-            async with module.connected(device, config, bus, env, self._refused) as session:
+            async with module.connected(
+                device, config, bus, env, self._refused, self._alone_until
+            ) as session:
                 yield session
 
 

@@ -43,6 +43,8 @@ PROTOCOL: Final = "uds"
 NO_APPLICATION: Final = ""
 """What runs where the controller does not tell a version that it should: no release identifies as nothing."""
 _ASK_AGAIN_S: Final = 0.5
+_S3_S: Final = 5.5
+"""S3server (ISO 14229-2): so long after the last request a session ends by itself, and a little more."""
 _BOOTING_S: Final = 0.05
 _NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F})
 """What a boot loader answers that has no such identifier, or not the service; other codes speak of the moment."""
@@ -50,12 +52,20 @@ _NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F}
 
 @asynccontextmanager
 async def connected(
-    device: Device, config: UdsConfig, link: CanLink, env: Env, refused: RefusedKeys
+    device: Device,
+    config: UdsConfig,
+    link: CanLink,
+    env: Env,
+    refused: RefusedKeys,
+    alone_until: dict[str, float],
 ) -> AsyncIterator[UdsSession]:
     """A session; at its end the controller is told that the tester goes. Errors as the transport's.
 
-    ``refused``: the keys that devices refused.
+    ``refused``: the keys that devices refused. ``alone_until``: of the loop's clock; a controller that could not be told is
+    asked nothing until it has left its programming session by itself, which each request would put off.
     """
+    now = asyncio.get_running_loop().time
+    await asyncio.sleep(alone_until.pop(device.id, 0.0) - now())
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
@@ -73,9 +83,12 @@ async def connected(
             yield session
         finally:
             # also where the daemon is stopped in the middle: the controller must not wait for a tester that is gone
-            with suppress(TimeoutError):
-                async with asyncio.timeout(config.answer_s):
-                    await session.rest()
+            if session.programming.entered:
+                alone_until[device.id] = now() + _S3_S
+                with suppress(TimeoutError, Transient, Permanent):
+                    async with asyncio.timeout(config.answer_s):
+                        await session.programming.leave()
+                        del alone_until[device.id]
 
 
 class UdsSession:
@@ -130,7 +143,8 @@ class UdsSession:
         if not self._config.version_did:
             return Slots((Slot("flash", active=True),))
         version = await self._version()
-        if version is None:
+        deadline = self._loop.time() + self._config.boot_s
+        while version is None and self._loop.time() < deadline:
             # a boot loader answers for a moment after every start
             await asyncio.sleep(_ASK_AGAIN_S)
             version = await self._version()
@@ -255,14 +269,6 @@ class UdsSession:
             await self._client.write(prop.did, record)
         finally:
             await self._client.session(DEFAULT_SESSION)
-
-    async def rest(self) -> None:
-        """Leave the programming session, where that is still to be done: the controller need not answer."""
-        try:
-            await self.programming.leave()
-        except (Transient, Permanent):
-            # it goes there by itself, S3 after the last request
-            return
 
     async def _has_booted(self, deadline: float) -> bool:
         """Raises Transient for a silence beyond the deadline, or a lost bus."""

@@ -284,21 +284,30 @@ class MqttSession:
 
     async def apply(self, desired: Desired) -> Reported:
         """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
-        does not answer has what it was given. That it says what it said before is no answer: it may not have heard."""
+        does not answer has what it was given.
+
+        Raises Transient(DEVICE_ERROR) where it says what it said before: it may not have heard, or not want it.
+        """
         self._require()
         name, begun = desired.name, self._loop.time()
         before = self._values.get(name, _NOTHING)
         self._memory.shared[name] = desired.value
         await self.seat.send(tb.ATTRIBUTES, tb.encoded({name: desired.value}))
         deadline = begun + self._config.confirm_s
-        value = desired.value
-        while self._loop.time() < deadline:
-            said = self._values.get(name, _NOTHING)
-            if said != before:
-                value = self._values[name]
-            if said == desired.value or not await self._news.wait(deadline):
+        while (said := self._said_since(begun, name)) != desired.value and self._loop.time() < deadline:
+            if not await self._news.wait(deadline):
                 break
-        return Reported(name, value, self._config.units.get(name))
+        if said is _NOTHING:
+            return Reported(name, desired.value, self._config.units.get(name))
+        if said == before != desired.value:
+            raise Transient(
+                Reason.DEVICE_ERROR, f"{self._device.id}: {name} is {as_text(self._values[name])} still"
+            )
+        return Reported(name, self._values[name], self._config.units.get(name))
+
+    def _said_since(self, begun: float, name: str) -> object:
+        """What the device reported under ``name`` since then."""
+        return self._values[name] if self._values.told_at(name) > begun else _NOTHING
 
     # -- edged.api.SupportsHealth
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,57 @@ def test_a_wrong_key_that_locks_the_device_is_not_tried_again(
     assert (job.state, job.reason, job.touched) == (State.FAILED, Reason.DEVICE_ERROR, False)
     assert "exceedNumberOfAttempts (0x36)" in job.detail
     assert controller.counts.wrong_keys == 1 and controller.counts.erased == 0
+
+
+class Loader:
+    """A wire to a controller that has a boot loader without a version, from its programming session on: until a second after it
+    was told that the tester goes, or until nobody has asked it anything for two. ``deaf``: it is not told."""
+
+    def __init__(self, controller: Controller, *, deaf: bool) -> None:
+        self._controller = controller
+        self._deaf = deaf
+        self._is_in = False
+        self.times = 0
+
+    def __call__(self, way: str, frame: bytes) -> list[bytes]:
+        now, asked = time.monotonic(), frame[1:3]
+        if way == "out":
+            return [frame]
+        if asked == b"\x10\x02":
+            self._is_in, self.times = True, self.times + 1
+            self._controller.application_at = now + 2
+        elif asked == b"\x11\x01" or now > self._controller.application_at:
+            self._is_in = False
+        elif self._is_in and asked == b"\x10\x01" and self._deaf:
+            return []
+        elif self._is_in:
+            self._is_in = asked != b"\x10\x01"
+            self._controller.application_at = now + (2 if self._is_in else 1)
+        return [frame]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_refused_preparation_leaves_the_record_of_what_runs(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool
+) -> None:
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    site.watch = True
+    controller = site.controller()
+    loader = Loader(controller, deaf=deaf)
+
+    async def body() -> None:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            job = await update(node, "2.0.0")
+            assert (job.state, job.touched, loader.times) == (State.FAILED, False, 1)
+            await asyncio.sleep(8 if deaf else 2)
+            assert await node.reported("ecu") is not None, "taken for one that runs another image"
+            secret(monkeypatch, tmp_path)
+            job = await update(node, "4.0.0")
+            assert job.state is State.SUCCEEDED, job.detail
+
+    with alive(site, controller, loader):
+        asyncio.run(body())
 
 
 def test_a_device_in_its_boot_loader_for_a_moment_has_not_drifted(site: Site) -> None:

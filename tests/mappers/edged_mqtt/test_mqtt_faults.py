@@ -367,7 +367,7 @@ def test_a_property_gets_there_whatever_happens_to_one_message(
     """A device that says now and then how it is, and is told a second time what it did not hear."""
     (port, prefix), (on, fault), config = way, PROPERTIES[name], plant.config
     brisk = attrs.evolve(config, storage=attrs.evolve(config.storage, report_interval_s=0.2))
-    wire, later = Wire(port, fault, on=on), 0.0
+    wire, later, armed = Wire(port, fault, on=lambda packet: armed and on(packet)), 0.0, False
     values = {"temperature": 20.5, "interval": 1}
     device = Obedient(wire.port, "token-of-pump-1", prefix=prefix, every_s=0.1, values=values)
 
@@ -380,11 +380,13 @@ def test_a_property_gets_there_whatever_happens_to_one_message(
                 later += 0.1
 
     async def run() -> None:
+        nonlocal armed
         async with wire.up(), life(brisk, plant.plugins, passed=lambda: later) as node:
             await awaited(node)
             device.start()
             try:
                 await reported(node, 1)
+                armed = True
                 for value in (5, 7):
                     await node.store.write(
                         lambda tx, value=value: twins.set_desired(tx, "pump-1", "interval", value, "operator")
@@ -396,6 +398,32 @@ def test_a_property_gets_there_whatever_happens_to_one_message(
                 assert twin.reported["temperature"].value == 20.5 and set(twin.desired) == {"interval"}
             finally:
                 await device.stop()
+
+    asyncio.run(run())
+
+
+def test_a_device_that_keeps_its_old_value_is_not_said_to_have_the_new_one(
+    plant: Plant, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It answers once, with what it has: the twin tells that, and the operator is told that the wish was not taken."""
+
+    class Stubborn(PullingDevice):
+        def _given(self, shared: dict[str, Any]) -> None:
+            super()._given(shared)
+            if "interval" in shared:
+                self.report(interval=1)
+
+    device = Stubborn(plant.port, "token-of-pump-1", values={"interval": 1})
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            await node.store.write(lambda tx: twins.set_desired(tx, "pump-1", "interval", 5, "operator"))
+            node.sessions["pump-1"].refresh()
+            async with asyncio.timeout(20):
+                while "interval is 1 still" not in str([vars(record) for record in caplog.records]):
+                    await asyncio.sleep(0.02)
+            await asyncio.sleep(0.5)
+            assert await node.reported("pump-1", "interval") == 1
 
     asyncio.run(run())
 
