@@ -1,6 +1,8 @@
 """Mapper ``lamp``: firmware for a lamp that can be asked for its version and for each byte of its one slot."""
 
 import asyncio
+import itertools
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import cast
@@ -16,11 +18,10 @@ class LampSession:
     traits = api.SessionTraits(ceiling_bytes_per_s=100_000)
 
     def __init__(self, link: SerialLink) -> None:
-        self._link = link
+        self._link, self._numbers = link, itertools.count(time.time_ns())
 
     async def identify(self) -> api.Identity:
-        hardware_id, serial_number = await self._ask("identify")
-        return api.Identity(hardware_id, serial_number)
+        return api.Identity(*await self._ask("identify"))
 
     async def reports(self) -> AsyncIterator[api.Reported]:
         while True:
@@ -56,11 +57,12 @@ class LampSession:
         return bytes.fromhex((await self._ask(f"read {address} {length}"))[0])
 
     async def _ask(self, request: str) -> list[str]:
-        await self._link.send(f"{request}\n".encode())
-        answer = await self._link.receive(lambda data: data.find(b"\n") + 1 or len(data) + 1, timeout_s=2)
-        if answer is None:
-            raise Transient(Reason.NO_RESPONSE, f"no answer to {request!r}")
-        return answer.decode().split()
+        await self._link.send(f"{(asked := next(self._numbers))} {request}\n".encode())
+        while answer := await self._link.receive(lambda data: data.find(b"\n") + 1 or len(data) + 1, 2):
+            number, *words = answer.decode().split()
+            if number == str(asked):
+                return words
+        raise Transient(Reason.NO_RESPONSE, f"no answer to {request!r}")
 
 
 @asynccontextmanager

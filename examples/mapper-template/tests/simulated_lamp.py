@@ -1,4 +1,4 @@
-"""A lamp on a TCP port of this machine, as behind a terminal server: each line is answered by one line."""
+"""A lamp on a TCP port of this machine, as behind a terminal server: each line is answered by one with its number."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -36,8 +36,8 @@ class SimulatedLamp:
         self._open.add(writer)
         try:
             while line := await reader.readline():
-                verb, *arguments = line.decode().split()
-                writer.write(f"{self._answer(verb, arguments)}\n".encode())
+                number, verb, *arguments = line.decode().split()
+                writer.write(f"{number} {self._answer(verb, arguments)}\n".encode())
         except OSError:
             pass
         finally:
