@@ -810,6 +810,10 @@ class Connection(asyncio.Protocol):
             return
         if self._over:
             return
+        if late and seat.present:
+            # it came while this one waited, and is the newer one
+            self._close()
+            return
         if seat.rest.lasts(self._loop.time()):
             self._refuse_later("must_rest", Code.BUSY, (seat.name,))
             return

@@ -589,6 +589,26 @@ def test_a_device_that_comes_before_its_first_session_is_not_refused(tmp_path: P
     asyncio.run(run())
 
 
+def test_one_that_waited_to_be_let_in_does_not_take_the_place_of_one_that_came_after_it(
+    tmp_path: Path,
+) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            first = await dial(port)
+            first.writer.write(connect_packet())
+            await asyncio.sleep(subject.REFUSE_S / 5)
+            async with endpoint.seat("pump-1", TOKEN, guest := Guest()) as seat:
+                second = await dial(port)
+                second.writer.write(connect_packet())
+                assert await second.read(4) == b"\x20\2\0\0"
+                assert await first.closed() == b""
+                second.writer.write(b"\xc0\0")
+                assert await second.read(2) == b"\xd0\0"
+                assert seat.present and guest.seen == ["arrived"]
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("version", [4, 5])
 def test_a_device_whose_session_does_not_come_back_has_to_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
