@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench.figures import Figure, at_least, at_most
+from edged_firmware.chunks import ChunkIndex, default_chunk_size
 
 _CHUNK: Final = 4096
 _ROUNDS: Final = 21
@@ -38,8 +39,8 @@ def run(*, quick: bool = False) -> list[Figure]:
     return [
         Figure(
             name="mqtt.pulls",
-            what=f"chunks of {_CHUNK} bytes pulled per second, one device: edged (signed in chunks of {_signed_chunk(size)}) "
-            "/ bare responder",
+            what=f"chunks of {_CHUNK} bytes pulled per second, one device: edged "
+            f"(signed in chunks of {default_chunk_size(size)}) / bare responder",
             unit="ratio",
             against=against,
             samples=tuple(bare["seconds"] / edged["seconds"] for edged, bare in pairs),
@@ -170,14 +171,13 @@ async def _edged(devices: int, size: int, folder: Path) -> dict[str, Any]:
     import edged_mqtt
     from edged.api import Device, SupportsFirmware
     from edged.links import LinkPool, device_env
-    from edged_firmware.chunks import ChunkIndex
     from edged_firmware.image import FileSource, Image, Label
     from edged_mqtt.config import MqttConfig
 
     data = os.urandom(size)
     path = folder / "image"
     path.write_bytes(data)
-    index = ChunkIndex.build(data, _signed_chunk(size))
+    index = ChunkIndex.build(data, default_chunk_size(size))
     del data
     port = _free_port()
     pool = LinkPool({link.scheme: link for link in edged_mqtt.edged_links()})
@@ -202,12 +202,6 @@ async def _edged(devices: int, size: int, folder: Path) -> dict[str, Any]:
     await asyncio.sleep(0.5 + devices / 100)
     found, *_ = await asyncio.gather(_pull(port, devices, size), *serving)
     return found
-
-
-def _signed_chunk(size: int) -> int:
-    """Of an image of ``size`` bytes, as :mod:`edged_firmware.release` signs it where nobody says otherwise: what a device asks
-    for at once has nothing to do with that."""
-    return 4096 if size < 1024 * 1024 else 65536
 
 
 def _free_port() -> int:

@@ -23,6 +23,7 @@ from edged.config import (
 )
 from edged.domain.job import Job
 from edged.domain.reconcile import FIRMWARE
+from edged.engine import reconciler
 from edged.plugins import Plugins, discover
 from edged.store import audit, floors
 from edged.testing.fake import FakeDevice, FakePlugin, fake_app
@@ -223,6 +224,16 @@ def moments(names: Sequence[str], torn: Collection[str], step: int = 1) -> Itera
     for number, effect in list(enumerate(names, 1))[::step]:
         for when in When if effect in torn else (When.BEFORE, When.AFTER):
             yield number, effect, when
+
+
+async def retried(node: TestNode, place: Place, job: Job) -> Job:
+    """An operator's retry of a job that has ended, for the device dev-1; the new job, when that has ended."""
+    again = await node.store.write(lambda tx: reconciler.retry(tx, job, "operator", place.engine))
+    node.engine.device_changed("dev-1")
+    async with asyncio.timeout(20):
+        while (ended := await node.ended("dev-1")).id != again.id:
+            await asyncio.sleep(0.005)
+    return ended
 
 
 async def check_store(node: TestNode, device: str, floor: int) -> None:

@@ -33,9 +33,17 @@ DEFAULT_CHUNK_BYTES = 16 * 1024
 
 _HEADER = struct.Struct(">8sBBHIQI")
 _MAX_COUNT = 2**32 - 1
+_SMALL_IMAGE_BYTES = 1 << 20
+_SMALL_CHUNK_BYTES = 4096
+_LARGE_CHUNK_BYTES = 65536
 _READ_BYTES = 1024 * 1024
 
 Data = bytes | bytearray | memoryview
+
+
+def default_chunk_size(size_bytes: int) -> int:
+    """Bytes of a chunk of an image of ``size_bytes``, where its maker names none."""
+    return _SMALL_CHUNK_BYTES if size_bytes < _SMALL_IMAGE_BYTES else _LARGE_CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

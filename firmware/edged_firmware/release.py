@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from tuf.api.metadata import Metadata, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
-from edged_firmware.chunks import ChunkIndex
+from edged_firmware.chunks import ChunkIndex, default_chunk_size
 from edged_firmware.durable import fsync_folder, storage_error, write_durably
 from edged_firmware.errors import Permanent, Reason, Refused
 from edged_firmware.facts import (
@@ -75,9 +75,6 @@ DEFAULT_EXPIRY: Final[Mapping[str, timedelta]] = {
     Timestamp.type: timedelta(days=7),
 }
 
-_SMALL_IMAGE_BYTES: Final = 1 << 20
-_SMALL_CHUNK_BYTES: Final = 4096
-_LARGE_CHUNK_BYTES: Final = 65536
 
 #: Signed beside the targets, so that what was withdrawn is not forgotten: highest counter per model, and
 #: the digest of each withdrawn image.
@@ -214,7 +211,7 @@ def add(repo_dir: Path, file: Path, draft: Draft, *, write: Write = write_durabl
     source = _read_source(file)
     image, kind, identifies_as = _convert(file, source, draft)
     facts = _facts(replace(draft, identifies_as=draft.identifies_as or identifies_as), known, source, kind)
-    chunks = ChunkIndex.build(image, draft.chunk_size_bytes or _chunk_size(len(image))).encode()
+    chunks = ChunkIndex.build(image, draft.chunk_size_bytes or default_chunk_size(len(image))).encode()
     targets = {
         facts.ref.image_path: _target(facts.ref.image_path, image, facts.to_custom()),
         facts.ref.index_path: _target(facts.ref.index_path, chunks),
@@ -583,10 +580,6 @@ def _check_new(ref: ReleaseRef, targets: Mapping[str, TargetFile], known: _Known
             f"version: {ref} is there with other content or facts: choose another version, or remove it "
             "first if it was never published",
         )
-
-
-def _chunk_size(size_bytes: int) -> int:
-    return _SMALL_CHUNK_BYTES if size_bytes < _SMALL_IMAGE_BYTES else _LARGE_CHUNK_BYTES
 
 
 def _target(path: str, data: bytes, custom: Mapping[str, object] | None = None) -> TargetFile:

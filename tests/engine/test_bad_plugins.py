@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,13 +18,11 @@ from edged.api import (
     Env,
     Health,
     Identity,
-    MapperSpec,
     Phase,
     Session,
     SessionTraits,
     Slot,
     Slots,
-    hookimpl,
 )
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
@@ -44,13 +42,9 @@ class BadPlugin(FakePlugin):
     def __post_init__(self) -> None:
         super().__init__()
 
-    @hookimpl
-    def edged_mappers(self) -> Iterable[MapperSpec]:
-        return [replace(spec, connect=self._twisted) for spec in super().edged_mappers()]
-
     @asynccontextmanager
-    async def _twisted(self, device: Device, env: Env) -> AsyncIterator[Session]:
-        async with self._connect(device, env) as session:
+    async def _connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
+        async with super()._connect(device, env) as session:
             for name, twist in self.twists.items():
                 setattr(session, name, _bound(twist, session, getattr(session, name)))
             for name, value in self.attributes.items():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import attrs
 import pytest
 from engine_kit import QUICK, Place, Publisher
 
-from edged.api import Device, Env, MapperSpec, Session, hookimpl
+from edged.api import Device, Env, Session
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.store import audit, jobs, outbox
@@ -31,16 +31,12 @@ class Unplugged(FakePlugin):
     def __post_init__(self) -> None:
         super().__init__()
 
-    @hookimpl
-    def edged_mappers(self) -> Iterable[MapperSpec]:
-        return [replace(spec, connect=self._plugged) for spec in super().edged_mappers()]
-
     @asynccontextmanager
-    async def _plugged(self, device: Device, env: Env) -> AsyncIterator[Session]:
+    async def _connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
         if self.gone:
             self.tries += 1
             raise Transient(Reason.DEVICE_ABSENT, f"the port is not there, try {self.tries}")
-        async with self._connect(device, env) as session:
+        async with super()._connect(device, env) as session:
             yield session
 
 

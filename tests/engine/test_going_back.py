@@ -8,12 +8,11 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import IMAGE_BYTES, Place, Publisher
+from engine_kit import IMAGE_BYTES, Place, Publisher, retried
 
 from edged.api import Label
 from edged.config import Storage
-from edged.domain.job import Job, State
-from edged.engine import reconciler
+from edged.domain.job import State
 from edged.errors import Permanent, Reason
 from edged.store.artifacts import pinned
 from edged.testing.fake import fake_app
@@ -43,15 +42,6 @@ class RefusesTheWayBack:
         apply()
 
 
-async def _retried(node: TestNode, place: Place, job: Job) -> Job:
-    again = await node.store.write(lambda tx: reconciler.retry(tx, job, "operator", place.engine))
-    node.engine.device_changed("dev-1")
-    async with asyncio.timeout(20):
-        while not (found := await node.jobs("dev-1"))[0].state.ended or found[0].id != again.id:
-            await asyncio.sleep(0.01)
-    return found[0]
-
-
 def test_a_device_between_two_images_is_not_taken_for_its_own_way_back(
     tmp_path: Path, publisher: Publisher
 ) -> None:
@@ -70,7 +60,7 @@ def test_a_device_between_two_images_is_not_taken_for_its_own_way_back(
             assert bytes(device.slots[0]) != before
             assert first.fallback is not None
             assert first.fallback.image_sha256 in await node.store.read(pinned)
-            second = await _retried(node, place, first)
+            second = await retried(node, place, first)
             assert second.state is State.REVERTED, second.detail
             assert second.fallback == first.fallback
             assert bytes(device.slots[0])[: IMAGE_BYTES * 2] == before[: IMAGE_BYTES * 2]

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
-from engine_kit import QUICK, Place, Publisher
+from engine_kit import QUICK, Place, Publisher, retried
 
-from edged.api import Device, Env, Image, MapperSpec, Session, hookimpl
+from edged.api import Device, Env, Image, Session
 from edged.domain.job import Job, State
 from edged.engine import reconciler
 from edged.errors import EdgedError, Permanent, Reason, Transient
@@ -33,13 +33,9 @@ class Asking(FakePlugin):
     def __post_init__(self) -> None:
         super().__init__()
 
-    @hookimpl
-    def edged_mappers(self) -> Iterable[MapperSpec]:
-        return [replace(spec, connect=self._asking) for spec in super().edged_mappers()]
-
     @asynccontextmanager
-    async def _asking(self, device: Device, env: Env) -> AsyncIterator[Session]:
-        async with self._connect(device, env) as session:
+    async def _connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
+        async with super()._connect(device, env) as session:
             asked: Any = session
             asked.prepare = self._prepare
             yield session
@@ -68,15 +64,6 @@ async def _deployed(node: TestNode, release: str) -> Job:
     return await node.ended("dev-1")
 
 
-async def _retried(node: TestNode, place: Place, job: Job) -> Job:
-    again = await node.store.write(lambda tx: reconciler.retry(tx, job, "operator", place.engine))
-    node.engine.device_changed("dev-1")
-    async with asyncio.timeout(20):
-        while (ended := await node.ended("dev-1")).id != again.id:
-            await asyncio.sleep(0.005)
-    return ended
-
-
 @pytest.mark.parametrize("slot_count", [1, 2])
 def test_a_refusal_changes_nothing_and_is_not_gone_back_from(
     place: Place, plugin: Asking, slot_count: int
@@ -95,7 +82,7 @@ def test_a_refusal_changes_nothing_and_is_not_gone_back_from(
             assert device.counts.received == received, "bytes of an image were sent"
             after = await node.store.read(lambda tx: twins.get(tx, "dev-1"))
             assert after.reported["firmware"] == twin.reported["firmware"], "it runs what it ran"
-            assert (await _retried(node, place, job)).state is State.SUCCEEDED
+            assert (await retried(node, place, job)).state is State.SUCCEEDED
             assert device.app is not None and device.app.version == "2.0.0"
 
     asyncio.run(run())
@@ -111,7 +98,7 @@ def test_a_device_that_is_busy_is_asked_again_and_then_told_of(place: Place, plu
             assert (job.state, job.reason) == (State.FAILED, Reason.ATTEMPTS_EXHAUSTED)
             assert not job.touched and len(plugin.prepared) == 3 and device.counts.received == 0
             # it is not busy any more after the next try
-            good = await _retried(node, place, job)
+            good = await retried(node, place, job)
             assert good.state is State.SUCCEEDED, good.detail
             assert len(plugin.prepared) == 5
 
