@@ -7,8 +7,10 @@ for the daemon is understood by somebody else. One machine of each Debian is boo
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from can_node import IMAGES, published
 from guest import SUITES, Image, Machine
 from guest.command import Guest, eventually
 from guest.images import make_overlay
-from node_kit import RELEASES, Releases, await_job, installed_disk, send_releases, start_job
+from node_kit import RELEASES, Releases, await_job, installed_disk, send, send_releases, start_job
 from uds_server import BASE, Controller
 
 pytestmark = pytest.mark.timeout(1200)
@@ -74,6 +76,9 @@ address = "can:vcan0"
 
 [device.config]
 bus_share = 0.7
+dbc = "/etc/edged/drive.dbc"
+signals = ["Engine.Speed"]
+commands = ["Setpoint.Speed"]
 
 [[device]]
 id = "{FAR}"
@@ -88,8 +93,29 @@ extended_ids = true
 target_address = 0x12
 source_address = 0xF1
 fd = true
+
+[device.config.security]
+algorithm = "acme-v2"
+credential = "drive"
+"""
+DBC = """\
+VERSION ""
+NS_ :
+BS_:
+BU_: ECU
+BO_ 291 Engine: 2 ECU
+ SG_ Speed : 0|16@1+ (0.25,0) [0|16383.75] "rpm" Vector__XXX
+BO_ 2566844161 Setpoint: 2 ECU
+ SG_ Speed : 0|16@1+ (0.25,0) [0|4000] "rpm" ECU
 """
 CREDENTIAL = f"hex:{uds_server.SECRET.hex()}\n"
+PLUGINS = "/opt/edged/plugins"
+SEED_KEY = """\
+def seed_key(seed, secret, level):
+    return bytes(one ^ secret[at % len(secret)] for at, one in enumerate(seed))
+"""
+CANTOOLS = ("cantools", "bitstruct", "textparser", "argparse_addons", "crccheck")
+"""With what it needs and the package does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +157,8 @@ def site(
 
     def prepare(guest: Guest) -> None:
         send_releases(guest, Releases(publisher.repo, {}))
+        send(guest, plugins(folder / "plugins"), PLUGINS)
+        guest.write("/etc/edged/drive.dbc", DBC)
         configure(guest)
         # its buses and controllers come first
         guest.run("systemctl", "disable", "--now", "edged.service")
@@ -154,6 +182,22 @@ def start_controller(guest: Machine, name: str, bus: str, wiring: dict[str, Any]
     guest.write(f"/srv/{name}", bytes(controller.flash))
     command = ("python3", "-I", "/srv/uds_server.py", bus, f"/srv/{name}", json.dumps(wiring))
     guest.run("systemd-run", f"--unit={name}", *command)
+
+
+def plugins(folder: Path) -> Path:
+    """What an operator adds, laid out as ``pip install --no-deps --target`` does: a way from seed to key, and cantools."""
+    about = folder / "acme_edged-1.0.dist-info"
+    about.mkdir(parents=True)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-edged\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[edged.seed_key]\nacme-v2 = acme_edged:seed_key\n")
+    (folder / "acme_edged.py").write_text(SEED_KEY)
+    for name in CANTOOLS:
+        for file in distribution(name).files or ():
+            # commands lie outside, and what is compiled is for this machine's Python
+            if ".." not in file.parts and file.suffix not in (".pyc", ".so"):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file.locate(), folder / file)
+    return folder
 
 
 def configure(guest: Guest) -> None:
@@ -191,6 +235,43 @@ def test_it_reports_and_says_who_is_there(site: Site) -> None:
     eventually(
         lambda: "pressure" in json.dumps(guest.json("edged", "twin", "get", PLAIN, "--json")), 60, "a report"
     )
+
+
+RAW = """
+import socket, sys
+bus = socket.socket(socket.PF_CAN, socket.SOCK_RAW, socket.CAN_RAW)
+bus.bind(("vcan0",))
+if sys.argv[1] == "send":
+    bus.send(bytes.fromhex("23010000" "02000000" "401f000000000000"))
+else:
+    print("listening", flush=True)
+    while True:
+        frame = bus.recv(72)
+        if frame[:4] == bytes.fromhex("01effe98"):
+            print(frame[8:8 + frame[4]].hex(), flush=True)
+            break
+"""
+"""Frames of <linux/can.h>: identifier, length, data. ``Engine`` at 8000 steps; what is sent as ``Setpoint``."""
+
+
+@ON_BOTH
+def test_what_an_operator_adds_is_used_inside_the_sandbox(site: Site) -> None:
+    """Its own seed and key unlocked the far controller before; signals by cantools go both ways."""
+    guest = site.guest
+    guest.write("/srv/raw.py", RAW)
+    known = guest.run("edged", "check-config").out
+    assert "no fault" in known, known
+    guest.run("systemd-run", "--quiet", "--unit=heard", "python3", "-I", "/srv/raw.py", "listen")
+    eventually(lambda: "listening" in guest.journal("heard"), 60, "who listens")
+    guest.run("edged", "twin", "set", PLAIN, "Setpoint.Speed=500")
+    eventually(lambda: "d007" in guest.journal("heard"), 60, "the command's frame")
+    guest.sh("python3 -I /srv/raw.py send")
+    eventually(
+        lambda: "Engine.Speed" in json.dumps(guest.json("edged", "twin", "get", PLAIN, "--json")),
+        60,
+        "a signal",
+    )
+    print(guest.run("edged", "twin", "get", PLAIN).out)
 
 
 @ON_ONE
