@@ -265,7 +265,8 @@ class SupportsFirmware(Protocol):
     async def stage(self, image: Image, progress: Progress) -> None:
         """Send ``image`` and verify it on the device as far as the protocol can.
 
-        Idempotent; goes on from what the device has. Raises ``Permanent(VERIFY_FAILED)`` where what the device holds
+        Idempotent; goes on from what the device has. Two slots: afterwards no *other* image is pending; what others left so
+        is erased, or booted on trial and left. Raises ``Permanent(VERIFY_FAILED)`` where what the device holds
         afterwards is not the image.
         """
         ...
@@ -273,7 +274,9 @@ class SupportsFirmware(Protocol):
     async def activate(self) -> None:
         """Boot what was staged; on trial where the device can revert.
 
-        Raises ``Permanent`` where it was not booted and cannot be: ``VERIFY_FAILED`` where the device does not hold it.
+        Two slots: it follows :meth:`stage` in the same session. Where the slot holds another image by now, it raises
+        ``Transient`` instead of booting that. Raises ``Permanent`` where it was not booted and cannot be: ``VERIFY_FAILED``
+        where the device does not hold it.
         """
         ...
 

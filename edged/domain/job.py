@@ -20,6 +20,7 @@ class State(StrEnum):
         queued -> fetching -> ready -> staging -> activating -> verifying -> succeeded
         queued | fetching | ready                               -> failed | cancelled
         staging | activating | verifying  -> reverting          -> reverted | failed
+        verifying                                               -> staging
     """
 
     QUEUED = "queued"
@@ -49,7 +50,10 @@ SUCCESSORS: dict[State, frozenset[State]] = {
     State.READY: frozenset({State.STAGING, State.VERIFYING, State.FAILED, State.CANCELLED}),
     State.STAGING: frozenset({State.ACTIVATING, State.REVERTING}),
     State.ACTIVATING: frozenset({State.VERIFYING, State.REVERTING}),
-    State.VERIFYING: frozenset({State.SUCCEEDED, State.REVERTING, State.FAILED, State.CANCELLED}),
+    # verifying -> staging: the device has two slots, and is about to boot another image than the one that was judged
+    State.VERIFYING: frozenset(
+        {State.SUCCEEDED, State.STAGING, State.REVERTING, State.FAILED, State.CANCELLED}
+    ),
     State.REVERTING: frozenset({State.REVERTED, State.FAILED}),
 }
 

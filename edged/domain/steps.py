@@ -28,7 +28,9 @@ class Do(Enum):
     FETCH_FALLBACK = auto()
     """Bring the recorded fallback to this node's disk."""
     STAGE = auto()
+    """Send the image, or find that the device holds it."""
     ACTIVATE = auto()
+    """Boot what was staged."""
     CHECK_HEALTH = auto()
     """Judge the running image; healthy: confirm it."""
     REVERT = auto()
@@ -75,12 +77,16 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What ``next_step`` may look at besides the row. ``device`` is None until it was asked in this turn."""
+    """What ``next_step`` may look at besides the row. ``device`` is None until it was asked in this turn.
+
+    ``staged``: the session that is held now has staged the image. What another one staged may have been replaced since.
+    """
 
     now: datetime
     image_on_disk: bool
     fallback_on_disk: bool
     device: View | None = None
+    staged: bool = False
     bounds: Bounds = Bounds()
 
 
@@ -166,7 +172,7 @@ def _activating(job: Job, facts: Facts) -> Step:
     device = facts.device
     if device is None:
         return Do.ASK_DEVICE
-    if device.slot_count > 1 and device.runs_new:
+    if device.slot_count > 1 and device.runs_new and not device.pending:
         return Move(State.VERIFYING, "runs on trial")
     # The old image after a trial boot was committed: it was tried and left while we were off, or the power went before
     # it was booted at all. Nobody can tell, so it is booted again; the bound keeps that from going on for ever.
@@ -174,6 +180,9 @@ def _activating(job: Job, facts: Facts) -> Step:
         reverted = device.slot_count > 1 and not device.pending
         reason = Reason.DEVICE_REVERTED if reverted else Reason.ATTEMPTS_EXHAUSTED
         return Move(State.REVERTING, "revert", reason, f"{job.trial_boots} trial boots")
+    if device.slot_count > 1 and not facts.staged:
+        # it runs an application meanwhile, and others may have written to its free slot
+        return Do.STAGE if facts.image_on_disk else Do.FETCH
     return Do.ACTIVATE
 
 
@@ -186,6 +195,9 @@ def _verifying(job: Job, facts: Facts) -> Step:
         if job.touched:
             return Move(State.REVERTING, "revert", Reason.DEVICE_REVERTED, detail)
         return Move(State.FAILED, "ended", Reason.DEVICE_REVERTED, detail)
+    if device.slot_count > 1 and device.pending:
+        # the next reset boots another image: what runs would be judged well, and not stay
+        return Move(State.STAGING, "another image is pending") if facts.image_on_disk else Do.FETCH
     return Do.CHECK_HEALTH
 
 

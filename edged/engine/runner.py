@@ -88,6 +88,7 @@ class JobRunner:
         self._view: View | None = None
         self._active: Slot | None = None
         self._sound: set[ImageKey] = set()
+        self._staged = False
         self._progressed = False
         self._stack = AsyncExitStack()
         self.stop = asyncio.Event()
@@ -155,6 +156,7 @@ class JobRunner:
         if self._lease is not None:
             self._lease.intact = False
         self._lease = self._view = None
+        self._staged = False
         await self._stack.aclose()
 
     # -- facts
@@ -182,6 +184,7 @@ class JobRunner:
             image_on_disk=image,
             fallback_on_disk=fallback,
             device=self._view,
+            staged=self._staged,
             bounds=Bounds(settings.max_steps, settings.max_trial_boots),
         )
 
@@ -515,7 +518,12 @@ class JobRunner:
 
     async def _stage(self) -> None:
         await self._send(self._image_key)
-        await self._move(Move(State.ACTIVATING, "staged", detail=f"{self.job.total_bytes} bytes"))
+        self._staged = True
+        if self.job.state is State.STAGING:
+            await self._move(Move(State.ACTIVATING, "staged", detail=f"{self.job.total_bytes} bytes"))
+        else:
+            # staged again, for a boot: what the device says of it may be another by now
+            self._view = None
 
     async def _send(self, key: ImageKey) -> None:
         """Stage the image ``key`` on the device, and account for what it moved, however it ends."""

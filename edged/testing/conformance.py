@@ -57,8 +57,9 @@ class Subject:
     a row: where frames or blocks are smaller than a unit, what they carry, joined; ``holds`` the bytes of its flash at
     (address, length), of the slot that is written; ``written`` counts the image bytes that it stored so far. ``unit_bytes``
     is what it stores at once (a page). ``unplug`` and ``plug`` break and mend the wire. ``neighbour`` is a second device on
-    the same link, where the wire can have one. ``reports``: it reports by itself. ``resumes``: False where the device's own
-    protocol makes every transfer begin anew, however well it can be read.
+    the same link, where the wire can have one. ``mark_other``, with two slots: another client has the image in the slot that
+    does not run booted on trial at the next reset. ``reports``: it reports by itself. ``resumes``: False where the device's
+    own protocol makes every transfer begin anew, however well it can be read.
     """
 
     spec: MapperSpec
@@ -73,6 +74,7 @@ class Subject:
     unplug: Callable[[], Awaitable[None]]
     plug: Callable[[], Awaitable[None]] = _nothing
     neighbour: Device | None = None
+    mark_other: Callable[[], Awaitable[None]] | None = None
     reports: bool = True
     resumes: bool = True
     pool: LinkPool = field(init=False)
@@ -207,6 +209,31 @@ async def stage_is_idempotent(subject: Subject) -> None:
     _assert_holds(subject, subject.first)
     if readable:
         assert subject.written() == before, "bytes that the device had already were written again"
+
+
+async def leaves_no_other_image_pending(subject: Subject) -> None:
+    """Two slots: what runs is staged and activated while another image is pending; it runs then, and will after a reset."""
+    if subject.mark_other is None:
+        return
+    async with _connected(subject) as session:
+        await session.identify()
+        assert isinstance(session, SupportsTrial), "mark_other is for devices with two slots"
+        firmware = _firmware(session)
+        await firmware.stage(await _image(subject.first), _quiet)
+        await firmware.activate()
+        await session.confirm()
+        await firmware.stage(await _image(subject.second), _quiet)
+    await subject.mark_other()
+    async with _connected(subject) as session:
+        await session.identify()
+        firmware = _firmware(session)
+        before = (await firmware.slots()).active
+        await firmware.stage(await _image(subject.first), _quiet)
+        await firmware.activate()
+        after = await firmware.slots()
+    assert before is not None and after.active is not None
+    assert after.active.runs == before.runs, "another image was booted than the one that was staged"
+    assert not any(slot.pending for slot in after.slots), "another image is still pending"
 
 
 async def cancellation_comes_out(subject: Subject) -> None:
@@ -370,6 +397,7 @@ CHECKS: tuple[Check, ...] = (
     stages_what_it_was_given,
     prepares_without_a_write,
     stage_is_idempotent,
+    leaves_no_other_image_pending,
     cancellation_comes_out,
     goes_on_from_the_device,
     other_image_starts_again,

@@ -54,6 +54,7 @@ Log: TypeAlias = "logging.LoggerAdapter[logging.Logger]"
 _GOES_BACK: Final = frozenset({1, 3, 5, 9})
 """Modes of MCUboot (os group, command 8, ``enum mcuboot_mode``) in which an image is tried before it stays: swap with scratch,
 swap by moving, direct XIP with revert, swap by offset."""
+_DIRECT_XIP: Final = 5
 _BANNER: Final = re.compile(r"\*\*\* Booting ")
 """What Zephyr prints first: lines before it are those of the image before."""
 _RESETS: Final = 3
@@ -64,8 +65,10 @@ STATISTIC: Final = "stat."
 
 @dataclass(frozen=True, slots=True)
 class ImageState:
-    """One entry of the image state. ``hash`` in hex; empty where the server does not tell it."""
+    """One entry of the image state. ``hash`` in hex; empty where the server does not tell it. ``image``: 0 is the one that is
+    updated."""
 
+    image: int
     slot: int
     version: str
     hash: str
@@ -75,16 +78,23 @@ class ImageState:
     permanent: bool
     bootable: bool
 
+    @property
+    def name(self) -> str:
+        """Its hash, and which image of the device it is where that is not the first."""
+        return f"image {self.hash[:16]}" + (f" (image {self.image} of the device)" if self.image else "")
+
 
 @dataclass(frozen=True, slots=True)
 class State:
     """What the two slots hold, by the device's own account; an empty slot has no entry.
 
     ``of_application``: it is told as an application does, and not a boot loader in serial recovery (``splitStatus``).
+    ``others``: the slots of the device's other images.
     """
 
     entries: tuple[ImageState, ...]
     of_application: bool = True
+    others: tuple[ImageState, ...] = ()
 
     @property
     def active(self) -> ImageState | None:
@@ -97,16 +107,25 @@ class State:
     @property
     def settled(self) -> bool:
         """A confirmed image runs, and no other is to be booted."""
-        return self.active is not None and self.active.confirmed and not self.pending
+        is_next = self.spare is not None and (self.spare.pending or self.spare.permanent)
+        return self.active is not None and self.active.confirmed and not is_next
 
     @property
-    def permanent(self) -> bool:
-        """The next reset boots the other image for good."""
-        return self.spare is not None and self.spare.permanent
+    def permanent(self) -> ImageState | None:
+        """What the next reset boots for good, though it does not run: also another image's."""
+        return next((one for one in (*self.entries, *self.others) if one.permanent and not one.active), None)
 
     @property
     def pending(self) -> bool:
         return self.spare is not None and self.spare.pending
+
+    def is_way_to(self, hash_hex: str) -> bool:
+        """Does that image run, or is the next reset the way to it, on trial or back?"""
+        assert self.active is not None
+        if self.active.hash == hash_hex:
+            return not self.pending
+        is_next = self.pending or not self.active.confirmed
+        return is_next and self.spare is not None and self.spare.hash == hash_hex and not self.spare.permanent
 
     def holds(self, hash_hex: str) -> bool:
         return any(entry.hash == hash_hex for entry in self.entries)
@@ -224,8 +243,9 @@ class SmpSession:
         inspected = await self._inspect(image, progress)
         await self._check_device(image.size_bytes)
         state = await self._known_state()
-        if state.permanent or not (state.holds(inspected.hash) or state.settled):
+        if not state.settled and not state.is_way_to(inspected.hash):
             state = await self._settle()
+        self._check_trial(state)
         if not state.holds(inspected.hash):
             await self._upload(image, inspected, progress)
             state = await self._known_state()
@@ -239,23 +259,35 @@ class SmpSession:
         progress(Phase.WRITE, image.size_bytes, image.size_bytes)
 
     async def activate(self) -> None:
-        """Mark what was staged for test, reset, wait for the device.
+        """Mark what this session staged for test, reset, wait for the device.
 
-        Raises Permanent(VERIFY_FAILED) where it is in no slot (the boot loader has thrown it away), Permanent(DEVICE_ERROR)
-        where the device would boot it for good, Transient(NO_RESPONSE) where nobody answers afterwards.
+        Raises Permanent(VERIFY_FAILED) where it is in no slot afterwards (the boot loader has thrown it away),
+        Permanent(DEVICE_ERROR) where a reset would boot something for good, Transient(NO_RESPONSE) where nobody answers
+        afterwards, Transient(DEVICE_ERROR) where another image is in its slot by now.
         """
         state = await self._known_state()
         assert state.active is not None
-        if self._staged is not None and state.active.hash == self._staged:
+        if state.active.hash == self._staged:
+            if state.pending:
+                await self._settle()
             return
-        if state.spare is None and state.active.confirmed:
-            raise self._thrown_away()
-        if state.spare is not None and state.active.confirmed:
+        if self._staged is None or state.spare is None or state.spare.hash != self._staged:
+            raise self._another(state.spare)
+        self._check_trial(state)
+        if state.active.confirmed:
             state = await self._mark(state.spare)
-        tried = state.spare.hash if state.spare is not None else ""
         state = await self._reboot(state)
-        if tried and not state.holds(tried):
+        # in direct XIP an image that was tried and not confirmed is erased, too: that it does not run is all that is known
+        if not state.holds(self._staged) and await self._boot_mode() != _DIRECT_XIP:
             raise self._thrown_away()
+
+    def _another(self, spare: ImageState | None) -> Transient:
+        held = f"image {spare.hash[:16]}" if spare is not None else "nothing"
+        wanted = f"image {self._staged[:16]}" if self._staged else "one that this session staged"
+        return Transient(
+            Reason.DEVICE_ERROR,
+            f"{self._device.id} has {held} in the slot in which {wanted} should be: somebody else writes to it",
+        )
 
     def _thrown_away(self) -> Permanent:
         return Permanent(
@@ -267,7 +299,8 @@ class SmpSession:
     async def confirm(self) -> None:
         """Make the running image permanent.
 
-        Raises Transient(DEVICE_ERROR) where it is not the one that :meth:`slots` last told of: the device has reset.
+        Raises Transient(DEVICE_ERROR) where it is not the one that :meth:`slots` last told of, since the device has reset,
+        or where the next reset boots another.
         """
         state = await self._known_state()
         assert state.active is not None
@@ -276,6 +309,8 @@ class SmpSession:
                 Reason.DEVICE_ERROR,
                 f"{self._device.id} runs {state.active.hash[:16]}, and {self._ran[:16]} was to be confirmed: it has reset",
             )
+        if state.active.confirmed and state.pending:
+            raise Transient(Reason.DEVICE_ERROR, f"{self._device.id}: somebody has marked another image")
         if state.active.confirmed:
             return
         # not by its hash: a device that resets now has that image in its other slot, and would be told to boot it for good
@@ -374,8 +409,12 @@ class SmpSession:
         body = await self._client.ask(smp.IMAGE_STATE)
         if not isinstance(body.get("images"), list):
             raise Transient(Reason.PROTOCOL_ERROR, f"{self._link.path}: the image state has no images")
-        entries = [_entry(entry) for entry in _maps(body["images"]) if _number(entry, "image") == 0]
-        return State(tuple(sorted(entries, key=lambda entry: entry.slot)), "splitStatus" in body)
+        told = sorted(_maps(body["images"]), key=lambda entry: _number(entry, "slot"))
+        return State(
+            tuple(_entry(entry) for entry in told if _number(entry, "image") == 0),
+            "splitStatus" in body,
+            tuple(_entry(entry) for entry in told if _number(entry, "image") != 0),
+        )
 
     async def _known_state(self) -> State:
         """The state, of an application that runs from one of two slots."""
@@ -524,7 +563,7 @@ class SmpSession:
         """
         for _ in range(SETTLING_BOOTS):
             state = await self._known_state()
-            if state.settled and not state.permanent:
+            if state.settled:
                 return state
             if state.pending and await self._is_erased(state):
                 continue
@@ -540,12 +579,12 @@ class SmpSession:
         return state
 
     def _check_trial(self, state: State) -> None:
-        """Raises Permanent(DEVICE_ERROR) where a reset would make the other image permanent."""
-        if state.spare is not None and state.permanent:
+        """Raises Permanent(DEVICE_ERROR) where a reset would make something permanent that does not run."""
+        if state.permanent is not None:
             raise Permanent(
                 Reason.DEVICE_ERROR,
-                f"{self._device.id} is going to boot image {state.spare.hash[:16]} for good at its next reset, without a "
-                "trial: somebody has confirmed it, and the device does not let it be erased",
+                f"{self._device.id} is going to boot {state.permanent.name} for good at its next reset, without a trial: "
+                "somebody has confirmed it, and the device does not let it be erased",
             )
 
     async def _is_erased(self, state: State) -> bool:
@@ -773,6 +812,7 @@ def make_framing(config: SmpConfig) -> Framing:
 def _entry(entry: Mapping[str, Any]) -> ImageState:
     digest = entry.get("hash")
     return ImageState(
+        image=_number(entry, "image"),
         slot=_number(entry, "slot"),
         version=str(entry.get("version", "")),
         hash=digest.hex() if isinstance(digest, bytes) else "",

@@ -20,6 +20,7 @@ ONE_NEW = View(slot_count=1, runs_new=True)
 TWO_OLD = View(slot_count=2, runs_new=False)
 TWO_PENDING = View(slot_count=2, runs_new=False, pending=True)
 TWO_TRIAL = View(slot_count=2, runs_new=True, confirmed=False)
+TWO_NEW_OTHER_PENDING = View(slot_count=2, runs_new=True, pending=True)
 
 
 def facts(**changes: Any) -> Facts:
@@ -41,6 +42,7 @@ def touched(state: State, **changes: Any) -> Job:
         (job(state=State.READY), facts(), Do.ASK_DEVICE),
         (job(state=State.READY), facts(device=ONE_NEW), State.VERIFYING),
         (job(state=State.READY), facts(device=TWO_TRIAL), State.VERIFYING),
+        (job(state=State.READY), facts(device=TWO_NEW_OTHER_PENDING), State.STAGING),
         (job(state=State.READY), facts(device=BLIND), Do.SECURE_FALLBACK),
         (job(state=State.READY), facts(device=ONE_OLD), Do.SECURE_FALLBACK),
         (
@@ -60,10 +62,14 @@ def touched(state: State, **changes: Any) -> Job:
         (touched(State.STAGING), facts(device=BLIND), Do.STAGE),
         (touched(State.ACTIVATING), facts(), Do.ASK_DEVICE),
         (touched(State.ACTIVATING), facts(device=BLIND), Do.ACTIVATE),
-        (touched(State.ACTIVATING), facts(device=TWO_OLD), Do.ACTIVATE),
-        (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_PENDING), Do.ACTIVATE),
+        (touched(State.ACTIVATING), facts(device=TWO_OLD), Do.STAGE),
+        (touched(State.ACTIVATING), facts(device=TWO_OLD, image_on_disk=False), Do.FETCH),
+        (touched(State.ACTIVATING), facts(device=TWO_OLD, staged=True), Do.ACTIVATE),
+        (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_PENDING, staged=True), Do.ACTIVATE),
         (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_TRIAL), State.VERIFYING),
-        (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_OLD), Do.ACTIVATE),
+        (touched(State.ACTIVATING, trial_boots=1), facts(device=TWO_OLD, staged=True), Do.ACTIVATE),
+        (touched(State.ACTIVATING), facts(device=TWO_NEW_OTHER_PENDING), Do.STAGE),
+        (touched(State.ACTIVATING), facts(device=TWO_NEW_OTHER_PENDING, staged=True), Do.ACTIVATE),
         (
             touched(State.ACTIVATING, trial_boots=3),
             facts(device=TWO_OLD),
@@ -77,6 +83,9 @@ def touched(state: State, **changes: Any) -> Job:
         (touched(State.VERIFYING), facts(), Do.ASK_DEVICE),
         (touched(State.VERIFYING), facts(device=BLIND), Do.CHECK_HEALTH),
         (touched(State.VERIFYING), facts(device=TWO_TRIAL), Do.CHECK_HEALTH),
+        (touched(State.VERIFYING), facts(device=TWO_NEW_OTHER_PENDING), State.STAGING),
+        (job(state=State.VERIFYING), facts(device=TWO_NEW_OTHER_PENDING), State.STAGING),
+        (touched(State.VERIFYING), facts(device=TWO_NEW_OTHER_PENDING, image_on_disk=False), Do.FETCH),
         (touched(State.VERIFYING), facts(device=TWO_OLD), (State.REVERTING, Reason.DEVICE_REVERTED)),
         (job(state=State.VERIFYING), facts(device=TWO_OLD), (State.FAILED, Reason.DEVICE_REVERTED)),
         (touched(State.REVERTING), facts(), Do.ASK_DEVICE),
@@ -197,11 +206,18 @@ def _is_possible(row: Job) -> bool:
     return not (row.touched and row.state in before) and not (not row.touched and row.state in after)
 
 
-@given(row=rows.filter(_is_possible), image=st.booleans(), fallback=st.booleans(), view=views)
-def test_every_step_is_legal(row: Job, image: bool, fallback: bool, view: View | None) -> None:
+@given(
+    row=rows.filter(_is_possible),
+    image=st.booleans(),
+    fallback=st.booleans(),
+    staged=st.booleans(),
+    view=views,
+)
+def test_every_step_is_legal(row: Job, image: bool, fallback: bool, staged: bool, view: View | None) -> None:
     """Ended rows rest; moves follow the picture of states; a touched device is never simply left; nothing is erased
-    before the image, and on one slot the fallback, are on disk."""
-    step = next_step(row, facts(image_on_disk=image, fallback_on_disk=fallback, device=view))
+    before the image, and on one slot the fallback, are on disk; with two slots only what this session staged is booted,
+    and nothing is judged while another image is pending."""
+    step = next_step(row, facts(image_on_disk=image, fallback_on_disk=fallback, staged=staged, device=view))
     if row.state in END_STATES:
         assert step is None
         return
@@ -219,3 +235,6 @@ def test_every_step_is_legal(row: Job, image: bool, fallback: bool, view: View |
         assert row.fallback is not None and fallback
     if step is Do.ACTIVATE:
         assert row.trial_boots < Bounds().max_trial_boots
+        assert view is not None and (staged or view.slot_count == 1)
+    if step is Do.CHECK_HEALTH:
+        assert view is not None and not (view.slot_count > 1 and view.pending)

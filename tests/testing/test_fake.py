@@ -13,7 +13,7 @@ from edged.api import Device
 from edged.plugins import discover
 from edged.testing import conformance
 from edged.testing.conformance import Check, Subject
-from edged.testing.fake import FakeDevice, FakePlugin, FakeReadBackSession, fake_app
+from edged.testing.fake import FakeDevice, FakePlugin, FakeReadBackSession, FakeTrialSession, fake_app
 
 SIZE = 4096
 
@@ -33,6 +33,9 @@ def subject(**options: Any) -> Subject:
     async def plug() -> None:
         bus.lost = False
 
+    async def mark_other() -> None:
+        hardware.mark_pending()
+
     def holds(address: int, length: int) -> bytes:
         return bytes(hardware.slots[hardware.spare][address : address + length])
 
@@ -50,6 +53,7 @@ def subject(**options: Any) -> Subject:
         unit_bytes=hardware.page_bytes,
         unplug=unplug,
         plug=plug,
+        mark_other=mark_other if hardware.slot_count > 1 else None,
         neighbour=replace(device, id="dev-2", address="fake:bus/dev-2"),
     )
 
@@ -81,6 +85,11 @@ async def _writes_nothing(self: Any, image: Any, progress: Any) -> None:
     return None
 
 
+async def _looks_at_what_runs_only(self: Any, image: Any, progress: Any) -> None:
+    if not (await self._hardware()).pending:
+        await original(self, image, progress)
+
+
 original = FakeReadBackSession.stage
 
 
@@ -99,6 +108,12 @@ def test_the_kit_notices(
     monkeypatch.setattr(FakeReadBackSession, method, wrong)
     with pytest.raises(AssertionError):
         asyncio.run(check(subject()))
+
+
+def test_the_kit_notices_that_another_image_is_left_pending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeTrialSession, "stage", _looks_at_what_runs_only)
+    with pytest.raises(AssertionError, match="another image"):
+        asyncio.run(conformance.leaves_no_other_image_pending(subject(slot_count=2)))
 
 
 def test_the_kit_notices_that_it_cannot_see_what_is_sent() -> None:

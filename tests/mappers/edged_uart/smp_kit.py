@@ -80,6 +80,9 @@ def subject(server: SmpServer, **config: object) -> Subject:
     async def plug() -> None:
         server.plug()
 
+    async def mark_other() -> None:
+        server.pending = True
+
     def holds(address: int, length: int) -> bytes:
         return bytes(server.slots[1][address : address + length])
 
@@ -95,6 +98,7 @@ def subject(server: SmpServer, **config: object) -> Subject:
         unit_bytes=384,
         unplug=unplug,
         plug=plug,
+        mark_other=mark_other,
     )
 
 

@@ -592,6 +592,55 @@ class SmpServer:
         return {}
 
 
+class DirectXip(SmpServer):
+    """The boot loader built for direct XIP with revert: images stay in their slots, the one that runs changes, and one that ran
+    and was not confirmed is erased at the next boot. ``crashes``: the watchdog resets whatever is tried."""
+
+    def __init__(self, folder: Path, application: bytes, *, crashes: bool = False) -> None:
+        super().__init__(folder, application, mode=5)
+        self.crashes = crashes
+        self._running = 0
+
+    @property
+    def runs(self) -> str:
+        image = read_image(bytes(self.slots[self._running]))
+        return image.version if image else ""
+
+    def _swap(self) -> None:
+        self.counts.boots += 1
+        if self.pending:
+            self.pending = False
+            if not self._is_bootable(self.slots[1 - self._running]):
+                self._blank(1 - self._running)
+                return
+            self.counts.trial_boots += 1
+            self._running = 1 - self._running
+            self.confirmed, self.permanent = self.permanent, False
+            if self.crashes:
+                self._swap()
+        elif not self.confirmed:
+            self._blank(self._running)
+            self._running, self.confirmed = 1 - self._running, True
+
+    def _blank(self, slot: int) -> None:
+        self.slots[slot][:] = b"\xff" * len(self.slots[slot])
+
+    def _do(self, op: int, group: int, number: int, body: dict[str, Any]) -> dict[str, Any] | tuple[int, int]:
+        """As the server that swaps does it, with the slot that runs in the first place."""
+        slot = body.get("slot")
+        if self._running and group == 1:
+            self.slots.reverse()
+            body = body if slot is None else {**body, "slot": 1 - slot}
+        try:
+            answer = super()._do(op, group, number, body)
+        finally:
+            if self._running and group == 1:
+                self.slots.reverse()
+        if self._running and (group, number) == (1, 0) and isinstance(answer, dict):
+            answer["images"] = [one | {"slot": 1 - one["slot"]} for one in reversed(answer["images"])]
+        return answer
+
+
 def _cobs(data: bytes) -> bytes:
     out, block = bytearray(), bytearray()
     for byte in data + b"\0":

@@ -48,13 +48,18 @@ async def _stage(session: SmpSession) -> None:
     await session.stage(await opaque(SECOND), Watched())
 
 
+async def _activate(session: SmpSession) -> None:
+    session._staged = identifies_as(SECOND)
+    await session.activate()
+
+
 ROUNDS = 40
 
 CALLS: dict[str, tuple[Call, type]] = {
     "identify": (lambda session: session.identify(), Identity),
     "slots": (lambda session: session.slots(), Slots),
     "stage": (_stage, type(None)),
-    "activate": (lambda session: session.activate(), type(None)),
+    "activate": (_activate, type(None)),
     "confirm": (lambda session: session.confirm(), type(None)),
     "revert": (lambda session: session.revert(), type(None)),
     "reports": (_first_reports, list),
@@ -97,6 +102,8 @@ def test_whatever_the_answers_are_a_call_ends_with_a_result_or_a_reason(tmp_path
                 server.pending, server.confirmed = False, True
                 if name == "stage":
                     server._erase()
+                if name == "activate":
+                    server.slots[0][: len(FACTORY)], server.slots[1][: len(SECOND)] = FACTORY, SECOND
                 session._client.forget()
                 await once(session)
 

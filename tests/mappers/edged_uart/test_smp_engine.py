@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import attrs
 import pytest
 from engine_kit import Publisher, at_once, check_store, through_cuts, until_cut
-from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, VERSION_IS, Node, identifies_as
-from smp_server import HANGS, SmpServer, body_of, make_image
+from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, THIRD, VERSION_IS, Node, identifies_as
+from smp_server import HANGS, DirectXip, SmpServer, body_of, make_image, read_image
 
 from edged.config import HealthSettings, examine
 from edged.domain.job import Job, State
@@ -28,6 +29,7 @@ from edged.testing.node import life
 ROOT = Path(__file__).parents[3]
 KEY = b"the key of the factory"
 SMALL_BYTES = 1500
+NEXT = make_image((2, 1, 0), body_of(BODY_BYTES, 4))
 TRIED_AGAIN = 4 * 384
 """What may be on its way when the power goes: a window of the device's buffers."""
 
@@ -119,6 +121,100 @@ def test_a_device_that_would_keep_the_image_without_a_trial_is_left_alone_to_the
         job = asyncio.run(node.deploy("2.0.0"))
         assert (job.state, job.reason) == (State.FAILED, Reason.REVERT_FAILED), job.detail
         assert "for good" in job.detail and server.runs == "1.0.0" and server.counts.boots == 1
+
+
+IS_THE_OLD = HealthSettings(kind="property", query="image.version", pattern="^1", timeout_s=2)
+
+
+def test_a_wish_for_what_runs_is_not_fulfilled_while_the_next_reset_boots_another_image(
+    tmp_path: Path, server: SmpServer
+) -> None:
+    server.slots[1][: len(THIRD)] = THIRD
+    server.pending = True
+    node = Node(tmp_path / "node", server.port, {"1.0.0": FACTORY}, IS_THE_OLD)
+    job = asyncio.run(node.deploy("1.0.0"))
+    assert job.state is State.SUCCEEDED and not server.pending
+    server.power()
+    assert server.runs == "1.0.0" and server.confirmed
+
+
+@pytest.mark.parametrize("asked", range(2, 6))
+def test_an_image_that_others_mark_before_the_confirmation_does_not_stay_pending(
+    tmp_path: Path, server: SmpServer, asked: int
+) -> None:
+    """Between any two looks at the state of what runs already."""
+    looks = 0
+
+    def mark(group: int, number: int, body: dict[str, Any]) -> bool:
+        nonlocal looks
+        looks += (group, number) == (1, 0)
+        server.pending |= looks == asked
+        return True
+
+    server.slots[1][: len(THIRD)] = THIRD
+    node = Node(tmp_path / "node", server.port, {"1.0.0": FACTORY}, IS_THE_OLD)
+    server.on_request = mark
+    job = asyncio.run(node.deploy("1.0.0"))
+    assert job.state is State.SUCCEEDED and looks >= asked and not server.pending
+    server.power()
+    assert server.runs == "1.0.0" and server.confirmed
+
+
+def test_what_somebody_else_put_into_the_slot_while_the_node_was_off_is_not_booted(
+    tmp_path: Path, server: SmpServer
+) -> None:
+    node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS)
+    booted: list[str] = []
+    swap = server._swap
+
+    def watched() -> None:
+        swap()
+        booted.append(server.runs)
+
+    async def cut_short() -> None:
+        async with node.life() as life:
+            await life.want("dev-1", "fw@2.0.0")
+            while not (jobs := await life.jobs("dev-1")) or jobs[0].state is not State.ACTIVATING:
+                await asyncio.sleep(0)
+
+    async def ended() -> Job:
+        async with node.life() as life:
+            return await life.ended("dev-1")
+
+    server.on_request = lambda group, number, body: "hash" not in body
+    asyncio.run(cut_short())
+    server.on_request, server._swap = None, watched  # type: ignore[method-assign]
+    server._erase()
+    server.slots[1][: len(THIRD)] = THIRD
+    job = asyncio.run(ended())
+    assert job.state is State.SUCCEEDED and booted == ["2.0.0"], job.detail
+
+
+@pytest.mark.parametrize(
+    ("crashes", "pattern", "end"),
+    [
+        (False, "^2", (State.SUCCEEDED, None)),
+        (False, "^9", (State.REVERTED, Reason.HEALTH_FAILED)),
+        (True, "^2", (State.REVERTED, Reason.DEVICE_REVERTED)),
+    ],
+    ids=["good", "not healthy", "crashes"],
+)
+def test_direct_xip_with_revert(
+    tmp_path: Path, crashes: bool, pattern: str, end: tuple[State, Reason | None]
+) -> None:
+    """The second update goes to the first slot. What does not get through its trial is in no slot afterwards."""
+    health = attrs.evolve(VERSION_IS, pattern=pattern, timeout_s=0.5)
+    with DirectXip(tmp_path, FACTORY, crashes=crashes) as server:
+        node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND, "2.1.0": NEXT}, health)
+        job = asyncio.run(node.deploy("2.0.0"))
+        assert (job.state, job.reason, server.counts.trial_boots) == (*end, 1), job.detail
+        if end[0] is State.SUCCEEDED:
+            job = asyncio.run(node.deploy("2.1.0"))
+            assert job.state is State.SUCCEEDED and server.counts.trial_boots == 2, job.detail
+            assert server.runs == "2.1.0" and read_image(bytes(server.slots[0])) is not None
+        else:
+            assert server.runs == "1.0.0" and read_image(bytes(server.slots[1])) is None
+        assert server.confirmed and not server.pending
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -822,23 +822,92 @@ def test_a_lost_reset_is_sent_again(tmp_path: Path) -> None:
         on(server, work)
 
 
-def test_an_image_that_was_thrown_away_is_missed_by_a_session_that_did_not_send_it(tmp_path: Path) -> None:
-    bad = make_image((3, 0, 0), body_of(4000, 3), key=OTHER_KEY)
+THIRD = make_image((3, 0, 0), body_of(4000, 3))
 
-    async def sent(session: SmpSession) -> None:
-        await staged(session, bad)
-        server.pending = True
-        server.power()
+
+@pytest.mark.parametrize("held", [THIRD, b""], ids=["another image", "nothing"])
+@pytest.mark.parametrize("marked", [False, True])
+def test_what_this_session_did_not_stage_is_not_booted(tmp_path: Path, held: bytes, marked: bool) -> None:
+    """Somebody else wrote to the slot after it was staged."""
 
     async def work(session: SmpSession) -> None:
-        boots = server.counts.boots
+        await staged(session, SECOND)
+        server._erase()
+        server.slots[1][: len(held)] = held
+        server.pending = marked and bool(held)
+        await refused(session)
+        server.pending = False
+        await staged(session, SECOND)
+        await session.activate()
+        assert server.runs == "2.0.0"
+
+    async def refused(session: SmpSession) -> None:
+        with pytest.raises(Transient) as caught:
+            await session.activate()
+        assert caught.value.reason is Reason.DEVICE_ERROR and "should be" in caught.value.detail
+        assert server.counts.boots == 1 and server.runs == "1.0.0"
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        server.slots[1][: len(held)] = held
+        on(server, refused)
+        on(server, work)
+
+
+@pytest.mark.parametrize("erases", [False, True])
+@pytest.mark.parametrize("when", ["before it is staged", "after that"])
+def test_what_runs_already_is_not_left_for_an_image_that_others_left_pending(
+    tmp_path: Path, erases: bool, when: str
+) -> None:
+    async def work(session: SmpSession) -> None:
+        server.slots[1][: len(THIRD)] = THIRD
+        server.pending = when == "before it is staged"
+        await staged(session, FACTORY)
+        server.pending |= when == "after that"
+        await session.activate()
+        assert server.runs == "1.0.0" and server.confirmed and not server.pending
+        assert server.counts.trial_boots == (0 if erases else 1)
+
+    with SmpServer(tmp_path, FACTORY, erases_pending=erases) as server:
+        on(server, work)
+
+
+@pytest.mark.parametrize("when", ["before it is staged", "after that"])
+def test_no_reset_makes_another_image_of_the_device_permanent(tmp_path: Path, when: str) -> None:
+    """A device of two images: somebody has confirmed the one in the second slot of its network processor."""
+
+    def of_two(told: dict[str, Any], permanent: bool) -> dict[str, Any]:
+        more = [
+            {"image": 1, "slot": number, "version": "1", "hash": bytes([number]) * 32, "active": number == 0,
+             "confirmed": number == 0, "pending": permanent and number == 1, "permanent": permanent and number == 1}
+            for number in range(2)
+        ]  # fmt: skip
+        return told | {"images": [*more, *told["images"]]}
+
+    async def work(session: SmpSession) -> None:
+        if when == "after that":
+            await staged(session, SECOND)
+            marked.append(True)
+        else:
+            marked.append(True)
+            with pytest.raises(Permanent) as caught:
+                await staged(session, SECOND)
+            assert "(image 1 of the device) for good" in caught.value.detail and not uploads(server)
+            marked.clear()
+            await staged(session, SECOND)
+            marked.append(True)
         with pytest.raises(Permanent) as caught:
             await session.activate()
-        assert caught.value.reason is Reason.VERIFY_FAILED and "key" in caught.value.detail
-        assert server.counts.boots == boots, "it was reset for nothing"
+        assert caught.value.reason is Reason.DEVICE_ERROR and "for good" in caught.value.detail
+        assert server.counts.boots == 1 and not server.pending
+        await session.revert()
+        marked.clear()
+        await session.activate()
+        assert server.runs == "2.0.0"
 
-    with SmpServer(tmp_path, FACTORY, keys=(KEY,)) as server:
-        on(server, sent)
+    marked: list[bool] = []
+    with SmpServer(tmp_path, FACTORY) as server:
+        normal = server._do_1_0_r
+        server._do_1_0_r = lambda body: of_two(normal(body), bool(marked))  # type: ignore[method-assign]
         on(server, work)
 
 
