@@ -36,6 +36,9 @@ _PASSES: Final = frozenset(
 """What a server may answer now and not later: it is busy, left the session, waits after wrong keys; or the machine around it
 is not in the state that it wants (table A.1)."""
 
+_NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F})
+"""What a server answers that has no such identifier, or not the service; other codes speak of the moment."""
+
 
 class NegativeResponse(EdgedError):
     """The server said no; ``code`` is its negative response code. One of the two below, by what it means."""
@@ -124,6 +127,15 @@ class UdsClient:
         echo = did.to_bytes(2, "big")
         request = Request(services.ReadDataByIdentifier, data=echo)
         return await self.ask(request, echo, about=f" {did:#06x}")
+
+    async def read_offered(self, did: int) -> bytes | None:
+        """As :meth:`read`; None where the server has no such identifier, or not the service, as a boot loader."""
+        try:
+            return await self.read(did)
+        except NegativeResponse as error:
+            if error.code in _NOT_OFFERED:
+                return None
+            raise
 
     async def write(self, did: int, record: bytes) -> None:
         """WriteDataByIdentifier (11.7)."""

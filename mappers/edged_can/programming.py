@@ -16,7 +16,7 @@ from typing import Final
 
 from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
 
-from edged.api import Image, Phase, Progress, Segment
+from edged.api import Env, Image, Phase, Progress, Segment
 from edged.errors import Permanent, Reason, Transient
 from edged_can.access import Access
 from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
@@ -36,11 +36,19 @@ _DISABLE_RX_AND_TX: Final = 3
 _HEAD_BYTES: Final = 2
 """Of a TransferData request: service and blockSequenceCounter; maxNumberOfBlockLength counts them (14.3.3)."""
 _STARTS: Final = 4
-"""RequestDownloads for one segment: the first, and those after a block that had to be repeated and was refused."""
+"""From the erase on: the first, and those after a block that had to be repeated and was refused."""
 _SENDS: Final = 3
 """Of one block: the server acknowledges a repeated one and writes it once (14.5.2.3), or refuses it."""
+_COURTESIES: Final = frozenset({"extended_session", "dtc_off", "communication_off"})
+"""What spares an application its faults. A boot loader has none, and often not the service either; whether it may be
+programmed is for the steps that follow to say."""
+_NOT_SUPPORTED: Final = frozenset({0x11, 0x12, 0x7E, 0x7F})
+"""serviceNotSupported, subFunctionNotSupported, and both in the active session (annex A.1)."""
+_REQUEST_OUT_OF_RANGE: Final = 0x31
 _SECURITY_ACCESS_DENIED: Final = 0x33
 _UNLOCKS: Final = frozenset({"security_access", "second_security_access"})
+_CURED_BY_ERASE: Final = frozenset({0x10, 0x72})
+"""generalReject, and generalProgrammingFailure: an erase or a cell that did not take, which the next start may cure."""
 _DROPPED: Final = frozenset({0x24, 0x70, 0x71, 0x73})
 """requestSequenceError, uploadDownloadNotAccepted, transferDataSuspended, wrongBlockSequenceCounter: no transfer is under way
 as the client knows it, and a new one begins at RequestDownload."""
@@ -56,13 +64,13 @@ class Programming:
         link: CanLink,
         access: Access,
         name: str,
-        now: Callable[[], datetime],
+        env: Env,
     ) -> None:
         self._client = client
         self._config = config
         self._turns = link.turns
         self._name = name
-        self._now = now
+        self._env = env
         self.everyone = everyone = Everyone(link, config)
         self.entered = False
         self._steps: dict[str, Callable[[], Awaitable[None]]] = {
@@ -96,32 +104,46 @@ class Programming:
         self._turns.take(self._name, alone=self._config.tells_everyone)
         self.entered = True
         for step in self._config.sequence:
-            await self._steps[step]()
+            await self._step(step)
 
     async def write(self, image: Image, progress: Progress) -> None:
-        """Erase, download and check every segment.
+        """Erase, download and check every segment; all of it anew where the server lost its place.
 
         Raises NegativeResponse; Permanent(VERIFY_FAILED) where a routine says that what is in the flash is not good; Transient.
         """
         try:
-            await self._write(image, progress)
+            for start in range(1, _STARTS + 1):
+                try:
+                    await self._write(image, progress)
+                    return
+                except _PlaceLost as lost:
+                    if start == _STARTS:
+                        raise lost.refusal from None
         except RefusedForGood as error:
+            if error.code in _CURED_BY_ERASE:
+                raise Transient(error.reason, error.detail) from error
             if error.code != _SECURITY_ACCESS_DENIED or not _UNLOCKS & set(self._config.sequence):
                 raise
             raise Transient(error.reason, f"{error.detail}: was it reset since it was unlocked?") from error
 
     async def _write(self, image: Image, progress: Progress) -> None:
-        erase, check = self._config.erase, self._config.check
+        await self._erase(image)
+        check = self._config.check
         sent = _Sent("sha256" in check.parameters)
-        if erase.per == "image":
-            await self._run(erase, "erase", _span(image.segments))
         for number, segment in enumerate(image.segments):
-            begun = sent if check.per == "image" else _Sent("sha256" in check.parameters)
-            sent = await self._write_segment(image, number, begun, progress)
+            if check.per == "segment":
+                sent = _Sent("sha256" in check.parameters)
+            await self._download(image, number, sent, progress)
             if check.per == "segment":
                 await self._run(check, "check", segment, sent)
         if check.per == "image":
             await self._run(check, "check", _span(image.segments), sent)
+
+    async def _erase(self, image: Image) -> None:
+        """Everything, before anything is written: whole sectors are erased, and two segments may share one."""
+        erase = self._config.erase
+        for segment in image.segments if erase.per == "segment" else (_span(image.segments),):
+            await self._run(erase, "erase", segment)
 
     async def reset(self) -> None:
         """ECUReset (10.3), acknowledged before it happens."""
@@ -151,8 +173,28 @@ class Programming:
         await asyncio.sleep(self._config.settle_s)
         await self._client.await_start(self._config.boot_s)
 
+    async def _step(self, name: str) -> None:
+        """One of ``sequence``; passed over where it is a courtesy that this server does not know."""
+        try:
+            await self._steps[name]()
+        except NegativeResponse as error:
+            if name not in _COURTESIES or error.code not in _NOT_SUPPORTED:
+                raise
+            self._env.log.info("step %s is passed over: %s", name, error.detail)
+
     async def _check_preconditions(self) -> None:
-        await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")
+        """The application's own: in its boot loader a controller does nothing that they could be about."""
+        try:
+            await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")
+        except NegativeResponse as error:
+            if error.code not in _NOT_SUPPORTED | {_REQUEST_OUT_OF_RANGE} or await self._application_runs():
+                raise
+            self._env.log.info("no application runs, and its preconditions are passed over: %s", error.detail)
+
+    async def _application_runs(self) -> bool:
+        """As far as is known: also where nothing would tell."""
+        did = self._config.version_did
+        return not did or await self._client.read_offered(did) is not None
 
     async def _ask_for(self, request: Request, subfunction: int) -> None:
         await self._client.ask(request, bytes((subfunction,)))
@@ -160,23 +202,12 @@ class Programming:
     async def _fingerprint(self) -> None:
         """Who programs when, before anything is erased (annex C.1: applicationSoftwareFingerprint and its like)."""
         settings = self._config.fingerprint
-        await self._client.write(settings.did, fingerprint(settings, self._now()))
+        await self._client.write(settings.did, fingerprint(settings, self._env.now()))
 
-    async def _write_segment(self, image: Image, number: int, before: _Sent, progress: Progress) -> _Sent:
-        """One segment, begun anew where the server lost its place; ``before`` with what was sent."""
-        for start in range(1, _STARTS + 1):
-            try:
-                return await self._download(image, number, before.copy(), progress)
-            except _PlaceLost as lost:
-                if start == _STARTS:
-                    raise lost.refusal from None
-        raise AssertionError("the last start returns or raises")
-
-    async def _download(self, image: Image, number: int, sent: _Sent, progress: Progress) -> _Sent:
+    async def _download(self, image: Image, number: int, sent: _Sent, progress: Progress) -> None:
+        """One segment. Raises :class:`_PlaceLost`."""
         segment = image.segments[number]
         done = sum(before.length for before in image.segments[:number])
-        if self._config.erase.per == "segment":
-            await self._run(self._config.erase, "erase", segment)
         size = await self._request_download(segment, image.params.get("data_format"))
         counter = 0
         async with aclosing(_blocks(image, number, size)) as blocks:
@@ -187,7 +218,6 @@ class Programming:
                 done += len(data)
                 progress(Phase.WRITE, done, image.size_bytes)
         await self._ask_again(Request(services.RequestTransferExit), b"")
-        return sent
 
     async def _request_download(self, segment: Segment, data_format: object) -> int:
         """RequestDownload (14.2); how many bytes of data each TransferData may have."""
@@ -268,11 +298,6 @@ class _Sent:
     def __init__(self, wants_hash: bool) -> None:
         self.crc32 = 0
         self._hash = hashlib.sha256() if wants_hash else None
-
-    def copy(self) -> _Sent:
-        twin = _Sent(False)
-        twin.crc32, twin._hash = self.crc32, self._hash and self._hash.copy()
-        return twin
 
     def take(self, data: bytes) -> None:
         self.crc32 = zlib.crc32(data, self.crc32)

@@ -46,8 +46,6 @@ _ASK_AGAIN_S: Final = 0.5
 _S3_S: Final = 5.5
 """S3server (ISO 14229-2): so long after the last request a session ends by itself, and a little more."""
 _BOOTING_S: Final = 0.05
-_NOT_OFFERED: Final = frozenset({0x10, 0x11, 0x12, 0x13, 0x31, 0x33, 0x7E, 0x7F})
-"""What a boot loader answers that has no such identifier, or not the service; other codes speak of the moment."""
 
 
 @asynccontextmanager
@@ -116,7 +114,7 @@ class UdsSession:
         self._untold: set[str] = set()
         self._wishes: dict[str, JsonValue] = {}
         self._prepared = False
-        self.programming = Programming(client, config, link, access, device.id, env.now)
+        self.programming = Programming(client, config, link, access, device.id, env)
         peer, shape = config.peer, config.shape
         self.traits = SessionTraits(
             ceiling_bytes_per_s=ceiling_bytes_per_s(
@@ -283,12 +281,8 @@ class UdsSession:
 
     async def _version(self) -> str | None:
         """What runs; None where no application does. Raises NegativeResponse where it may tell later, and Transient."""
-        try:
-            return text_of(await self._client.read(self._config.version_did))
-        except NegativeResponse as error:
-            if error.code in _NOT_OFFERED:
-                return None
-            raise
+        record = await self._client.read_offered(self._config.version_did)
+        return None if record is None else text_of(record)
 
     async def _polled(self, prop: Property) -> Reported | None:
         """What the device says; where it refuses to, or says what is no value of the type, a null in place of what it said

@@ -32,7 +32,7 @@ from can_kit import (
 )
 from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, reasons, settle, update
 from engine_kit import Publisher
-from uds_server import Controller, OnBus, Wiring, make_app
+from uds_server import BASE, Controller, OnBus, Wiring, make_app
 
 from edged.domain.job import Job, State
 from edged.errors import EdgedError, Permanent, Reason, Transient
@@ -209,6 +209,90 @@ def test_a_lost_answer_costs_a_repeated_block_or_that_segment(
     # block 4 of the first segment: 4 x 256 bytes are sent again where the server lost its place, and nothing of the other
     assert (controller.counts.downloads, controller.counts.written) == (downloads, written)
     assert seen[-1] == 1800
+
+
+def test_segments_of_one_sector_are_erased_before_either_is_written() -> None:
+    """Its boot loader erases whole sectors; a transfer that it dropped in its middle is begun anew for both."""
+    near = [(BASE, bytes(range(256)) * 3), (BASE + 0x800, b"\xa5" * 700)]
+    bus = bus_name()
+    lost: list[bytes] = []
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        """Loses the answer to the second block of the second segment."""
+        if way == "out" and frame[1:3] == b"\x76\x02" and controller.counts.downloads == 2 and not lost:
+            lost.append(frame)
+            return []
+        return [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            await session.stage(await verified(near), quiet)
+
+    controller = Controller(sector_bytes=0x1000, refuses_repeats=True)
+    with on_bus(bus, controller, wire=wire):
+        asyncio.run(body())
+    assert len(lost) == 1 and controller.counts.downloads == 4
+    assert all(controller.held(at, len(data)) == data for at, data in near)
+
+
+@pytest.mark.parametrize("service", [0x85, 0x28])
+def test_a_boot_loader_has_not_all_services_of_its_application(
+    tmp_path: Path, releases: Publisher, service: int
+) -> None:
+    """After a power dip in the middle only the boot loader is there to be flashed."""
+    site = Site(tmp_path / "state", releases)
+    controller = site.controller(application_only=frozenset({service}))
+    dips = 0
+
+    def dip(way: str, frame: bytes) -> list[bytes]:
+        nonlocal dips
+        if way == "in" and not dips and controller.counts.written > 800:
+            dips += 1
+            controller.boot()
+        return [frame]
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller, dip):
+        job = asyncio.run(body())
+    assert dips == 1 and job.state is State.SUCCEEDED, job.detail
+    assert controller.runs == b"2.0.0"
+
+
+def test_a_block_that_the_flash_did_not_take_is_tried_again(tmp_path: Path, releases: Publisher) -> None:
+    """generalProgrammingFailure: the next erase cures a marginal one, and the attempts bound the others."""
+    site = Site(tmp_path / "state", releases)
+    controller = site.controller(bad_blocks=2)
+
+    async def body() -> tuple[Job, set[str]]:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            job = await update(node, "2.0.0")
+            return job, await reasons(node, job)
+
+    with alive(site, controller):
+        job, why = asyncio.run(body())
+    assert job.state is State.SUCCEEDED, job.detail
+    assert why == {Reason.DEVICE_ERROR} and controller.bad_blocks == 0
+    assert controller.runs == b"2.0.0" and controller.counts.erased == 3 * IMAGE_BYTES
+
+
+def test_a_flash_that_takes_nothing_ends_the_job(tmp_path: Path, releases: Publisher) -> None:
+    site = Site(tmp_path / "state", releases)
+    controller = site.controller(bad_blocks=1000)
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert (job.state, job.reason) == (State.FAILED, Reason.REVERT_FAILED)
+    assert "generalProgrammingFailure (0x72)" in str(job.detail)
 
 
 def test_a_reset_in_the_middle_is_begun_anew(tmp_path: Path, releases: Publisher) -> None:
@@ -519,7 +603,7 @@ def test_a_download_that_is_refused_costs_one_erase(code: int) -> None:
 
     with on_bus(bus, controller), pytest.raises(EdgedError, match=f"RequestDownload.*{code:#x}"):
         asyncio.run(body())
-    assert controller.counts.erased == 1200
+    assert controller.counts.erased == 1800
 
 
 def test_a_probe_leaves_a_transfer_on_the_same_bus_alone() -> None:

@@ -34,6 +34,8 @@ QUICK = {"answer_s": 5, "boot_s": 1.0}
 """A life that is cut ends at once, and nothing else is slow: that an answer does not come is not among the faults here."""
 ONE_CHECKPOINT = attrs.evolve(PATIENT, checkpoint_bytes=SIZES[0])
 """Due when the first segment is written, and not again."""
+FIRST_BLOCKS = -(-SIZES[0] // 256)
+"""Of the first segment, by what the controller takes at once."""
 SCENARIOS = {"good": ("2.0.0", State.SUCCEEDED, "2.0.0", 1), "bad": ("3.0.0", State.REVERTED, "1.0.0", 2)}
 
 
@@ -61,19 +63,19 @@ ENDING = {"good": 2, "bad": 1}
 
 class Paced:
     """The controller's effects in a first life, each at its place among the node's: checkpoints are due by the clock, so the
-    erase of the second segment waits for the one that is due by then. A later life is due none that was made before."""
+    first block of the second segment waits for the one that is due by then. A later life is due none that was made before."""
 
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
-        self._commits = -1
+        self._commits = self._blocks = 0
         self.late = False
 
     def effect(self, name: str, apply: Callable[[], None], torn: Callable[[], None] | None = None) -> None:
-        if name == "device.erase":
+        if name == "device.block" and self._blocks == FIRST_BLOCKS:
             self._wait()
         self._faults.effect(name, apply, torn)
-        if name == "device.block":
-            self._commits = self._now()
+        self._blocks = self._blocks + 1 if name == "device.block" else 0
+        self._commits = self._now()
 
     def _wait(self) -> None:
         until = time.monotonic() + 4
@@ -170,7 +172,7 @@ def test_every_effect_has_its_place(tmp_path: Path, begin: Site, name: str) -> N
     names = _effects(tmp_path / "first", begin, name)
     assert set(names[-ENDING[name] :]) == {"store.commit"}
     assert names == _effects(tmp_path / "second", begin, name)
-    second = [at for at, effect in enumerate(names) if effect == "device.erase"][1]
+    second = [at for at, effect in enumerate(names) if effect == "device.block"][FIRST_BLOCKS]
     assert names[second - 2 : second] == ["device.block", "store.commit"]
 
 

@@ -30,7 +30,7 @@ from can_kit import (
     virtual,
 )
 from test_can_clients import udsoncan_client
-from uds_server import SECOND_SECRET, Controller, Wiring, make_app
+from uds_server import SECOND_SECRET, Controller, Negative, Wiring, make_app
 from udsoncan.client import Client
 from udsoncan.connections import PythonIsoTpConnection
 from udsoncan.exceptions import NegativeResponseException
@@ -309,6 +309,52 @@ def test_a_reset_while_a_routine_is_at_work_is_not_its_success() -> None:
     with on_bus(bus, ecu):
         asyncio.run(body())
     assert ecu.counts.downloads == ecu.counts.erased == 0
+
+
+# -- what only an application has
+
+
+def test_preconditions_are_asked_of_an_application_only() -> None:
+    """The boot loader does not know the routine, and nothing that it could be about goes on."""
+    bus, ecu = bus_name(), Controller()
+    table: dict[str, Any] = {
+        "sequence": ["extended_session", "check_preconditions", "programming_session", "security_access"],
+        "precondition_routine": 0x0999,
+    }
+    with on_bus(bus, ecu):
+        asyncio.run(stage(bus, **table))
+        assert holds(ecu) and ecu.runs == b"1.2.0"
+        with pytest.raises(Transient, match="RoutineControl: the device answered"):
+            asyncio.run(stage(bus, **table))
+    assert ecu.counts.erased == 1800
+
+
+@pytest.mark.parametrize(
+    ("step", "refused"),
+    [("extended_session", b"\x10\x03"), ("dtc_off", b"\x85\x02"), ("communication_off", b"\x28\x03")],
+)
+@pytest.mark.parametrize("code", [0x11, 0x12, 0x7E, 0x7F, 0x22])
+def test_what_a_boot_loader_does_not_support_is_passed_over(step: str, refused: bytes, code: int) -> None:
+    class Picky(Controller):
+        def _answer(self, service: int, data: bytes) -> Iterator[bytes | float]:
+            if bytes((service, *data)).startswith(refused):
+                raise Negative(code)
+            yield from super()._answer(service, data)
+
+    bus, ecu = bus_name(), Picky()
+
+    async def body() -> None:
+        sequence = [step, "programming_session", "security_access"]
+        async with connected(device(f"can:virtual@{bus}", sequence=sequence)) as session:
+            await session.prepare(await verified(APP))
+
+    with on_bus(bus, ecu):
+        if code == 0x22:
+            with pytest.raises(Transient, match="conditionsNotCorrect"):
+                asyncio.run(body())
+        else:
+            asyncio.run(body())
+    assert ecu.counts.seeds == (code != 0x22)
 
 
 # -- levels

@@ -102,7 +102,9 @@ class Controller:
     ``resets_after_s``: from its answer to a reset to the reset. ``refuses_download``: with this code.
     ``locked_for_s``: after three wrong keys. ``programming_level``: of SecurityAccess, without which nothing is erased.
     ``needs_fingerprint``: nothing is erased before somebody has said who he is, with that many bytes. ``background_s``: erasing
-    and checking go on for so long after their start, and requestRoutineResults tells how they went.
+    and checking go on for so long after their start, and requestRoutineResults tells how they went. ``application_only``:
+    services that its boot loader does not have. ``sector_bytes``: what is erased at once. ``bad_blocks``: so many are not
+    taken (generalProgrammingFailure), and end the transfer.
     """
 
     hardware: bytes = b"ECU-7"
@@ -125,6 +127,9 @@ class Controller:
     programming_level: int = 1
     needs_fingerprint: int = 0
     background_s: float = 0.0
+    application_only: frozenset[int] = frozenset()
+    sector_bytes: int = 1
+    bad_blocks: int = 0
     secrets: dict[int, bytes] = field(default_factory=lambda: {1: SECRET, 3: SECOND_SECRET})
     effects: Effects = field(default_factory=Steady)
     flash: bytearray = field(default_factory=bytearray)
@@ -222,7 +227,7 @@ class Controller:
             0x3E: self._tester,
             0x85: self._dtc,
         }
-        if service not in handlers:
+        if service not in handlers or (self.runs is None and service in self.application_only):
             raise Negative(0x11)
         if service in (0x34, 0x36, 0x37) and self.session != PROGRAMMING:
             raise Negative(0x7F)
@@ -236,7 +241,8 @@ class Controller:
         kind = data[0] & 0x7F
         if kind not in (DEFAULT, PROGRAMMING, EXTENDED):
             raise Negative(0x12)
-        if kind == PROGRAMMING and self.session == DEFAULT:
+        if kind == PROGRAMMING and self.session == DEFAULT and self.runs is not None:
+            # an application is told first, so that it may stop what it does
             raise Negative(0x22)
         # what was turned off stays so between the other sessions; every change locks (10.2.1, 10.4.1)
         self.unlocked, self.transfer, self.seed = 0, None, None
@@ -387,8 +393,11 @@ class Controller:
         return work() or b"\x00"
 
     def _erase(self, address: int, length: int) -> bytes:
-        def erase(part: int = length) -> None:
-            self.flash[address - BASE : address - BASE + part] = bytes([ERASED]) * part
+        first = (address - BASE) // self.sector_bytes * self.sector_bytes
+        end = -(-(address - BASE + length) // self.sector_bytes) * self.sector_bytes
+
+        def erase(part: int = end - first) -> None:
+            self.flash[first : first + part] = bytes([ERASED]) * part
 
         self.effects.effect("device.erase", erase, lambda: erase(length // 2))
         self.counts.erased += length
@@ -460,6 +469,10 @@ class Controller:
         if len(block) > left or len(data) + 1 > self.longest_block or not block:
             self.transfer = None
             raise Negative(0x71 if len(block) > left else 0x13)
+        if self.bad_blocks:
+            self.bad_blocks -= 1
+            self.transfer = None
+            raise Negative(0x72)
         self._program(address, block)
         self.transfer = address + len(block), left - len(block)
         self.last_block, self.expected = counter, (counter + 1) & 0xFF
