@@ -29,19 +29,22 @@ class Access:
         self._refused = refused
 
     async def check(self, settings: Security) -> None:
-        """Raises Permanent(CONFIG_INVALID) where the secret is not there, or cannot be that of the algorithm."""
+        """Raises Permanent: CONFIG_INVALID where the secret is not there, or cannot be that of the algorithm, PLUGIN_FAILED
+        where the algorithm's plug-in cannot be imported."""
         secret = await self._secret_of(settings)
         try:
-            check_secret(settings.algorithm, secret)
+            await asyncio.to_thread(check_secret, settings.algorithm, secret)
         except Permanent as error:
-            named = f"credential {settings.credential!r}: " if settings.credential else ""
+            known = settings.credential and error.reason is Reason.CONFIG_INVALID
+            named = f"credential {settings.credential!r}: " if known else ""
             raise Permanent(error.reason, f"{named}{error.detail}") from None
 
     async def unlock(self, settings: Security) -> None:
         """Nothing is sent for a seed of zeros: it says that the server is unlocked already.
 
         Raises NegativeResponse, Transient; Permanent: DEVICE_ERROR for a key that the device refuses, or refused before,
-        CONFIG_INVALID for a secret that cannot be used, STORAGE_FAILED where nobody knows what it refused.
+        CONFIG_INVALID for a secret that cannot be used, PLUGIN_FAILED for an algorithm that fails, STORAGE_FAILED where nobody
+        knows what it refused.
         """
         secret = await self._secret_of(settings)
         before = await self._refused.why(self._env, self._name, settings, secret)

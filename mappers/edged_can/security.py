@@ -22,17 +22,18 @@ requestSeed subfunction. Raises ValueError for a secret or a seed that it cannot
 
 
 def key_for(algorithm: str, seed: bytes, secret: bytes, level: int) -> bytes:
-    """The key. Blocks. Raises Permanent(CONFIG_INVALID) where the algorithm is not known or cannot use the secret."""
+    """The key. Blocks. Raises Permanent: CONFIG_INVALID where the algorithm is not known or cannot use the secret,
+    PLUGIN_FAILED for whatever else a plug-in does."""
+    call = _find(algorithm)
     try:
-        key = _find(algorithm)(seed, secret, level)
+        key = call(seed, secret, level)
     except ValueError as error:
         # a plug-in's text may hold what it was given
-        text = (
-            str(error)
-            if algorithm in BUILT_IN or algorithm not in known()
-            else "it cannot use its secret, or the seed"
-        )
+        text = str(error) if algorithm in BUILT_IN else "it cannot use its secret, or the seed"
         raise Permanent(Reason.CONFIG_INVALID, f"security algorithm {algorithm!r}: {text}") from None
+    except Exception as error:  # noqa: BLE001 - the plugin boundary; its text may hold the secret
+        text = f"security algorithm {algorithm!r} raised {type(error).__name__}"
+        raise Permanent(Reason.PLUGIN_FAILED, text) from None
     if not isinstance(key, bytes | bytearray):
         text = f"security algorithm {algorithm!r} returned {type(key).__name__}, not bytes"
         raise Permanent(Reason.PLUGIN_FAILED, text)
@@ -40,10 +41,11 @@ def key_for(algorithm: str, seed: bytes, secret: bytes, level: int) -> bytes:
 
 
 def check_secret(algorithm: str, secret: bytes) -> None:
-    """Whether a built-in algorithm can use the secret; a plug-in's own can only be asked with a seed.
+    """Whether the algorithm is there, and can use the secret if it is built in; a plug-in's own can only be asked with a seed.
 
-    Raises Permanent(CONFIG_INVALID).
+    Blocks: a plug-in is imported. Raises Permanent: CONFIG_INVALID, PLUGIN_FAILED.
     """
+    _find(algorithm)
     try:
         _RULES.get(algorithm, _any)(secret)
     except ValueError as error:
@@ -128,12 +130,15 @@ _RULES: Final[Mapping[str, Callable[[bytes], None]]] = {
 
 
 def _find(algorithm: str) -> SeedKey:
+    """Raises Permanent: CONFIG_INVALID where it is not installed, PLUGIN_FAILED where it cannot be imported."""
     if algorithm in BUILT_IN:
         return BUILT_IN[algorithm]
     for found in entry_points(group=GROUP, name=algorithm):
         try:
             loaded: SeedKey = found.load()
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
+            # a module's import runs its own code
             raise Permanent(Reason.PLUGIN_FAILED, f"security algorithm {algorithm!r}: {error!r}") from error
         return loaded
-    raise ValueError(f"not installed; known: {', '.join(sorted(known()))}")
+    text = f"security algorithm {algorithm!r}: not installed; known: {', '.join(sorted(known()))}"
+    raise Permanent(Reason.CONFIG_INVALID, text)

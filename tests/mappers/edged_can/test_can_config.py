@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import tomllib
+import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import EntryPoint
@@ -528,11 +529,59 @@ def test_a_plug_ins_algorithm_unlocks(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert controller.counts.seeds == 1 and controller.counts.wrong_keys == 0
 
 
-def test_a_plug_in_that_cannot_be_loaded_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    _plug_in(monkeypatch, "no.such.module:key")
-    with pytest.raises(Permanent, match="'acme'.*No module named 'no'") as caught:
-        security.key_for("acme", b"\x01", b"", 1)
-    assert caught.value.reason is Reason.PLUGIN_FAILED
+def broken(seed: bytes, secret_: bytes, level: int) -> bytes:
+    """A plug-in's fault, with what it was given in its text."""
+    raise KeyError(secret_.hex())
+
+
+def test_what_a_plug_in_raises_does_not_tell_the_secret(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _plug_in(monkeypatch, "test_can_config:broken")
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Controller()
+    to = device(f"can:virtual@{name}", security={"algorithm": "acme", "credential": "ecu"})
+
+    async def body() -> None:
+        async with connected(to) as session:
+            await session.stage(await verified(make_app("1.2.0")), quiet)
+
+    with on_bus(name, controller), pytest.raises(Permanent, match="'acme' raised KeyError") as caught:
+        asyncio.run(body())
+    assert caught.value.reason is Reason.PLUGIN_FAILED and controller.counts.erased == 0
+    told = "".join(traceback.format_exception(caught.value)) + caplog.text
+    assert SECRET.hex() not in told
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (None, "No module named"),
+        ("", "has no attribute 'key'"),
+        ("def key(:", "SyntaxError"),
+        ("raise RuntimeError('no licence')", "RuntimeError.*no licence"),
+    ],
+)
+def test_a_plug_in_that_cannot_be_imported_is_told_with_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, body: str | None, says: str
+) -> None:
+    """Before anything is asked of it."""
+    module = tmp_path.name
+    if body is not None:
+        (tmp_path / f"{module}.py").write_text(body)
+    monkeypatch.syspath_prepend(tmp_path)
+    _plug_in(monkeypatch, f"{module}:key")
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Controller()
+    to = device(f"can:virtual@{name}", security={"algorithm": "acme", "credential": "ecu"})
+
+    async def connect() -> None:
+        async with connected(to):
+            pass
+
+    with on_bus(name, controller), pytest.raises(Permanent, match=f"'acme'.*{says}") as caught:
+        asyncio.run(connect())
+    assert caught.value.reason is Reason.PLUGIN_FAILED and controller.heard == []
 
 
 # -- negative responses
