@@ -9,12 +9,12 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from io import BytesIO
 from typing import Any, Final
 
 import cbor2
 
 from edged.errors import Permanent, Reason
+from edged_uart import smp_cbor
 
 HEADER_BYTES: Final = 8
 VERSIONS: Final = (2, 1)
@@ -147,22 +147,10 @@ def decode(data: bytes) -> Message:
 def _body(payload: bytes) -> Mapping[str, Any]:
     if not payload:
         return {}
-    stream = BytesIO(payload)
     try:
-        body = cbor2.CBORDecoder(stream).decode()
-    except (
-        cbor2.CBORError,
-        ValueError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-        ArithmeticError,
-    ) as error:
-        raise NotAMessageError(f"no CBOR: {error}") from error
-    if not isinstance(body, dict) or stream.tell() != len(payload):
-        raise NotAMessageError("no single CBOR map")
-    return {str(key): value for key, value in body.items()}
+        return smp_cbor.decode(payload)
+    except ValueError as error:
+        raise NotAMessageError(f"no CBOR map: {error}") from error
 
 
 def check(command: Command, body: Mapping[str, Any]) -> Mapping[str, Any]:

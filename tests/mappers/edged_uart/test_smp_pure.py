@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
+import cbor2
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.errors import Permanent, Reason
-from edged_uart import smp
+from edged_uart import smp, smp_cbor
 from edged_uart.smp import Command, ErrorAnswer, Message, NotAMessageError, Op
 from edged_uart.smp_config import Setting, SmpConfig, parse_smp
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw, crc16, stuff, unstuff
@@ -54,6 +58,88 @@ def test_the_example_of_the_specification() -> None:
     message = smp.encode(smp.ECHO, 7, {"d": "hi"})
     assert message == bytes.fromhex("0a00 0006 0000 07 00") + b"\xa1adbhi"
     assert smp.encode(smp.ECHO, 7, {"d": "hi"}, version=1)[0] == 0x02
+
+
+nested = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.floats(allow_nan=False),
+        st.integers(-(2**64), 2**64 - 1),
+        st.text(),
+        st.binary(),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=4), inner, max_size=4)
+    ),
+    max_leaves=20,
+)
+
+
+@given(st.dictionaries(st.text(max_size=4), nested, max_size=4))
+def test_any_body_without_tags_is_decoded(body: dict[str, Any]) -> None:
+    assert smp_cbor.decode(cbor2.dumps(body)) == body
+
+
+@pytest.mark.parametrize(
+    ("data", "body"),
+    [
+        ("a0", {}),
+        ("bf61610161629f010203ffff", {"a": 1, "b": [1, 2, 3]}),
+        ("bf6161bfffff", {"a": {}}),
+        ("a17f61616162ff5f4101420203ff", {"ab": b"\1\2\3"}),
+        ("a16161" + "81" * 14 + "80", {"a": [[[[[[[[[[[[[[[]]]]]]]]]]]]]]]}),
+    ],
+    ids=["empty", "indefinite lengths", "empty and indefinite", "strings in pieces", "fifteen arrays"],
+)
+def test_a_body_may_be_written_in_any_way(data: str, body: dict[str, Any]) -> None:
+    """Zephyr's encoder writes maps and arrays of indefinite length (RFC 8949, 3.2)."""
+    assert smp_cbor.decode(bytes.fromhex(data)) == body
+
+
+SLOW = "(?i)" + "".join(f"[\1-{chr(0x10FFFF - number)}]" for number in range(500))
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (cbor2.dumps({"a": cbor2.CBORTag(35, SLOW)}), "a tag"),
+        (b"\xa1\xc2\x59\x0b\xb8" + b"\xff" * 3000 + b"\0", "a tag"),
+        (cbor2.dumps({"rc": 1 << 20_000}), "a tag"),
+        (bytes.fromhex("a1d81cd9303981d81d0000"), "a tag"),
+        (cbor2.dumps({1: 2}), "no text"),
+        (cbor2.dumps({"a": [{b"b": 2}]}), "no text"),
+        (b"\x81\x01", "no map"),
+        (b"\x01", "no map"),
+        (b"\xa1\x61a", "cut"),
+        (b"\xa1\x61a\x43ab", "its only item"),
+        (b"\xa1\x61a\x82\x43ab", "cut"),
+        (b"\xa1\x61a\x18", "cut"),
+        (b"\xa0\0", "its only item"),
+        (b"\xa1\x61a\xff", "break"),
+        (b"\xbf\x61a\xff", "break"),
+        (b"\xff", "break"),
+        (b"\xa1\x61a\x1c", "a head of 0x1c"),
+        (b"\xa1\x61a\x1f", "a head of 0x1f"),
+        (b"\xa1\x61a\x5f\x61a\xff", "pieces"),
+        (b"\xa1\x61a" + b"\x81" * 40 + b"\0", "levels"),
+        (b"\xa1\x61a\x9b" + b"\xff" * 8 + b"\0" * 60_000, "items"),
+        (b"\xa1\x61a\x61\xff", "unicode|utf-8"),
+    ],
+)
+def test_what_no_server_answers_is_no_message_and_costs_nothing(data: bytes, why: str) -> None:
+    begun = time.process_time()
+    with pytest.raises(ValueError, match=why):
+        smp_cbor.decode(data)
+    assert time.process_time() - begun < 0.2
+    with pytest.raises(NotAMessageError):
+        smp.decode(bytes((9, 0)) + len(data).to_bytes(2, "big") + bytes((0, 1, 0, 0)) + data)
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_a_body_or_none(data: bytes) -> None:
+    with suppress(ValueError):
+        assert isinstance(smp_cbor.decode(b"\xa1\x61a" + data), dict)
 
 
 @given(
