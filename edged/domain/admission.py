@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edged.api import Device, Identity, Segment, Slot
 from edged.errors import Reason, Refused
-from edged_firmware.facts import ReleaseFacts
+from edged_firmware.facts import ReleaseFacts, VerifiedRelease
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,25 @@ def admit(facts: ReleaseFacts, known: Admission) -> None:
 
     Raises ``Refused`` with the first reason that applies.
     """
+    check_made_for(facts, known)
+    device = known.device
+    if facts.release_counter < known.floor:
+        raise Refused(
+            Reason.COUNTER_LOWER,
+            f"{facts.ref} has release counter {facts.release_counter}, lower than the floor {known.floor} of {device.id}",
+        )
+    for need in facts.requires:
+        held = known.component_counters.get(need.component, 0)
+        if held < need.counter:
+            raise Refused(
+                Reason.REQUIRES_UNMET,
+                f"{facts.ref} requires {need.component} with release counter {need.counter} or higher; "
+                f"{device.id} has {held}",
+            )
+
+
+def check_made_for(facts: ReleaseFacts, known: Admission) -> None:
+    """The part of :func:`admit` that holds for a way back, too: model, hardware, protocol with its parameters."""
     device = known.device
     if device.model not in facts.models:
         raise Refused(
@@ -56,19 +75,6 @@ def admit(facts: ReleaseFacts, known: Admission) -> None:
             f"{facts.ref} is to be flashed with {', '.join(unknown)}, which mapper {device.mapper} does not know; "
             f"it knows {', '.join(sorted(known.flash_params)) or 'no parameter'}",
         )
-    if facts.release_counter < known.floor:
-        raise Refused(
-            Reason.COUNTER_LOWER,
-            f"{facts.ref} has release counter {facts.release_counter}, lower than the floor {known.floor} of {device.id}",
-        )
-    for need in facts.requires:
-        held = known.component_counters.get(need.component, 0)
-        if held < need.counter:
-            raise Refused(
-                Reason.REQUIRES_UNMET,
-                f"{facts.ref} requires {need.component} with release counter {need.counter} or higher; "
-                f"{device.id} has {held}",
-            )
 
 
 def runs(facts: ReleaseFacts, slot: Slot | None) -> bool | None:
@@ -76,6 +82,16 @@ def runs(facts: ReleaseFacts, slot: Slot | None) -> bool | None:
     if slot is None or slot.runs is None:
         return None
     return slot.runs == facts.identifies_as and slot.runs_name in (None, facts.name)
+
+
+def told(
+    active: Slot, installed: Sequence[VerifiedRelease], published: Sequence[VerifiedRelease]
+) -> VerifiedRelease | None:
+    """The release that ``active`` says it runs: of those that were ``installed`` on the device the first (newest first), else
+    the one of those ``published`` for it. None where it means none of them, or could mean several published ones."""
+    ours = next((release for release in installed if runs(release.facts, active)), None)
+    meant = [release for release in published if runs(release.facts, active)]
+    return ours or (meant[0] if len(meant) == 1 else None)
 
 
 def check_identity(device: Device, hardware_ids: tuple[str, ...], identity: Identity) -> None:

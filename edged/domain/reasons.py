@@ -75,7 +75,8 @@ _CURES: dict[Reason, str] = {
     Reason.COUNTER_LOWER: "sign the older image again with a new, higher release counter",
     Reason.REQUIRES_UNMET: "install first what the release requires",
     Reason.IMAGE_TOO_LARGE: "the image does not fit into the device's flash",
-    Reason.NO_FALLBACK: "first deploy the release that runs now, or allow it: policy.without_fallback = true in the model",
+    Reason.NO_FALLBACK: "publish the release that runs now, if the device tells its version; "
+    "or set policy.without_fallback = true in the model",
     Reason.DEVICE_ABSENT: "connect the device, or let the daemon's user open its port; the job goes on by itself",
     Reason.NO_RESPONSE: "check power, wiring and baud rate; the job goes on by itself",
     Reason.STALLED: "check the link; the job goes on by itself",

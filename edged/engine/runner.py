@@ -33,8 +33,9 @@ from edged.clock import SteadyClock
 from edged.config import EngineSettings, Model
 from edged.domain import admission, retry
 from edged.domain.job import SILENT, Fallback, Job, State
-from edged.domain.reconcile import firmware_value, release_of
+from edged.domain.reconcile import firmware_value
 from edged.domain.steps import Bounds, Do, Facts, Move, View, next_step
+from edged.engine import running
 from edged.engine.events import Broadcast
 from edged.engine.fallback import holds, is_blank, worth_keeping
 from edged.engine.images import ImageKey, Images
@@ -283,14 +284,7 @@ class JobRunner:
         await self._ledger.commit(job, "admitted", detail=f"release counter {release.facts.release_counter}")
 
     async def _admit(self, release: VerifiedRelease) -> None:
-        counters = await self._shop.store.read(lambda tx: floors.counters(tx, self._device.id))
-        known = admission.Admission(
-            device=self._device,
-            floor=counters.get(self.job.component, 0),
-            component_counters=counters,
-            flash_protocols=self._unit.spec.flash_protocols,
-            flash_params=self._unit.spec.flash_params,
-        )
+        known = await running.known_of(self._shop.store, self._unit, self.job.component)
         admission.admit(release.facts, known)
 
     async def _check_published(self) -> None:
@@ -342,9 +336,7 @@ class JobRunner:
         """
         if self._active is None or self._active.runs_name is not None:
             return
-        twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
-        reported = twin.reported.get(self.job.component)
-        release = release_of(reported.value) if reported else None
+        release = await running.recorded(self._shop.store, self._device.id, self.job.component)
         if release is not None and release.partition("@")[0] != self._release.facts.name:
             raise Refused(
                 Reason.UNSUPPORTED,
@@ -416,18 +408,17 @@ class JobRunner:
             text = f"{left.release or 'read-out'}, left by a job that could not go back"
             await self._ledger.commit(replace(self.job, fallback=left), "fallback secured", detail=text)
             return
-        known = await self._known_release()
+        known = await self._to_be_had(self._recorded_release)
         if isinstance(session, SupportsReadBack) and self._device.flash_size_bytes is not None:
             await self._read_out(session, self._meter(session), known)
         elif known is not None:
             await self._commit_fallback(ImageKey.of_release(known), str(known.ref), "by record")
+        elif (said := await self._to_be_had(self._told_release)) is not None:
+            await self._commit_fallback(ImageKey.of_release(said), str(said.ref), "as the device says")
         elif self._model.policy.without_fallback:
             await self._go_without_fallback("allowed by policy")
         else:
-            raise Refused(
-                Reason.NO_FALLBACK,
-                f"nobody knows what {self._device.id} runs and its flash cannot be read, so there is no way back",
-            )
+            raise running.unknown(self._device, self._active)
 
     async def _left_behind(self) -> Fallback | None:
         """The fallback of a job that ended between two images: what the flash holds now is no way back."""
@@ -437,22 +428,30 @@ class JobRunner:
             return None
         return last.fallback if await self._is_sound(ImageKey.of_fallback(last.fallback)) else None
 
-    async def _known_release(self) -> VerifiedRelease | None:
-        """What our record says that the device runs, where the device does not deny it and its image can still be had."""
-        twin = await self._shop.store.read(lambda tx: twins.get(tx, self._device.id))
-        reported = twin.reported.get(self.job.component)
-        release = release_of(reported.value) if reported else None
+    async def _to_be_had(
+        self, find: Callable[[], Awaitable[VerifiedRelease | None]]
+    ) -> VerifiedRelease | None:
+        """What ``find`` finds, when its image is on this node's disk; None where it cannot be had."""
+        try:
+            found = await find()
+            if found is not None:
+                await self._bring(found)
+        except (Refused, Transient) as exc:
+            log.info("fallback not to be had", extra=log_fields(self.job, str(exc)))
+            return None
+        return found
+
+    async def _recorded_release(self) -> VerifiedRelease | None:
+        """What our record says that the device runs, where the device does not deny it."""
+        release = await running.recorded(self._shop.store, self._device.id, self.job.component)
         if release is None:
             return None
-        try:
-            known = await self._kept(release) or await self._shop.trust.known(release)
-            if admission.runs(known.facts, self._active) is False:
-                return None
-            await self._bring(known)
-        except (Refused, Transient) as exc:
-            log.info("fallback not to be had", extra=log_fields(self.job, f"{release}: {exc}"))
-            return None
-        return known
+        known = await self._kept(release) or await self._shop.trust.known(release)
+        return None if admission.runs(known.facts, self._active) is False else known
+
+    async def _told_release(self) -> VerifiedRelease | None:
+        shop = self._shop
+        return await running.told(shop.store, shop.trust, self._unit, self.job.component, self._active)
 
     async def _kept(self, release: str) -> VerifiedRelease | None:
         """``release`` as the job that brought it verified it, where its files are here still: also one that was withdrawn

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -17,7 +17,7 @@ from pathlib import Path
 from edged.clock import Clock
 from edged.config import TrustSettings
 from edged.engine.observer import Observer
-from edged.errors import EdgedError, Permanent, Reason, Refused
+from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
 from edged.store import audit, floors
 from edged.store.database import Store, Tx
 from edged_firmware.durable import write_durably
@@ -155,6 +155,13 @@ class Trust:
         raise Refused(
             Reason.RELEASE_UNKNOWN, f"the repository {self._settings.repository or '(none)'} has no {release}"
         )
+
+    async def published(self) -> Sequence[VerifiedRelease]:
+        """All releases of the last report, however old it is; none where there is none and none can be had now."""
+        if self._report is None:
+            with suppress(Refused, Transient):
+                await self.refresh()
+        return self._report.releases if self._report else ()
 
     def _has_other_root(self, root: bytes) -> bool:
         return self.root_path.is_file() and self.root_path.read_bytes() != root

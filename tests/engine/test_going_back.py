@@ -12,7 +12,7 @@ from engine_kit import IMAGE_BYTES, Place, Publisher, retried
 
 from edged.api import Label
 from edged.config import Storage
-from edged.domain.job import State
+from edged.domain.job import Job, State
 from edged.errors import Permanent, Reason
 from edged.store.artifacts import pinned
 from edged.testing.fake import fake_app
@@ -92,6 +92,86 @@ def test_what_runs_is_a_way_back_also_where_it_was_withdrawn(tmp_path: Path, min
     asyncio.run(replace_it("app@3.0.0", State.REVERTED))
     assert device.app is not None and device.app.version == "1.0.0"
     asyncio.run(replace_it("app@2.0.0", State.SUCCEEDED))
+
+
+def test_a_device_that_comes_back_with_its_former_release_is_brought_back(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    """A spare with the old image, whose flash cannot be read: this node put that release there itself, so it is a way back,
+    though its counter is below the floor."""
+    place = Place(tmp_path / "state", publisher)
+    device = place.device(reads_back=False)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            for version in ("1.0.0", "2.0.0"):
+                await node.want("dev-1", f"app@{version}")
+                assert (await node.ended("dev-1")).state is State.SUCCEEDED
+            device.install(fake_app("1.0.0", IMAGE_BYTES))
+            job = await _brought_back(node, place)
+            assert (job.run, job.source, job.state) == (2, "drift", State.SUCCEEDED), job.detail
+            assert job.fallback is not None and job.fallback.release == "app@1.0.0"
+            assert device.app is not None and device.app.version == "2.0.0"
+
+    asyncio.run(run())
+
+
+async def _brought_back(node: TestNode, place: Place) -> Job:
+    """The wire goes and comes, and the job that follows ends."""
+    before, bus = len(await node.jobs("dev-1")), place.plugin.bus("bus")
+    bus.lost = True
+    await asyncio.sleep(0.1)
+    bus.lost = False
+    async with asyncio.timeout(20):
+        while len(await node.jobs("dev-1")) == before:
+            await asyncio.sleep(0.01)
+    return await node.ended("dev-1")
+
+
+def test_a_published_release_that_the_device_tells_is_a_way_back(
+    tmp_path: Path, publisher: Publisher
+) -> None:
+    place = Place(tmp_path / "state", publisher)
+    device = place.device(reads_back=False)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@3.0.0")
+            job = await node.ended("dev-1")
+            assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail
+            assert device.app is not None and device.app.version == "1.0.0"
+            assert await node.reported("dev-1") == {"name": "app", "version": "1.0.0"}
+
+    asyncio.run(run())
+
+
+def test_what_nobody_knows_is_no_way_back_until_it_is_published(tmp_path: Path, mine: Publisher) -> None:
+    """Not of another model, nor one of two with that version: a guess is no way back. The cure that is told works."""
+    mine.add("0.9.0", fake_app("0.9.0", IMAGE_BYTES), name="other", models=("gadget",))
+    mine.publish()
+    place = Place(tmp_path / "state", mine)
+    device = place.device(app="0.9.0", reads_back=False)
+
+    async def end(wish: str) -> Job:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", wish)
+            return await node.ended("dev-1")
+
+    job = asyncio.run(end("app@2.0.0"))
+    assert (job.state, job.reason) == (State.FAILED, Reason.NO_FALLBACK)
+    assert "dev-1 says that it runs 0.9.0, which is not one known release" in job.detail
+    assert device.counts.received == 0
+    mine.add("0.9.0", fake_app("0.9.0", IMAGE_BYTES))
+    mine.publish()
+    assert asyncio.run(end("app@3.0.0")).state is State.REVERTED
+    mine.add("0.9.0", fake_app("0.9.0", IMAGE_BYTES), name="also")
+    mine.publish()
+    place = Place(tmp_path / "another", mine)
+    place.device(app="0.9.0", reads_back=False)
+    assert asyncio.run(end("app@2.0.0")).reason is Reason.NO_FALLBACK
+    place = Place(tmp_path / "mute", mine)
+    place.device(reads_back=False, tells=False)
+    assert "it does not say so" in asyncio.run(end("app@2.0.0")).detail
 
 
 def test_name_and_signed_parameters_reach_the_mapper_and_those_of_the_way_back_too(

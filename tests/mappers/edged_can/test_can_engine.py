@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from can_kit import secret
-from can_node import IMAGES, Site, alive, published, settle, update
+from can_node import IMAGES, SIZES, Site, alive, published, settle, update
 from engine_kit import Publisher
-from uds_server import Controller
+from uds_server import Controller, make_app
 
 from edged.domain.job import Job, State
 from edged.errors import Reason
@@ -186,8 +186,22 @@ def test_a_device_in_its_boot_loader_for_a_moment_has_not_drifted(site: Site) ->
     assert controller.counts.erased == 0
 
 
-def test_nothing_is_written_where_nobody_knows_the_way_back(site: Site) -> None:
+def test_what_the_controller_says_that_it_runs_is_the_way_back(site: Site) -> None:
     controller = site.controller()
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            return await update(node, "2.0.0")
+
+    with alive(site, controller):
+        job = asyncio.run(body())
+    assert job.state is State.SUCCEEDED, job.detail
+    assert job.fallback is not None and job.fallback.release == "ecu@1.0.0"
+
+
+def test_nothing_is_written_where_nobody_knows_the_way_back(site: Site) -> None:
+    controller = Controller()
+    controller.install(make_app("0.9.0", SIZES))
 
     async def body() -> Job:
         async with life(site.config, site.plugins) as node:
