@@ -9,6 +9,7 @@ sound is kept for the checks that follow. Relative paths are relative to the fol
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
 import tomllib
@@ -341,9 +342,9 @@ def examine(path: Path) -> Examined:
     reader = _Reader(path.parent)
     config = reader.read(path, Config) or Config()
     models, devices, links = list(config.model), list(config.device), list(config.link)
-    for file in _toml_files(path.parent / "models.d"):
+    for file in reader.files(path.parent / "models.d"):
         models += (reader.read(file, _Models) or _Models()).model
-    for file in _toml_files(path.parent / "devices.d"):
+    for file in reader.files(path.parent / "devices.d"):
         found = reader.read(file, _Devices) or _Devices()
         devices += found.device
         links += found.link
@@ -380,10 +381,6 @@ def _merged(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, An
     return {**defaults, **own, **both}
 
 
-def _toml_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.toml"))
-
-
 _LISTS: dict[object, tuple[str, type]] = {
     tuple[Model, ...]: ("model", Model),
     tuple[DeviceSettings, ...]: ("device", DeviceSettings),
@@ -391,6 +388,14 @@ _LISTS: dict[object, tuple[str, type]] = {
 }
 
 _NAMES = {"model": "id", "device": "id", "link": "address"}
+_FOLDERS = {"model": "models.d", "device": "devices.d", "link": "devices.d"}
+
+
+def _elsewhere(kind: type[Any], key: str) -> str:
+    """Where a key stands that has no place in a file of this kind."""
+    if kind not in (_Models, _Devices) or key not in attrs.fields_dict(Config):
+        return ""
+    return f"; {key} belongs into " + (f"{_FOLDERS[key]} or edged.toml" if key in _FOLDERS else "edged.toml")
 
 
 class _Reader:
@@ -415,6 +420,18 @@ class _Reader:
         convert.register_structure_hook_func(lambda kind: kind == tuple[str, ...], _texts)
         convert.register_structure_hook_func(lambda kind: kind == dict[str, Any], _any_table)
         convert.register_structure_hook(Path, lambda value, _: folder / _strictly(str, (str,))(value, str))
+
+    def files(self, folder: Path) -> list[Path]:
+        """The TOML files of ``folder``, none where there is no such folder; one that cannot be listed is a fault."""
+        try:
+            return sorted(path for path in folder.iterdir() if path.name.endswith(".toml"))
+        except OSError as exc:
+            if isinstance(exc, FileNotFoundError) and not folder.is_symlink():
+                return []
+            allowed = f"a folder that user {os.getuid()} may list (ls -ld shows owner and mode)"
+            self.problems.append(f"{folder}: cannot be read: {exc.strerror}; allowed: {allowed}")
+            self.unread = self.unread or folder.name == "models.d"
+            return []
 
     def read(self, file: Path, kind: type[T]) -> T | None:
         """What is sound in ``file``; None where it cannot be read at all."""
@@ -448,7 +465,9 @@ class _Reader:
                     sound[name] = field.default
         for name in sorted(data.keys() - fields.keys()):
             with self._below(f".{name}", None):
-                self._tell(f"found an unknown key; allowed: {', '.join(sorted(fields))}")
+                self._tell(
+                    f"found an unknown key; allowed: {', '.join(sorted(fields))}{_elsewhere(kind, name)}"
+                )
         for name, fault in _TOGETHER.get(kind, _nothing)(sound):
             with self._below(f".{name}", None):
                 self._tell(f"found {sound[name]!r}; allowed: {fault}")

@@ -20,7 +20,9 @@ from edged.errors import Permanent, Reason
 
 ENTRY_POINT_GROUP = "edged.plugins"
 PLUGIN_FOLDERS = (Path("/usr/lib/edged-plugins"), Path("/opt/edged/plugins"))
-"""Third-party plugins of the package; searched after our own, so that none can replace a built-in."""
+"""Third-party plugins of the package; behind our own on the path, so that no module of theirs is taken for one of ours."""
+_OURS = "edged"
+"""The distribution of the built-in plugins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +62,23 @@ class Plugins:
 
 
 def discover(extra: Iterable[tuple[str, object]] = ()) -> Plugins:
-    """Load every installed plugin, and ``extra`` ones (name, module or object) that tests and the demo bring along."""
+    """Load every installed plugin, and ``extra`` ones (name, module or object) that tests and the demo bring along.
+
+    The built-in ones come first: who offers what they offer is the one that is left out.
+    """
     for folder in PLUGIN_FOLDERS:
         if folder.is_dir() and str(folder) not in sys.path:
             sys.path.append(str(folder))
     loader = _Loader()
-    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name):
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=_rank):
         loader.load(point)
     for name, plugin in extra:
         loader.register(name, "extra", plugin)
     return Plugins(loader.mappers, loader.links, tuple(loader.states))
+
+
+def _rank(point: EntryPoint) -> tuple[bool, str]:
+    return point.dist is None or point.dist.name != _OURS, point.name
 
 
 class _Loader:

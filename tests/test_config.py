@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -124,6 +125,37 @@ def test_what_no_single_file_can_tell_names_its_files_too(tmp_path: Path) -> Non
     assert faults(path) == [
         f"devices.d/x.toml: device[0].id: found 'a', which is {path}: device[0] already; allowed: each id once",
         "devices.d/x.toml: device[1].model: found 'mega'; allowed: uno",
+    ]
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path: Path) -> None:
+    """Without the right to it, or with something else in its place: whoever runs this may be root, so it is the latter."""
+    path = write(tmp_path)
+    (tmp_path / "models.d").write_text("")
+    (tmp_path / "devices.d").symlink_to("devices.d")
+    allowed = f"allowed: a folder that user {os.getuid()} may list (ls -ld shows owner and mode)"
+    assert faults(path) == [
+        f"devices.d: cannot be read: Too many levels of symbolic links; {allowed}",
+        f"models.d: cannot be read: Not a directory; {allowed}",
+    ]
+    (tmp_path / "devices.d").unlink()
+    (tmp_path / "devices.d").symlink_to(tmp_path / "not-mounted")
+    assert faults(path)[0] == f"devices.d: cannot be read: No such file or directory; {allowed}"
+
+
+def test_models_that_cannot_be_listed_blame_no_device(tmp_path: Path) -> None:
+    path = write(tmp_path, devices=DEVICE.format(id="a"))
+    (tmp_path / "models.d").write_text("")
+    (line,) = faults(path)
+    assert line.startswith("models.d: cannot be read: Not a directory")
+
+
+def test_a_table_in_the_wrong_folder_is_told_the_right_one(tmp_path: Path) -> None:
+    path = write(tmp_path, models=DEVICE.format(id="a"), devices=MODEL + "[log]\nlevel = 'info'\n")
+    assert faults(path) == [
+        "devices.d/x.toml: log: found an unknown key; allowed: device, link; log belongs into edged.toml",
+        "devices.d/x.toml: model: found an unknown key; allowed: device, link; model belongs into models.d or edged.toml",
+        "models.d/x.toml: device: found an unknown key; allowed: model; device belongs into devices.d or edged.toml",
     ]
 
 

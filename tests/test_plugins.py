@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,6 +85,31 @@ def test_a_plugin_whose_import_fails_stops_nobody(
     found = plugins.discover([("good", FakePlugin())])
     assert list(found.mappers) == ["fake"]
     assert found.states[0].problem.startswith("import failed: ")
+
+
+def test_nobody_takes_the_place_of_a_built_in_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its name and wherever it is installed: here before ours in both orders."""
+    (tmp_path / "aaa.py").write_text(
+        "from dataclasses import replace\n"
+        "from edged.api import hookimpl\n"
+        "from edged.testing.fake import FakePlugin\n"
+        "@hookimpl\n"
+        "def edged_mappers():\n"
+        "    return [replace(next(iter(FakePlugin().edged_mappers())), name='uart-smp')]\n"
+    )
+    info = tmp_path / "aaa-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: aaa\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[edged.plugins]\naaa = aaa\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(plugins, "entry_points", importlib.metadata.entry_points)
+    found = plugins.discover()
+    states = {state.name: state for state in found.states}
+    assert states["aaa"].problem == "offers what is offered already: uart-smp"
+    assert states["aaa"].distribution == "aaa 1.0"
+    assert not states["uart"].problem
+    assert {"serial", "socket"} <= found.links.keys()
+    assert found.mappers["uart-smp"].schemes == {"serial", "socket"}
 
 
 def test_what_nobody_offers_is_unsupported_with_what_there_is() -> None:
