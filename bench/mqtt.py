@@ -22,6 +22,7 @@ from edged_firmware.chunks import ChunkIndex, default_chunk_size
 
 _CHUNK: Final = 4096
 _ROUNDS: Final = 21
+_ROUNDS_ACKED: Final = 7
 """Single pairs lie far apart, since a round takes half a second: a median of few says little."""
 
 
@@ -29,6 +30,10 @@ def run(*, quick: bool = False) -> list[Figure]:
     """Pulls per second one at a time, and two hundred devices at once."""
     size = 256 * 1024 if quick else 8 * 1024 * 1024
     pairs = [(_served("edged", 1, size), _served("bare", 1, size)) for _ in range(1 if quick else _ROUNDS)]
+    acked = [
+        (_served("edged", 1, size, 1), _served("bare", 1, size, 1))
+        for _ in range(1 if quick else _ROUNDS_ACKED)
+    ]
     devices, small = (10, 64 * 1024) if quick else (200, 512 * 1024)
     fleet = [
         (_served("edged", devices, small), _served("bare", devices, small)) for _ in range(1 if quick else 3)
@@ -46,6 +51,14 @@ def run(*, quick: bool = False) -> list[Figure]:
             samples=tuple(bare["seconds"] / edged["seconds"] for edged, bare in pairs),
             goal=at_least(1.0),
             detail=pulls,
+        ),
+        Figure(
+            name="mqtt.pulls_acked",
+            what="the same with requests that are acknowledged (QoS 1), as ThingsBoard's client sends them",
+            unit="ratio",
+            against=against,
+            samples=tuple(bare["seconds"] / edged["seconds"] for edged, bare in acked),
+            detail={"edged_pulls_per_s": [size / _CHUNK / edged["seconds"] for edged, _ in acked]},
         ),
         Figure(
             name="mqtt.cpu",
@@ -89,9 +102,9 @@ def run(*, quick: bool = False) -> list[Figure]:
     ]
 
 
-def _served(who: str, devices: int, size: int) -> dict[str, float]:
+def _served(who: str, devices: int, size: int, qos: int = 0) -> dict[str, float]:
     """One run of ``who`` as the server, in a process of its own."""
-    command = [sys.executable, "-m", "bench.mqtt", who, str(devices), str(size)]
+    command = [sys.executable, "-m", "bench.mqtt", who, str(devices), str(size), str(qos)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -100,7 +113,7 @@ def _served(who: str, devices: int, size: int) -> dict[str, float]:
 # -- the serving process
 
 
-async def _pull(port: int, devices: int, size: int) -> dict[str, Any]:
+async def _pull(port: int, devices: int, size: int, qos: int) -> dict[str, Any]:
     """Start the devices, and wait for what they say."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -109,7 +122,7 @@ async def _pull(port: int, devices: int, size: int) -> dict[str, Any]:
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
     )
-    settings = {"port": port, "devices": devices, "size": size, "chunk": _CHUNK}
+    settings = {"port": port, "devices": devices, "size": size, "chunk": _CHUNK, "qos": qos}
     begun = time.process_time()
     out, _ = await process.communicate(json.dumps(settings).encode() + b"\n")
     found: dict[str, Any] = json.loads(out)
@@ -127,10 +140,10 @@ async def _packet(reader: asyncio.StreamReader) -> tuple[int, bytes]:
             return first, await reader.readexactly(length)
 
 
-def _answer(body: bytes, image: bytes) -> bytes:
+def _answer(body: bytes, image: bytes, qos: int) -> bytes:
     """The chunk that is asked for; empty where none is."""
     topic_size = body[0] << 8 | body[1]
-    topic, payload = body[2 : 2 + topic_size].decode(), body[2 + topic_size :]
+    topic, payload = body[2 : 2 + topic_size].decode(), body[2 + topic_size + 2 * qos :]
     if not topic.startswith("v2/fw/request/"):
         return b""
     index, count = int(topic.rpartition("/")[2]), int(payload)
@@ -144,7 +157,12 @@ def _answer(body: bytes, image: bytes) -> bytes:
             return b"\x30" + size + whole
 
 
-async def _bare(devices: int, size: int) -> dict[str, Any]:
+def _puback(body: bytes) -> bytes:
+    begin = 2 + (body[0] << 8 | body[1])
+    return b"\x40\2" + body[begin : begin + 2]
+
+
+async def _bare(devices: int, size: int, qos: int) -> dict[str, Any]:
     image = os.urandom(size)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -155,8 +173,8 @@ async def _bare(devices: int, size: int) -> dict[str, Any]:
                 return
             if first == 0x10:
                 writer.write(b"\x20\2\0\0\x30\x1a\0\x18v1/devices/me/attributes")
-            elif answer := _answer(body, image):
-                writer.write(answer)
+            elif answer := _answer(body, image, first >> 1 & 1):
+                writer.write(_puback(body) + answer if first & 2 else answer)
                 await writer.drain()
             elif b"UPDATED" in body:
                 writer.close()
@@ -164,10 +182,10 @@ async def _bare(devices: int, size: int) -> dict[str, Any]:
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     async with server:
-        return await _pull(server.sockets[0].getsockname()[1], devices, size)
+        return await _pull(server.sockets[0].getsockname()[1], devices, size, qos)
 
 
-async def _edged(devices: int, size: int, folder: Path) -> dict[str, Any]:
+async def _edged(devices: int, size: int, qos: int, folder: Path) -> dict[str, Any]:
     import edged_mqtt
     from edged.api import Device, SupportsFirmware
     from edged.links import LinkPool, device_env
@@ -200,7 +218,7 @@ async def _edged(devices: int, size: int, folder: Path) -> dict[str, Any]:
     serving = [asyncio.create_task(serve(number)) for number in range(devices)]
     # all seats are taken by then
     await asyncio.sleep(0.5 + devices / 100)
-    found, *_ = await asyncio.gather(_pull(port, devices, size), *serving)
+    found, *_ = await asyncio.gather(_pull(port, devices, size, qos), *serving)
     return found
 
 
@@ -214,12 +232,12 @@ def _free_port() -> int:
 
 
 def _main() -> None:
-    who, devices, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    who, devices, size, qos = sys.argv[1], *map(int, sys.argv[2:])
     with tempfile.TemporaryDirectory() as folder:
         import edged_mqtt.endpoint  # noqa: F401 - what is loaded anyway is no growth
 
         before = _peak_kib()
-        work = _edged(devices, size, Path(folder)) if who == "edged" else _bare(devices, size)
+        work = _edged(devices, size, qos, Path(folder)) if who == "edged" else _bare(devices, size, qos)
         found = asyncio.run(work)
         print(json.dumps(found | {"grown_kib": _peak_kib() - before}))
 

@@ -1,8 +1,8 @@
 """``python -m bench.mqtt_devices``: devices that pull, in a process of their own; the same for whoever serves them.
 
-Settings are one JSON object on standard input: port, devices, size, chunk. Each device connects, says what it runs, waits for
-the offer, pulls chunk after chunk, and says that it runs the new version. Prints one JSON object: seconds from the first offer
-to the last chunk, and the latency of each chunk at the median and at the 99th percentile.
+Settings are one JSON object on standard input: port, devices, size, chunk, qos (of the requests, 0 or 1). Each device connects,
+says what it runs, waits for the offer, pulls chunk after chunk, and says that it runs the new version. Prints one JSON object:
+seconds from the first offer to the last chunk, and the latency of each chunk at the median and at the 99th percentile.
 """
 
 from __future__ import annotations
@@ -27,9 +27,11 @@ def _length(count: int) -> bytes:
             return out
 
 
-def _publish(topic: str, payload: bytes) -> bytes:
-    body = _text(topic) + payload
-    return b"\x30" + _length(len(body)) + body
+def _publish(topic: str, payload: bytes, qos: int = 0, number: int = 0) -> bytes:
+    """``number`` makes the packet's identifier, which a message with ``qos`` 1 has, and which is never 0."""
+    identifier = struct.pack(">H", number % 65_535 + 1) if qos else b""
+    body = _text(topic) + identifier + payload
+    return bytes([0x30 | qos << 1]) + _length(len(body)) + body
 
 
 async def _packet(reader: asyncio.StreamReader) -> tuple[str, bytes]:
@@ -49,7 +51,9 @@ async def _packet(reader: asyncio.StreamReader) -> tuple[str, bytes]:
     return body[2 : 2 + size].decode(), body[2 + size :]
 
 
-async def _device(number: int, port: int, size: int, chunk: int, took: list[float]) -> tuple[float, float]:
+async def _device(
+    number: int, port: int, size: int, chunk: int, qos: int, took: list[float]
+) -> tuple[float, float]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
     body = _text("MQTT") + b"\4\x82\0\0" + _text("") + _text(f"token-{number}")
     writer.write(b"\x10" + _length(len(body)) + body)
@@ -63,7 +67,7 @@ async def _device(number: int, port: int, size: int, chunk: int, took: list[floa
     asked = str(chunk).encode()
     while got < size:
         sent = time.perf_counter()
-        writer.write(_publish(f"v2/fw/request/1/chunk/{index}", asked))
+        writer.write(_publish(f"v2/fw/request/1/chunk/{index}", asked, qos, index))
         topic = ""
         while not topic.startswith("v2/"):
             topic, payload = await _packet(reader)
@@ -83,9 +87,9 @@ async def _device(number: int, port: int, size: int, chunk: int, took: list[floa
 async def main() -> None:
     settings = json.loads(sys.stdin.readline())
     took: list[float] = []
-    size, chunk = settings["size"], settings["chunk"]
+    port, size, chunk, qos = (settings[name] for name in ("port", "size", "chunk", "qos"))
     spans = await asyncio.gather(
-        *(_device(number, settings["port"], size, chunk, took) for number in range(settings["devices"]))
+        *(_device(number, port, size, chunk, qos, took) for number in range(settings["devices"]))
     )
     took.sort()
     seconds = max(end for _, end in spans) - min(begin for begin, _ in spans)

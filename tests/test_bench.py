@@ -26,7 +26,7 @@ FIGURES = {
         *("written_idle", "written_update"),
     ],
     "can": ["paced", "udsoncan_share", "edged_share", "free", "cpu"],
-    "mqtt": ["pulls", "cpu", "cpu_ratio", "fleet", "fleet_p99", "fleet_memory"],
+    "mqtt": ["pulls", "pulls_acked", "cpu", "cpu_ratio", "fleet", "fleet_p99", "fleet_memory"],
     "store": ["twin_updates_1", "twin_updates_64"],
 }
 needs_tools = pytest.mark.skipif(

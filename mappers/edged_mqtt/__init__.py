@@ -6,13 +6,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import cast
 
 from edged.api import Device, Env, Identity, Link, LinkSpec, MapperSpec, Session, hookimpl
-from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.errors import Permanent, Reason, Transient
 from edged_mqtt.acl import access_list
 from edged_mqtt.config import (
     SCHEME,
@@ -29,7 +28,8 @@ from edged_mqtt.config import (
     parse_wire,
 )
 from edged_mqtt.session import Memory, MqttSession
-from edged_mqtt.wire import Credential, Proof, Seat, Wire
+from edged_mqtt.thingsboard import Told
+from edged_mqtt.wire import Credential, Proof, Wire
 
 NAME = "mqtt-thingsboard"
 PROTOCOL = "thingsboard"
@@ -104,50 +104,20 @@ async def _credential(address: DeviceAddress, config: MqttConfig, env: Env) -> C
     return Credential(proof, address.place, await env.credential(config.credential or address.place))
 
 
-class _Listener:
-    """A guest that only waits for a sign of life."""
-
-    def __init__(self) -> None:
-        self.heard_it = asyncio.Event()
-
-    def seated(self, seat: Seat) -> None:
-        pass
-
-    def arrived(self) -> None:
-        pass
-
-    def left(self, why: str) -> None:
-        pass
-
-    def over(self, fault: EdgedError) -> None:
-        pass
-
-    def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
-        self.heard_it.set()
-        return True
-
-
 async def _probe(address: str, env: Env) -> Identity | None:
-    """Whether the device is there. One that a session has is known by that; else one on a broker is listened for. Nothing
-    is sent to it. Raises ``Transient(DEVICE_ABSENT)`` where it is not there and a listener refused somebody lately."""
+    """Whether the device is there, and what it said on the connection that it has; one on a broker is listened for. Nothing is
+    sent to it, and nothing taken from its session. Raises ``Transient(DEVICE_ABSENT)`` where it is not there and a listener
+    refused somebody lately."""
     found = _address(address)
     async with env.link(found.link) as link:
         wire = cast(Wire, link)
-        memory = wire.memory(found.place).get("device")
-        if isinstance(memory, Memory) and wire.is_present(found.place):
-            told = memory.told
-            detail = {"title": told.title or "", "version": told.version or "", "state": told.state or ""}
-            return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL, **detail})
+        if wire.is_present(found.place) or await wire.hears(found.place, PROBE_S):
+            memory = wire.memory(found.place).get("device") if wire.is_remembered(found.place) else None
+            told = memory.told if isinstance(memory, Memory) else Told()
+            said = {"title": told.title, "version": told.version, "state": told.state}
+            detail = {"protocol": PROTOCOL} | {name: text for name, text in said.items() if text}
+            return Identity(f"credential:{found.place}", found.place, detail)
         if refused := wire.refused(found.place):
             text = f"{found.place} is not there; refused lately: {refused}"
             raise Transient(Reason.DEVICE_ABSENT, text)
-        if isinstance(found.wire, ListenAddress):
-            return None
-        guest = _Listener()
-        async with wire.seat(found.place, Credential(Proof.TOKEN, found.place), guest):
-            try:
-                async with asyncio.timeout(PROBE_S):
-                    await guest.heard_it.wait()
-            except TimeoutError:
-                return None
-        return Identity(f"credential:{found.place}", found.place, {"protocol": PROTOCOL})
+        return None

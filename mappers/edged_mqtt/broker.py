@@ -97,6 +97,9 @@ class Broker:
         self.present: set[str] = set()
         """The devices that were heard and are not known to be gone; also while no session has their seat."""
         self._seats: dict[str, BrokerSeat] = {}
+        self._served: set[str] = set()
+        """Who had a seat at any time: what these say is subscribed for good."""
+        self._ears: list[tuple[str, asyncio.Event]] = []
         self._memories: dict[str, dict[str, object]] = {}
         self._client: aiomqtt.Client | None = None
         self._before: set[str] = set()
@@ -130,6 +133,26 @@ class Broker:
         """See :meth:`edged_mqtt.wire.Wire.is_present`."""
         return name in self.present
 
+    def is_remembered(self, name: str) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.is_remembered`. A broker has one connection for all."""
+        return self.is_present(name)
+
+    async def hears(self, name: str, limit_s: float) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.hears`."""
+        heard = asyncio.Event()
+        ear = name, heard
+        self._ears.append(ear)
+        try:
+            await self.subscribe(_filters(name))
+            async with asyncio.timeout(limit_s):
+                return await heard.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._ears.remove(ear)
+            if name not in self._served:
+                await self._unsubscribe(name)
+
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
         return self._memories.setdefault(name, {})
@@ -143,6 +166,7 @@ class Broker:
         if name in self._seats:
             raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
         seat = BrokerSeat(self, name, guest)
+        self._served.add(name)
         guest.seated(seat)
         self._seats[name] = seat
         try:
@@ -274,6 +298,9 @@ class Broker:
             return
         prefix, rest = topic[:cut], topic[cut + 1 :]
         data = payload if isinstance(payload, bytes) else b""
+        for name, heard in self._ears:
+            if name == prefix:
+                heard.set()
         if (seat := self._seats.get(prefix)) is not None:
             seat.received(rest, data)
             return
@@ -291,6 +318,12 @@ class Broker:
         except aiomqtt.MqttError as exc:
             raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
 
+    async def _unsubscribe(self, name: str) -> None:
+        # where the connection is gone, so is the subscription
+        with contextlib.suppress(aiomqtt.MqttError):
+            if self._client is not None:
+                await self._client.unsubscribe([topic for topic, _ in _filters(name)])
+
     async def publish(self, topic: str, payload: bytes, qos: int) -> None:
         """Raises ``Transient(LINK_LOST)``."""
         if self._client is None:
@@ -300,6 +333,13 @@ class Broker:
             await self._client.publish(topic, payload, qos, timeout=limit_s)
         except (aiomqtt.MqttError, TimeoutError) as exc:
             raise Transient(Reason.LINK_LOST, f"{self.address}: {exc}") from exc
+
+
+def _filters(prefix: str) -> list[tuple[str, SubscribeOptions]]:
+    # both sides use the same topic for attributes: what this node says must not come back to it (v5 3.8.3.1)
+    # nor what the broker kept: it is no sign of life, whoever said it may be long gone
+    options = SubscribeOptions(qos=1, noLocal=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
+    return [(f"{prefix}/{topic}", options) for topic in SUBSCRIBED]
 
 
 class _Held:
@@ -358,10 +398,7 @@ class BrokerSeat:
     """One device's topics; see :class:`~edged_mqtt.wire.Seat`."""
 
     def __init__(self, broker: Broker, prefix: str, guest: Guest) -> None:
-        # both sides use the same topic for attributes: what this node says must not come back to it (v5 3.8.3.1)
-        # nor what the broker kept: it is no sign of life, whoever said it may be long gone
-        options = SubscribeOptions(qos=1, noLocal=True, retainHandling=SubscribeOptions.RETAIN_DO_NOT_SEND)
-        self.filters = [(f"{prefix}/{topic}", options) for topic in SUBSCRIBED]
+        self.filters = _filters(prefix)
         self._broker = broker
         self._prefix = prefix
         self.guest = guest

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import math
 import socket
@@ -42,11 +43,14 @@ STRANGERS: Final = 512
 """Connections without a credential at a time, in TLS's handshake or after it: hundreds of devices come back at once when the
 power does."""
 STRANGERS_OF_ONE: Final = 256
-"""The same from one address: it may be a router with many behind it, but must leave room for others."""
+"""The same from one address, or one network of 64 bits: it may be a router with many behind it, but must leave room for
+others."""
 ACCEPT_AGAIN_S: Final = 1.0
 """Where the system has no descriptor left, as in asyncio's own listener."""
 BACKLOG: Final = 256
 FIRST_PACKET_BYTES: Final = 4096
+STRANGER_BYTES: Final = 16 * 1024
+"""So much may a stranger send at all: its CONNECT, and what it says behind that before it was answered (3.1.4)."""
 LARGEST_PACKET_BYTES: Final = 128 * 1024
 """From a device: attributes and telemetry. What a device is told of as its limit is half of it."""
 PACKETS_AT_ONCE: Final = 64
@@ -129,6 +133,7 @@ class Endpoint:
         self.log = log
         self.longest_silence_s = config.longest_silence_s
         self._most = config.connections
+        self._asks_for_certificates = bool(config.client_ca)
         self._seats: dict[str, EndpointSeat] = {}
         self._keys: dict[bytes, EndpointSeat] = {}
         self._rests: dict[str, _Rest] = {}
@@ -163,6 +168,14 @@ class Endpoint:
         """See :meth:`edged_mqtt.wire.Wire.is_present`."""
         return name in self._seats and self._seats[name].present
 
+    def is_remembered(self, name: str) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.is_remembered`."""
+        return self.is_present(name) and not self._seats[name].came
+
+    async def hears(self, name: str, limit_s: float) -> bool:
+        """See :meth:`edged_mqtt.wire.Wire.hears`. Who is there is known without listening."""
+        return self.is_present(name)
+
     def memory(self, name: str) -> dict[str, object]:
         """See :meth:`edged_mqtt.wire.Wire.memory`."""
         return self._memories.setdefault(name, {})
@@ -179,6 +192,9 @@ class Endpoint:
 
     def _seat_of(self, name: str, credential: Credential) -> EndpointSeat:
         """The one that it had before, where it still has the same credential; else a new one."""
+        if credential.proof is Proof.CERTIFICATE and not self._asks_for_certificates:
+            text = f"proof: found 'certificate', but {self.address} asks for none; allowed: with client_ca in its [[link]]"
+            raise Permanent(Reason.CONFIG_INVALID, text)
         key, seat = credential.key(), self._seats.get(name)
         if seat is not None and seat.guest is not None:
             raise Transient(Reason.LINK_BUSY, f"{self.address} has a session with {name} already")
@@ -255,7 +271,7 @@ class Endpoint:
 
     def _admit(self, connection: Connection) -> bool:
         """Whether there is room for one more stranger."""
-        of_one = sum(stranger.host == connection.host for stranger in self._strangers)
+        of_one = sum(stranger.origin == connection.origin for stranger in self._strangers)
         if len(self._strangers) >= STRANGERS or of_one >= STRANGERS_OF_ONE:
             self.count("connection_refused")
             return False
@@ -345,7 +361,7 @@ class EndpointSeat:
         self._taken: deque[float] = deque(maxlen=TAKEOVERS)
         self._held: deque[tuple[str, bytes]] = deque()
         self._held_bytes = 0
-        self._came = False
+        self.came = False
         """Whether the connection began while there was no session."""
         self._leaving: asyncio.TimerHandle | None = None
         self.silence_s = math.inf
@@ -357,8 +373,8 @@ class EndpointSeat:
         self.close()
         guest.seated(self)
         self.guest = guest
-        if self._came:
-            self._came = False
+        if self.came:
+            self.came = False
             guest.arrived()
         self.more()
 
@@ -404,6 +420,10 @@ class EndpointSeat:
         most = packets.MOST_PACKET_BYTES if self._connection is None else self._connection.largest_bytes
         return max(most - MOST_HEAD_BYTES, 0)
 
+    def has_newer_than(self, connection: Connection) -> bool:
+        """Whether the device is on a connection that began after ``connection``."""
+        return self._connection is not None and self._connection.began > connection.began
+
     def may_sit(self, now: float) -> bool:
         """Whether to let a connection in. The newest wins, since an old one may be dead without anybody knowing; but two that
         throw each other out in turn are two devices with one credential: False then."""
@@ -421,7 +441,7 @@ class EndpointSeat:
             self.stand(old, "its credential was used on another connection")
             old.end(Code.TAKEN_OVER)
         self._connection = connection
-        self._came = self.guest is None
+        self.came = self.guest is None
         if self.guest is not None:
             self.guest.arrived()
 
@@ -429,7 +449,7 @@ class EndpointSeat:
         """``connection`` is over."""
         if self._connection is connection:
             self._connection = None
-            self._came = False
+            self.came = False
             self._held.clear()
             self._held_bytes = 0
             if self.guest is not None:
@@ -505,9 +525,10 @@ class EndpointSeat:
 
 
 class _Foreseen(NamedTuple):
-    """The packet of a message that a device is likely to send next, and what is in it."""
+    """The packet of a message that a device is likely to send next, with QoS 1 around its identifier, and what is in it."""
 
-    packet: bytes
+    begin: bytes
+    end: bytes
     topic: str
     payload: bytes
     meaning: object
@@ -519,6 +540,8 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, endpoint: Endpoint, host: str) -> None:
         self.host = host
+        self.origin = _origin(host)
+        self.began = asyncio.get_running_loop().time()
         self.version = packets.V3
         self.largest_bytes = packets.MOST_PACKET_BYTES
         self.streaming = False
@@ -532,7 +555,7 @@ class Connection(asyncio.Protocol):
         self._resting = False
         self._greeted = False
         self._silence_s = CONNECT_S
-        self._heard_at = self._loop.time()
+        self._heard_at = self.began
         self._watch: asyncio.TimerHandle | None = None
         self._room: asyncio.Future[None] | None = None
         self._why = "its connection was closed"
@@ -541,14 +564,20 @@ class Connection(asyncio.Protocol):
         self._soon_bytes = 0
         self._untold: asyncio.Future[None] | None = None
         self._foreseen: _Foreseen | None = None
+        self._asks_qos = 0
+        """Of the message that it sent last."""
+        self._owed = b""
+        """A PUBACK that goes out together with what follows from the message, or after that."""
 
     # -- asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._socket = transport.get_extra_info("socket")
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # asyncio sets it for its own listeners only; without it a chunk behind a PUBACK waits for the client's delayed one
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._heard_at = self._loop.time()
         self._watch = self._loop.call_later(self._silence_s, self._look)
 
@@ -582,25 +611,45 @@ class Connection(asyncio.Protocol):
         foreseen = self._foreseen
         if (
             foreseen is not None
-            and data == foreseen.packet
+            and (number := self._number_in(data, foreseen)) >= 0
             and not (self._buffer or self._over or self._waits)
         ):
-            self._message(foreseen.topic, foreseen.payload, foreseen.meaning)
-        else:
-            self._buffer += data
-            self._work()
+            self._heard(number, foreseen.topic, foreseen.payload, foreseen.meaning)
+            return
+        self._buffer += data
+        self._work()
+        if not self._greeted and len(self._buffer) > STRANGER_BYTES:
+            self._endpoint.count("malformed")
+            self.abort("it sent too much before it was let in")
+
+    def _number_in(self, data: bytes, foreseen: _Foreseen) -> int:
+        """The identifier of the packet that was foreseen, 0 without one; -1: it is another."""
+        if not self._asks_qos:
+            return 0 if data == foreseen.begin else -1
+        at = len(foreseen.begin)
+        fits = len(data) == at + 2 + len(foreseen.end)
+        if fits and data.startswith(foreseen.begin) and data.endswith(foreseen.end):
+            # 0 is none, and malformed
+            return (data[at] << 8 | data[at + 1]) or -1
+        return -1
 
     # -- for the seat
 
     def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
         """See :meth:`edged_mqtt.wire.Seat.foresee`."""
-        packet = packets.publish_head(topic.encode(), len(payload), self.version) + payload
-        self._foreseen = _Foreseen(packet, topic, payload, meaning)
+        if self._asks_qos:
+            begin, between = packets.acked_publish(topic.encode(), len(payload), self.version)
+            end = between + payload
+        else:
+            begin, end = packets.publish_head(topic.encode(), len(payload), self.version) + payload, b""
+        self._foreseen = _Foreseen(begin, end, topic, payload, meaning)
 
     def write(self, data: bytes) -> None:
         """Raises ``Transient(LINK_LOST)`` where the connection is over."""
         if self._over:
             raise Transient(Reason.LINK_LOST, self._why)
+        if self._owed:
+            data, self._owed = self._owed + data, b""
         self._transport.write(data)
 
     def publish(self, topic: str, payload: bytes | memoryview) -> None:
@@ -663,9 +712,10 @@ class Connection(asyncio.Protocol):
     def _taken(self) -> tuple[int, bytes]:
         """Changes with each byte that the client takes: what is not sent yet, and what its machine has acknowledged, since TLS
         hands on whole messages."""
-        info = self._transport.get_extra_info("socket").getsockopt(
-            socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop
-        )
+        if self._socket.fileno() < 0:
+            # it is over, and is told of that in a moment
+            return 0, b""
+        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_ACKED.stop)
         return self._transport.get_write_buffer_size(), info[_BYTES_ACKED]
 
     def resume(self) -> None:
@@ -682,6 +732,8 @@ class Connection(asyncio.Protocol):
         """Say why, and close; a client that does not read is cut off soon after."""
         if self._over:
             return
+        # what is not acknowledged comes again on the next connection
+        self._acknowledge()
         if self._greeted and self.version == packets.V5 and not self.streaming:
             self._transport.write(packets.disconnect(code))
         self._close()
@@ -690,6 +742,7 @@ class Connection(asyncio.Protocol):
         """Cut off at once."""
         self._why = why
         self._over = True
+        self._buffer.clear()
         if self._seat is not None:
             self._seat.stand(self, why)
         self._transport.abort()
@@ -698,6 +751,7 @@ class Connection(asyncio.Protocol):
 
     def _close(self) -> None:
         self._over = True
+        self._buffer.clear()
         self._transport.close()
         self._loop.call_later(FAREWELL_S, self._transport.abort)
 
@@ -810,8 +864,7 @@ class Connection(asyncio.Protocol):
             return
         if self._over:
             return
-        if late and seat.present:
-            # it came while this one waited, and is the newer one
+        if late and seat.has_newer_than(self):
             self._close()
             return
         if seat.rest.lasts(self._loop.time()):
@@ -862,14 +915,22 @@ class Connection(asyncio.Protocol):
 
     def _published(self, first: int, body: bytes) -> None:
         message = packets.parse_publish(first, body, self.version)
-        if message.qos:
-            self.write(packets.puback(message.number))
-        self._message(message.topic, message.payload)
+        self._asks_qos = message.qos
+        self._heard(message.number if message.qos else 0, message.topic, message.payload)
 
-    def _message(self, topic: str, payload: bytes, meaning: object = None) -> None:
+    def _heard(self, number: int, topic: str, payload: bytes, meaning: object = None) -> None:
+        """A message, with QoS 1 where it has a packet identifier."""
+        if number:
+            self._owed = packets.puback(number)
         if self._seat is not None and not self._seat.heard(topic, payload, meaning):
             self._resting = True
             self._transport.pause_reading()
+        self._acknowledge()
+
+    def _acknowledge(self) -> None:
+        if self._owed and not self._over:
+            self._transport.write(self._owed)
+        self._owed = b""
 
     def _subscribe(self, body: bytes) -> None:
         asked = packets.parse_subscribe(body, self.version, with_options=True)
@@ -897,6 +958,12 @@ _HANDLERS: Final[dict[int, Callable[[Connection, bytes], None]]] = {
     Kind.PUBACK << 4: Connection._acknowledged,
     Kind.DISCONNECT << 4: Connection._goodbye,
 }
+
+
+def _origin(host: str) -> str:
+    """Whom an address belongs to: one of IPv6 stands for its network, in which a host takes as many as it likes."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return host if address.version == 4 else str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def common_name(certificate: Any) -> str | None:

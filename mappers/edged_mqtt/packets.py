@@ -336,6 +336,13 @@ def publish_head(topic: bytes, payload_bytes: int, version: int) -> bytes:
     return b"\x30%b%b%b" % (length_bytes(2 + size + payload_bytes), size.to_bytes(2, "big"), topic)
 
 
+def acked_publish(topic: bytes, payload_bytes: int, version: int) -> tuple[bytes, bytes]:
+    """A PUBLISH with QoS 1 around its packet identifier: what stands before that, and what between it and the payload."""
+    between = b"\0" if version == V5 else b""
+    rest = length_bytes(4 + len(topic) + len(between) + payload_bytes)
+    return b"\x32%b%b%b" % (rest, len(topic).to_bytes(2, "big"), topic), between
+
+
 def puback(number: int) -> bytes:
     """PUBACK (v5 3.4), successful: the same in both versions."""
     return bytes([Kind.PUBACK << 4, 2, number >> 8, number & 0xFF])

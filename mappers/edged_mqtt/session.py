@@ -280,14 +280,22 @@ class MqttSession:
 
     def offer(self, desired: Sequence[Desired]) -> None:
         """What the device is answered that asks for its shared attributes."""
-        self._memory.shared = {one.name: one.value for one in desired if one.value is not None}
+        self._memory.shared = {
+            one.name: one.value
+            for one in desired
+            if one.value is not None and not tb.tells_of_an_image(one.name)
+        }
 
     async def apply(self, desired: Desired) -> Reported:
         """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
         does not answer has what it was given.
 
-        Raises Transient(DEVICE_ERROR) where it says what it said before: it may not have heard, or not want it.
+        Raises Transient(DEVICE_ERROR) where it says what it said before: it may not have heard, or not want it;
+        Permanent(REQUEST_INVALID) for one that would offer it an image.
         """
+        if tb.tells_of_an_image(desired.name):
+            text = f"{desired.name!r} would offer firmware that nobody verified; that comes with a release, by edged deploy"
+            raise Permanent(Reason.REQUEST_INVALID, text)
         self._require()
         name, begun = desired.name, self._loop.time()
         before = self._values.get(name, _NOTHING)

@@ -63,6 +63,7 @@ _MOST_DIGITS: Final = 9
 _CHUNK = re.compile(r"v2/(fw|sw)/request/([0-9A-Za-z_-]{1,32})/chunk/([0-9]{1,9})")
 _OPENING = re.compile(r"[\[{]")
 _NUMBER = re.compile(r"[0-9]{1,32}")
+_OF_AN_OFFER = re.compile(r"(fw|sw)_(title|version|tag|size|checksum|checksum_algorithm|url)")
 
 
 class Misbehaved(Exception):
@@ -139,6 +140,12 @@ def names(component: str) -> tuple[str, ...]:
     return tuple(
         f"{component}_{name}" for name in ("title", "version", "size", "checksum", "checksum_algorithm")
     )
+
+
+def tells_of_an_image(name: str) -> bool:
+    """Whether ``name`` is a shared attribute by which a device is offered an image, also one that is not offered here (a tag,
+    an URL)."""
+    return _OF_AN_OFFER.fullmatch(name) is not None
 
 
 def withdrawal(component: str) -> bytes:

@@ -157,6 +157,15 @@ class Wire(Protocol):
         """Whether the device ``name`` is there, as far as the wire can tell; also while no session has its seat."""
         ...
 
+    def is_remembered(self, name: str) -> bool:
+        """Whether the device ``name`` is there, and what its memory holds was said on the connection that it has now."""
+        ...
+
+    async def hears(self, name: str, limit_s: float) -> bool:
+        """Whether the device ``name`` says anything within ``limit_s``, beside a session that may have its seat, and without
+        taking anything from it. Raises ``Transient(LINK_LOST)``."""
+        ...
+
     def refused(self, name: str) -> str:
         """Who was not let in lately, from where and why, for an operator who misses ``name``; empty where nobody was, or where
         it is not known, as on a broker."""

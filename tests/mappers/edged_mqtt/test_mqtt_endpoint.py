@@ -9,6 +9,7 @@ import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,25 @@ def test_a_place_is_taken_once(tmp_path: Path) -> None:
                         pass
             async with endpoint.seat("pump-1", TOKEN, Guest()):
                 pass
+
+    asyncio.run(run())
+
+
+def test_the_newer_of_two_that_wait_to_be_let_in_has_the_place(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            first = await dial(port)
+            first.writer.write(connect_packet())
+            await asyncio.sleep(subject.REFUSE_S / 5)
+            second = await dial(port)
+            second.writer.write(connect_packet())
+            await asyncio.sleep(subject.REFUSE_S / 5)
+            async with endpoint.seat("pump-1", TOKEN, Guest()) as seat:
+                assert await second.read(4) == b"\x20\2\0\0"
+                await first.closed()
+                second.writer.write(b"\xc0\0")
+                assert await second.read(2) == b"\xd0\0"
+                assert seat.present
 
     asyncio.run(run())
 
@@ -743,6 +763,70 @@ def test_one_address_leaves_room_for_others(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(run())
 
 
+def test_a_network_of_ipv6_is_one_address() -> None:
+    assert subject._origin("2001:db8:0:1::5") == subject._origin("2001:db8:0:1:ffff::6%eth0")
+    assert subject._origin("2001:db8:0:1::5") != subject._origin("2001:db8:0:2::5")
+    assert subject._origin("192.0.2.1") != subject._origin("192.0.2.2")
+
+
+@pytest.mark.parametrize("user", ["nobody", "token"])
+def test_what_is_sent_before_a_credential_was_found_good_fills_no_memory(tmp_path: Path, user: str) -> None:
+    """What is said at once behind a good CONNECT (3.1.4) is taken all the same."""
+    blob = b"\x30\x84\x40\0\1a" + bytes(8193)
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path) as (endpoint, env, port),
+            endpoint.seat("pump-1", TOKEN, guest := Guest()),
+        ):
+            client = await dial(port)
+            client.writer.write(connect_packet(user) + blob * 4)
+            if user == "token":
+                assert await client.read(4) == b"\x20\2\0\0"
+                async with asyncio.timeout(10):
+                    while len(guest.messages) < 4:
+                        await asyncio.sleep(0.01)
+            else:
+                assert await client.closed() == b""
+            assert env.counted["malformed"] == (user == "nobody")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_the_one_before(tmp_path: Path, tls: bool) -> None:
+    """With QoS 1 a PUBACK and a chunk go out one after the other: by Nagle's algorithm (RFC 896) the chunk would wait for the
+    client's delayed acknowledgement, 40 ms each time."""
+    authority = Authority(tmp_path)
+    certificate, _ = authority.issue("node")
+    context = ssl.create_default_context(cafile=authority.ca) if tls else None
+    config = ListenConfig(certificate=str(certificate), key_credential="node.key") if tls else None
+
+    async def run() -> None:
+        async with (
+            listening(tmp_path, config) as (endpoint, _, port),
+            endpoint.seat("pump-1", TOKEN, Guest()),
+        ):
+            client = await dial(port, context)
+            client.writer.write(connect_packet())
+            assert await client.read(4) == b"\x20\2\0\0"
+            (connection,) = endpoint._connections
+            assert connection._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    asyncio.run(run())
+
+
+def test_a_certificate_as_proof_needs_an_authority(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, _):
+            with pytest.raises(Permanent, match="proof: found 'certificate', but .* asks for none") as caught:
+                async with endpoint.seat("pump-1", Credential(Proof.CERTIFICATE, "pump-1"), Guest()):
+                    pass
+            assert caught.value.reason is Reason.CONFIG_INVALID
+
+    asyncio.run(run())
+
+
 def test_places_are_the_devices_and_one_that_comes_back_takes_its_own(tmp_path: Path) -> None:
     """Whoever has no credential takes none of them; nor has a device to wait until its dead connection is found out."""
     names = ["pump-1", "pump-2", "pump-3"]
@@ -817,12 +901,18 @@ def test_a_client_that_sends_more_than_its_session_takes_waits_and_loses_nothing
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("qos", [0, 1])
 @pytest.mark.parametrize("version", [packets.V3, packets.V5])
 def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_other(
-    tmp_path: Path, version: int
+    tmp_path: Path, version: int, qos: int
 ) -> None:
+    numbers = count(1)
+
     def packet(payload: bytes) -> bytes:
-        return packets.publish_head(b"a", len(payload), version) + payload
+        if not qos:
+            return packets.publish_head(b"a", len(payload), version) + payload
+        begin, between = packets.acked_publish(b"a", len(payload), version)
+        return begin + next(numbers).to_bytes(2, "big") + between + payload
 
     async def run() -> None:
         async with listening(tmp_path) as (endpoint, _, port):
@@ -838,15 +928,16 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
                 client = await dial(port)
                 client.writer.write(connect_packet(version=version))
                 await guest.until("arrived")
-                seat.foresee("a", b"2", "two")
                 await heard(packet(b"1"), 1)
+                seat.foresee("a", b"2", "two")
                 await heard(packet(b"2"), 2)
-                client.writer.write(packet(b"2")[:3])
+                cut = packet(b"2")
+                client.writer.write(cut[:3])
                 (connection,) = endpoint._connections
                 async with asyncio.timeout(10):
                     while not connection._buffer:
                         await asyncio.sleep(0.01)
-                await heard(packet(b"2")[3:], 3)
+                await heard(cut[3:], 3)
                 guest.takes = 1
                 await heard(packet(b"2"), 4)
                 client.writer.write(packet(b"2"))
@@ -859,6 +950,16 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
             assert set(guest.meanings[:1] + guest.meanings[5:]) == {None}
             assert (guest.meanings[1], guest.meanings[2], guest.meanings[3]) == ("two", None, "two")
 
+            if qos:
+                # each once, in order
+                hello = await client.read(4 if version == 4 else 2)
+                if version == 5:
+                    await client.read(hello[1])
+                assert await client.read(24) == b"".join(packets.puback(number) for number in range(1, 7))
+                client.writer.write(packet(b"2").replace(b"\0\7", b"\0\0"))
+                await client.closed()
+                assert len(guest.messages) == 6, "0 is no packet identifier"
+                return
             # without a session it is held, and read by the next one
             client.writer.write(packet(b"2"))
             async with asyncio.timeout(10):

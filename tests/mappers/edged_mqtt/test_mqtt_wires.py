@@ -15,14 +15,15 @@ from click.testing import CliRunner
 from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device, until
 from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
-from edged.api import Device
+from edged.api import Desired, Device, SupportsDesired
 from edged.cli import main
 from edged.config import LinkSettings
 from edged.domain.job import State
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.node import life
-from edged_mqtt.config import parse_link
+from edged_mqtt.config import parse_config, parse_link
+from edged_mqtt.session import MqttSession
 
 
 @pytest.fixture
@@ -122,7 +123,6 @@ def test_a_probe_tells_what_a_device_said_and_sends_nothing(plant: Plant) -> Non
                     "protocol": "thingsboard",
                     "title": "pump",
                     "version": "1.0.0",
-                    "state": "",
                 }
                 await asyncio.sleep(0.1)
                 assert len(device.received) == before
@@ -201,6 +201,33 @@ def test_a_probe_does_not_take_a_device_that_was_there_for_one_that_is(plant: Pl
     asyncio.run(run())
 
 
+def test_a_probe_tells_nothing_that_was_said_on_a_former_connection(plant: Plant) -> None:
+    plant.device()
+    described = mqtt_device(plant.port)
+    first, second = (PullingDevice(plant.port, "token-of-pump-1") for _ in range(2))
+
+    async def run() -> None:
+        assert SPEC.probe is not None
+        pool = LinkPool(LINKS)
+        env = device_env("probe", pool)
+        async with device_env("holder", pool).link(plant.listener) as endpoint:
+            first.start()
+            async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                await session.slots()  # type: ignore[attr-defined]
+            found = await SPEC.probe(described.address, env)
+            assert found is not None and found.detail["version"] == "1.0.0", "it is the same connection"
+            await first.stop()
+            await until(lambda: not endpoint.is_present("pump-1"))  # type: ignore[attr-defined]
+            second.start()
+            await second.connected.wait()
+            await until(lambda: endpoint.is_present("pump-1"))  # type: ignore[attr-defined]
+            found = await SPEC.probe(described.address, env)
+            assert found is not None and dict(found.detail) == {"protocol": "thingsboard"}
+        await second.stop()
+
+    asyncio.run(run())
+
+
 async def _session(device: Device, pool: LinkPool) -> None:
     async with SPEC.connect(device, device_env(device.id, pool)):
         pass
@@ -222,6 +249,82 @@ def test_a_probe_listens_for_a_device_on_a_broker(tmp_path: Path) -> None:
 
     with broker.running():
         asyncio.run(run())
+
+
+def test_a_probe_takes_nothing_from_a_session_on_a_broker(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    address = f"mqtt:127.0.0.1:{broker.port}/devices/pump-1"
+    described = Device("pump-1", "pump", SPEC.name, address, config=parse_config({"report_s": 2}))
+    device = PullingDevice(broker.port, prefix="devices/pump-1/")
+
+    async def run() -> None:
+        assert SPEC.probe is not None
+        pool = LinkPool(LINKS)
+        env = device_env("probe", pool)
+        async with device_env("holder", pool).link(f"mqtt:127.0.0.1:{broker.port}"):
+            waits = asyncio.create_task(_session(described, pool))
+            await asyncio.sleep(0.2)
+            assert await SPEC.probe(address, env) is None, "a session waits for it beside"
+            waits.cancel()
+            await asyncio.wait([waits])
+            # no session has its seat, as while one rests: what it runs it says but once
+            probe = asyncio.create_task(SPEC.probe(address, env))
+            device.start()
+            assert await probe is not None
+            async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+                (slot,) = (await session.slots()).slots  # type: ignore[attr-defined]
+                assert slot.runs == "1.0.0"
+        await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
+def test_what_a_probe_listened_for_is_not_subscribed_for_good(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    device = PullingDevice(broker.port, prefix="devices/pump-1/", every_s=0.1)
+
+    async def run() -> None:
+        assert SPEC.probe is not None
+        pool = LinkPool(LINKS)
+        async with device_env("holder", pool).link(f"mqtt:127.0.0.1:{broker.port}") as link:
+            device.start()
+            address = f"mqtt:127.0.0.1:{broker.port}/devices/pump-1"
+            assert await SPEC.probe(address, device_env("probe", pool)) is not None
+            assert not await link.hears("devices/pump-2", 0.5)  # type: ignore[attr-defined]
+            held = link._held  # type: ignore[attr-defined]
+            kept = len(held.take("devices/pump-1", asyncio.get_running_loop().time()))
+            assert kept, "it was heard"
+            await asyncio.sleep(0.5)
+            assert not held.take("devices/pump-1", asyncio.get_running_loop().time())
+        await device.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["fw_url", "sw_title", "fw_checksum_algorithm", "sw_tag"])
+def test_no_wish_offers_a_device_an_image(plant: Plant, name: str) -> None:
+    """What a device takes for an offer comes with a release that was verified, and in no other way."""
+    described = mqtt_device(plant.port)
+    plant.device()
+    device = PullingDevice(plant.port, "token-of-pump-1")
+
+    async def run() -> None:
+        pool = LinkPool(LINKS)
+        device.start()
+        async with SPEC.connect(described, device_env("pump-1", pool)) as session:
+            assert isinstance(session, SupportsDesired) and isinstance(session, MqttSession)
+            wishes = [Desired(name, "http://example.org/x", 1), Desired("interval", 5, 1)]
+            session.offer(wishes)
+            with pytest.raises(Permanent, match=f"'{name}' would offer firmware") as caught:
+                await session.apply(wishes[0])
+            assert caught.value.reason is Reason.REQUEST_INVALID
+            assert session._memory.shared == {"interval": 5}
+        await device.stop()
+        assert not any(name in str(one) for one in device.received)
+
+    asyncio.run(run())
 
 
 async def _connects(broker: Mosquitto, **table: Any) -> None:
