@@ -28,6 +28,15 @@ _UNKNOWN_BUFFER_BYTES: Final = 256
 _LEAST_BUFFER_BYTES: Final = 32
 _MOST_BUFFER_BYTES: Final = 16384
 BUSY_S: Final = 0.1
+_BUSY_TRIES: Final = 5
+
+
+class Busy(Transient):
+    """The server had no room for a request, or no time, each time that it was asked."""
+
+    def __init__(self, error: ErrorAnswer) -> None:
+        super().__init__(Reason.DEVICE_ERROR, f"{error.detail}, {_BUSY_TRIES} times")
+        self.name = error.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,24 +123,34 @@ class SmpClient:
         answer_s: float = 0.0,
     ) -> Mapping[str, Any]:
         """The body of the answer to ``command``, which is sent up to ``tries`` times; ``answer_s``: for each (0: the usual).
+        To a server that is busy it is sent again all the same, after a pause that doubles.
 
-        Raises ErrorAnswer (a Permanent), Transient(NO_RESPONSE), Transient(LINK_LOST).
+        Raises ErrorAnswer (a Permanent), Busy (a Transient), Transient(NO_RESPONSE), Transient(LINK_LOST).
         """
         await self.meet()
         wait_s = answer_s or self._answer_s
-        sequence = self._next_sequence()
-        for left in reversed(range(tries)):
-            await self.send(command, body, sequence=sequence)
-            answer = await self.answer({sequence: command}, wait_s)
-            if answer is None:
-                continue
+        pause_s, longest_s = BUSY_S, BUSY_S * 2 ** (_BUSY_TRIES - 1)
+        while True:
+            answer = await self._answer_of(command, body, tries, wait_s)
             try:
                 return smp.check(command, answer.body)
             except ErrorAnswer as error:
-                if not error.passes or not left:
+                if not error.passes:
                     raise
-            await asyncio.sleep(BUSY_S)
-            sequence = self._next_sequence()
+                if pause_s >= longest_s:
+                    raise Busy(error) from error
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+
+    async def _answer_of(
+        self, command: Command, body: Mapping[str, object] | None, tries: int, wait_s: float
+    ) -> Message:
+        sequence = self._next_sequence()
+        for _ in range(tries):
+            await self.send(command, body, sequence=sequence)
+            answer = await self.answer({sequence: command}, wait_s)
+            if answer is not None:
+                return answer
         raise Transient(
             Reason.NO_RESPONSE,
             f"{self._link.path}: no answer to {command}, which was sent {tries} times; "
@@ -139,9 +158,10 @@ class SmpClient:
         )
 
     async def is_told(self, command: Command, body: Mapping[str, object] | None = None) -> bool:
-        """Send ``command`` once. False where no answer came: a server that resets may not get to it, or has not heard.
+        """Send ``command`` once, again only to a server that is busy. False where no answer came: one that resets may not get
+        to it, or has not heard.
 
-        Raises ErrorAnswer, Transient(LINK_LOST).
+        Raises ErrorAnswer, Busy, Transient(LINK_LOST).
         """
         try:
             await self.ask(command, body, tries=1)

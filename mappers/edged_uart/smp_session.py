@@ -38,7 +38,7 @@ from edged_uart import smp
 from edged_uart.link import SerialLink
 from edged_uart.session import parse_report
 from edged_uart.smp import ErrorAnswer
-from edged_uart.smp_client import SmpClient
+from edged_uart.smp_client import Busy, SmpClient
 from edged_uart.smp_config import ALL, PROTOCOL, SETTLING_BOOTS, SmpConfig, longest_call_s
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw
 from edged_uart.smp_upload import Content, Pace, upload
@@ -202,14 +202,14 @@ class SmpSession:
             else "unknown",
         }
         board = await self._offered(smp.APPLICATION_INFO, {"format": "i"}, "output")
-        kernel = await self._offered(smp.APPLICATION_INFO, {"format": "sv"}, "output")
+        kernel = await self._told_of(smp.APPLICATION_INFO, {"format": "sv"}, "output")
         if isinstance(kernel, str):
             detail["kernel"] = kernel
         if (mode := await self._boot_mode()) is not None:
             detail["boot_mode"] = str(mode)
         try:
             state = await self._state()
-        except ErrorAnswer as error:
+        except (ErrorAnswer, Busy) as error:
             detail["slots"] = error.name
         else:
             detail |= {f"slot {entry.slot}": _described(entry) for entry in state.entries}
@@ -693,7 +693,7 @@ class SmpSession:
     async def _image_reports(self) -> list[Reported]:
         try:
             active = (await self._state()).active
-        except ErrorAnswer:
+        except (ErrorAnswer, Busy):
             return []
         if active is None:
             return []
@@ -706,7 +706,7 @@ class SmpSession:
     async def _statistics(self) -> list[Reported]:
         names: object = list(self._config.statistics)
         if names == [ALL]:
-            names = await self._offered(smp.STATISTICS_GROUPS, {}, "stat_list")
+            names = await self._told_of(smp.STATISTICS_GROUPS, {}, "stat_list")
         return [
             reported
             for name in (names if isinstance(names, list) else ())
@@ -715,7 +715,7 @@ class SmpSession:
         ]
 
     async def _statistics_of(self, group: str) -> list[Reported]:
-        fields = await self._offered(smp.STATISTICS, {"name": group}, "fields")
+        fields = await self._told_of(smp.STATISTICS, {"name": group}, "fields")
         named = fields.items() if isinstance(fields, dict) else ()
         return [
             Reported(f"{STATISTIC}{group}.{key}", value) for key, value in named if isinstance(value, int)
@@ -725,7 +725,7 @@ class SmpSession:
         found = []
         for name in names:
             setting = self._config.settings.get(name)
-            data = await self._offered(smp.SETTING, {"name": name}, "val") if setting else None
+            data = await self._told_of(smp.SETTING, {"name": name}, "val") if setting else None
             if setting is not None and isinstance(data, bytes):
                 try:
                     found.append(Reported(SETTING + name, setting.value(data), setting.unit))
@@ -748,9 +748,9 @@ class SmpSession:
         """The value of a property as text; empty where the device does not answer or has none of that name."""
         try:
             if query == "os.info":
-                return str(await self._offered(smp.APPLICATION_INFO, {"format": "a"}, "output") or "")
+                return str(await self._told_of(smp.APPLICATION_INFO, {"format": "a"}, "output") or "")
             if query == "os.echo":
-                return str(await self._offered(smp.ECHO, {"d": query}, "r") or "")
+                return str(await self._told_of(smp.ECHO, {"d": query}, "r") or "")
             found = [one for one in await self._asked(query) if one.name == query]
         except Transient as error:
             if error.reason is not Reason.NO_RESPONSE:
@@ -767,8 +767,16 @@ class SmpSession:
             return await self._statistics_of(query.removeprefix(STATISTIC).rpartition(".")[0])
         return await self._image_reports()
 
+    async def _told_of(self, command: smp.Command, body: Mapping[str, object], key: str) -> Any:
+        """What the answer has under ``key``; None where the server does not offer this, or has no room for it: one property
+        that cannot be had is left out, and the others are told."""
+        try:
+            return await self._offered(command, body, key)
+        except Busy:
+            return None
+
     async def _offered(self, command: smp.Command, body: Mapping[str, object], key: str) -> Any:
-        """What the answer has under ``key``; None where the server does not offer this."""
+        """What the answer has under ``key``; None where the server does not offer this. Raises Busy."""
         try:
             return (await self._client.ask(command, body)).get(key)
         except ErrorAnswer:

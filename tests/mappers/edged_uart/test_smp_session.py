@@ -509,6 +509,59 @@ def test_a_server_that_is_full_is_asked_again(tmp_path: Path, code: int) -> None
 
 
 @pytest.mark.parametrize(
+    "busy",
+    [(2, 0, 5), (2, 1, 0), (0, 1, 0), (0, 0, 8), (0, 1, 6)],
+    ids=["reset", "mark", "state", "mode", "slots"],
+)
+@pytest.mark.parametrize("code", [2, 10], ids=["ENOMEM", "EBUSY"])
+def test_what_a_busy_server_refuses_is_asked_again_or_later(
+    tmp_path: Path, busy: tuple[int, int, int], code: int
+) -> None:
+    """A moment costs nothing; what takes longer is no refusal, and the engine's to ask later."""
+    left = 0
+
+    async def work(session: SmpSession) -> None:
+        nonlocal left
+        left = 5
+        with pytest.raises(Transient) as caught:
+            await staged(session, SECOND)
+            await session.activate()
+        assert caught.value.reason is Reason.DEVICE_ERROR and "5 times" in caught.value.detail
+        assert left == 0 and server.runs == "1.0.0"
+        left = 3
+        await staged(session, SECOND)
+        await session.activate()
+        assert left == 0 and server.runs == "2.0.0" and server.counts.boots == 2
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        normal = server._do
+
+        def refusing(op: int, group: int, number: int, body: dict[str, Any]) -> Any:
+            nonlocal left
+            if (op, group, number) != busy or not left:
+                return normal(op, group, number, body)
+            left -= 1
+            return 0, code
+
+        server._do = refusing  # type: ignore[method-assign]
+        on(server, work)
+
+
+def test_a_property_for_which_the_server_has_no_room_is_left_out_and_the_others_are_told(
+    tmp_path: Path,
+) -> None:
+    async def work(session: SmpSession) -> None:
+        names = [reported.name for reported in await session._poll()]
+        assert "image.version" in names and "setting.a" in names and not any("stat." in one for one in names)
+        health = await session.check_health(HealthCheck("property", "3", "stat.net.rx", timeout_s=0.5))
+        assert not health.healthy
+
+    with SmpServer(tmp_path, FACTORY, settings={"a": b"\1"}, statistics={"net": {"rx": 3}}) as server:
+        server._do_2_0_r = lambda body: (0, 2)  # type: ignore[method-assign]
+        on(server, work, settings={"a": {"type": "int8"}})
+
+
+@pytest.mark.parametrize(
     "answer", [{"off": -1}, {"off": "x"}, {}, {"off": 10**9}, {"rc": 6}, {"err": {"group": 1, "rc": 12}}]
 )
 def test_an_answer_that_makes_no_sense_ends_with_a_reason(tmp_path: Path, answer: dict[str, Any]) -> None:
