@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TypeVar, cast
@@ -20,7 +20,7 @@ from edged.clock import Clock, from_text, to_text
 from edged.config import Config, DeviceSettings
 from edged.deployments import BadRequest, Deployments
 from edged.devices import Devices, LeftOut
-from edged.domain import steps
+from edged.domain import reasons, steps
 from edged.domain.job import Job, State
 from edged.domain.reconcile import DRIFT, FIRMWARE, release_of
 from edged.domain.twin import Value, delta
@@ -29,7 +29,7 @@ from edged.engine.loop import Engine
 from edged.engine.reconciler import cancel, left_alone, retry
 from edged.engine.trust import Trust
 from edged.errors import EdgedError, Permanent, Reason
-from edged.links import device_env
+from edged.links import InUse, device_env
 from edged.metrics import Snapshot
 from edged.plugins import Plugins
 from edged.sessions import expect, plugin_call
@@ -145,10 +145,18 @@ class Control:
             text = f"{missing.settings.id} is left out: {missing.detail}"
             cure = "correct what edged check-config names, then systemctl restart edged"
             found.append({"part": "device", **explain_reason(missing.reason, text), "cure": cure})
+        found += self._device_problems()
         found += [
             {"part": part, "reason": None, "detail": text, "cure": ""} for part, text in self.faults.items()
         ]
         return found
+
+    def _device_problems(self) -> Iterator[Json]:
+        """Of devices that are not just away: who has to see to them."""
+        for one in self._parts.devices.sessions.all():
+            reason, detail = one.unit.reason, f"{one.device.id}: {one.unit.detail}"
+            if reason is not None and reasons.kind(reason) is not reasons.Kind.WAITING:
+                yield {"part": "device", **explain_reason(reason, detail)}
 
     async def _left_alone_problems(self) -> list[Json]:
         try:
@@ -357,7 +365,12 @@ class Control:
             schemes = ", ".join(f"{scheme}:" for scheme in sorted(spec.schemes))
             raise Permanent(Reason.UNSUPPORTED, f"mapper {mapper} asks at {schemes} only, not at {address!r}")
         env = device_env(f"probe {address}", self._parts.devices.pool)
-        identity = await plugin_call(PROBE_TIMEOUT_S, spec.probe, address, env)
+        try:
+            identity = await plugin_call(PROBE_TIMEOUT_S, spec.probe, address, env)
+        except InUse as exc:
+            if exc.user in self._parts.config.devices:
+                exc.cure = f"it is a device of this node: edged mapper probe --device {exc.user}"
+            raise
         found: Json = {"mapper": mapper, "address": address, "identity": None}
         if identity is not None:
             identity = expect(Identity, identity)
@@ -367,8 +380,9 @@ class Control:
     async def probe_all(self, address: str) -> Json:
         """Ask each mapper that can do so without disturbing a device, one after the other, since a wire may be exclusive.
 
-        ``answers``: those of :meth:`probe` with an identity; ``problems``: what went wrong, by mapper; ``not_asked``: mappers
-        whose probe may reset the device. Raises ``Permanent(UNSUPPORTED)`` where no mapper can ask at such an address.
+        ``answers``: those of :meth:`probe` with an identity; ``problems``: what went wrong, by mapper; ``failure``: why nobody
+        could be heard, where that is not just silence; ``not_asked``: mappers whose probe may reset the device.
+        Raises ``Permanent(UNSUPPORTED)`` where no mapper can ask at such an address.
         """
         plugins = self._parts.plugins
         able = [spec for spec in plugins.mappers.values() if spec.probe is not None and spec.reaches(address)]
@@ -378,18 +392,24 @@ class Control:
                 Reason.UNSUPPORTED, f"no mapper asks at {address!r}; an address begins with one of: {schemes}"
             )
         answers: list[JsonValue] = []
-        problems: Json = {}
+        errors: dict[str, EdgedError] = {}
         for spec in able:
             if spec.probe_disturbs:
                 continue
             try:
                 found = await self.probe(spec.name, address)
             except EdgedError as exc:
-                problems[spec.name] = str(exc)
+                errors[spec.name] = exc
             else:
                 answers += [found] if found["identity"] else []
         not_asked: list[JsonValue] = [spec.name for spec in able if spec.probe_disturbs]
-        return {"address": address, "answers": answers, "problems": problems, "not_asked": not_asked}
+        return {
+            "address": address,
+            "answers": answers,
+            "problems": {name: str(error) for name, error in errors.items()},
+            "failure": None if answers else _why_unheard(errors),
+            "not_asked": not_asked,
+        }
 
     async def probe_device(self, device: str) -> Json:
         """Borrow the device's session and ask who it is and what it runs. Disturbs the device. Raises as the mapper."""
@@ -484,6 +504,12 @@ async def _next_live(queue: asyncio.Queue[Event]) -> Event | None:
 
 def _concerns(event: Event, job: str | None, device: str | None) -> bool:
     return (job is None or event.get("job") == job) and (device is None or event.get("device") == device)
+
+
+def _why_unheard(errors: Mapping[str, EdgedError]) -> Json | None:
+    """The first error that is another than silence, with its ``mapper``."""
+    told = ((name, error) for name, error in errors.items() if error.reason is not Reason.NO_RESPONSE)
+    return next(({"mapper": name, **explain(error)} for name, error in told), None)
 
 
 def _probe_limit() -> asyncio.Timeout:

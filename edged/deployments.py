@@ -15,9 +15,10 @@ from typing import cast
 from edged.api import Device, JsonValue
 from edged.config import Config, EngineSettings
 from edged.devices import Attached, Devices, is_firmware
-from edged.domain.admission import Admission, admit
+from edged.domain.admission import admit
 from edged.domain.job import Job
 from edged.domain.reconcile import FIRMWARE, firmware_value, release_of
+from edged.engine import running
 from edged.engine.events import Broadcast
 from edged.engine.images import Images
 from edged.engine.loop import Engine
@@ -27,11 +28,12 @@ from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
 from edged.sessions import DeviceUnit
 from edged.store import audit, floors, jobs, outbox, twins
 from edged.store.database import Store, Tx
-from edged.views import Json, explain, explain_reason
+from edged.views import Json, explain
 from edged_firmware.facts import ReleaseRef, VerifiedRelease
 
 log = logging.getLogger(__name__)
 
+_NOT_USABLE = frozenset({Reason.HARDWARE_MISMATCH, Reason.CONFIG_INVALID, Reason.UNSUPPORTED})
 # what a device may report, but for spaces: settings of Zephyr have slashes in their names
 _PROPERTY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,126}")
 
@@ -192,12 +194,7 @@ class Deployments:
         return _Verdict(release, None, refused)
 
     async def _admit(self, release: VerifiedRelease, unit: DeviceUnit) -> Refused | None:
-        device = unit.device
-        counters = await self._store.read(lambda tx: floors.counters(tx, device.id))
-        spec = unit.spec
-        known = Admission(
-            device, counters.get(FIRMWARE, 0), counters, spec.flash_protocols, spec.flash_params
-        )
+        known = await running.known_of(self._store, unit, FIRMWARE)
         try:
             admit(release.facts, known)
         except Refused as exc:
@@ -221,7 +218,10 @@ class Deployments:
     # -- plans
 
     async def plan(self, release: str, target: Target) -> Json:
-        """What :meth:`deploy` would do, device by device; changes nothing. Errors as there, but for ``Refused``."""
+        """What :meth:`deploy` would do, device by device; changes nothing. Errors as there, but for ``Refused``.
+
+        ``refused`` also where the job would end at once, by what is known of the device now.
+        """
         ref, units = parse_release(release), self._units(target)
         verdict = await self._judge(ref, units)
         found = verdict.release
@@ -253,8 +253,11 @@ class Deployments:
         )
         reported = twin.reported.get(FIRMWARE)
         runs = release_of(reported.value) if reported else None
-        refused = verdict.refused.get(device)
         attached = self._devices.attached.get(device)
+        action = _action(str(ref), runs, active)
+        refused: EdgedError | None = verdict.refused.get(device)
+        if refused is None and action == "install":
+            refused = _misfit(unit) or await self._no_way_back(unit, attached, runs)
         ceiling = attached.traits.ceiling_bytes_per_s if attached else None
         size = verdict.release.image.length if verdict.release else None
         read_out = _read_out_bytes(unit.device, attached)
@@ -263,14 +266,37 @@ class Deployments:
             "model": unit.device.model,
             "runs": runs,
             "floor": floor,
-            "action": "refuse" if refused else _action(str(ref), runs, active),
+            "action": "refuse" if refused else action,
             "active_job": active.id if active else None,
-            "refused": explain_reason(refused.reason, refused.detail) if refused else None,
+            "refused": explain(refused) if refused else None,
             "ceiling_bytes_per_s": ceiling,
             "read_out_bytes": read_out,
             "estimated_minutes": round((size + read_out) / ceiling / 60, 2) if size and ceiling else None,
             "unit_state": unit.unit.state.value,
         }
+
+    async def _no_way_back(
+        self, unit: DeviceUnit, attached: Attached | None, runs: str | None
+    ) -> Refused | None:
+        """Why the job would find nothing that the device could go back to; None where it would, or where nobody has asked."""
+        device = unit.device
+        if attached is None or attached.traits.slot_count > 1 or attached.traits.identify_disturbs:
+            return None
+        allowed = self._config.models[device.model].policy.without_fallback
+        if allowed or runs is not None or _read_out_bytes(device, attached):
+            return None
+        if await running.left_behind(self._store, device.id, FIRMWARE) is not None:
+            return None
+        told = await running.told(self._store, self._trust, unit, FIRMWARE, attached.active)
+        return running.unknown(device, attached.active) if told is None else None
+
+
+def _misfit(unit: DeviceUnit) -> EdgedError | None:
+    """Why the device cannot be used as it is configured, or is another one: its job would end for it."""
+    reason, detail = unit.unit.reason, unit.unit.detail
+    if reason in _NOT_USABLE:
+        return Permanent(reason, detail)
+    return None
 
 
 def parse_release(text: str) -> ReleaseRef:

@@ -63,7 +63,7 @@ class LeftOut:
 @dataclass(frozen=True, slots=True)
 class Attached:
     """What a device said when its session was opened last. ``identity`` None: asking would have disturbed it.
-    ``reads_back``: its flash can be read.
+    ``reads_back``: its flash can be read. ``active``: the slot that ran then, None where it was not asked.
 
     ``rejected`` has, by name, the desired properties that the device would not take.
     """
@@ -73,6 +73,7 @@ class Attached:
     identity: Identity | None
     reads_back: bool
     rejected: Mapping[str, str]
+    active: Slot | None = None
 
 
 def device_of(settings: DeviceSettings, model: Model, config: object) -> Device:
@@ -263,7 +264,9 @@ class Devices:
         self.attached[device.id] = Attached(self._clock.now(), session.traits, identity, reads_back, {})
         self.returned(device.id)
         if not session.traits.identify_disturbs and isinstance(session, SupportsFirmware):
-            await self._notice_version(device, expect(Slots, await plugin_call(self._call_s, session.slots)))
+            active = expect(Slots, await plugin_call(self._call_s, session.slots)).active
+            self.attached[device.id] = replace(self.attached[device.id], active=active)
+            await self._notice_version(device, active)
         twin = await self._store.read(lambda tx: twins.get(tx, device.id))
         wishes = {name: wish for name, wish in twin.desired.items() if not is_firmware(name)}
         if isinstance(session, SupportsDesiredQuery):
@@ -271,10 +274,9 @@ class Devices:
         await self._apply(device, session, self._due(device.id, wishes, twin.reported))
         self._show_rejected(device.id, wishes)
 
-    async def _notice_version(self, device: Device, slots: Slots) -> None:
+    async def _notice_version(self, device: Device, active: Slot | None) -> None:
         """A device that came back with another image than the last job left in it: say that nobody knows what it runs, and
         have it reconciled."""
-        active = slots.active
         if active is None or active.runs is None:
             return
         if await self._store.write(lambda tx: _forget_if_other(tx, device.id, active)):

@@ -58,6 +58,14 @@ class ShortMemory:
         self._kept[user, key] = text
 
 
+class InUse(Transient):
+    """An exclusive wire is used by somebody of this node already. Reason ``LINK_BUSY``."""
+
+    def __init__(self, address: str, user: str) -> None:
+        super().__init__(Reason.LINK_BUSY, f"{address} is in use by {user}")
+        self.user = user
+
+
 class LinkPool:
     """All open wires of this daemon, by address.
 
@@ -90,7 +98,7 @@ class LinkPool:
     async def use(self, address: str, user: str) -> AsyncIterator[Link]:
         """Use the wire at ``address`` as ``user`` (for messages).
 
-        Raises ``Transient(LINK_BUSY)``, whatever opening it raises, or ``Permanent(UNSUPPORTED)``.
+        Raises :class:`InUse`, whatever opening it raises, or ``Permanent(UNSUPPORTED)``.
         """
         shared = self._shared.get(address) or self._open(address)
         shared.users.append(user)
@@ -99,7 +107,7 @@ class LinkPool:
         try:
             link = await asyncio.shield(shared.opened)
             if link.exclusive and len(shared.users) > 1:
-                raise Transient(Reason.LINK_BUSY, f"{address} is in use by {shared.users[0]}")
+                raise InUse(address, shared.users[0])
             yield link
         finally:
             shared.users.remove(user)

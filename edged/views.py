@@ -18,15 +18,15 @@ Json = dict[str, JsonValue]
 
 def explain(error: EdgedError) -> Json:
     """``{reason, detail, cure}`` of an error."""
-    return explain_reason(error.reason, error.detail)
+    return explain_reason(error.reason, error.detail, error.cure)
 
 
-def explain_reason(reason: Reason | None, detail: str) -> Json:
-    """``{reason, detail, cure}``; ``reason`` may be None."""
+def explain_reason(reason: Reason | None, detail: str, cure: str = "") -> Json:
+    """``{reason, detail, cure}``; ``reason`` may be None. ``cure`` empty: that of the reason."""
     return {
         "reason": reason.value if reason else None,
         "detail": detail,
-        "cure": reasons.cure(reason) if reason else "",
+        "cure": cure or (reasons.cure(reason) if reason else ""),
     }
 
 

@@ -29,6 +29,7 @@ from edged import app, config
 from edged.testing.fake import FakePlugin
 plugin = FakePlugin()
 plugin.bus("slow").bytes_per_s = 2000
+plugin.bus("line").exclusive = True
 app.main(config.load(Path(sys.argv[1])), [("fake", plugin)])
 """
 

@@ -77,7 +77,7 @@ def command(function: Callable[P, None], *, cures: bool = True) -> Callable[P, N
         except EdgedError as exc:
             code = reasons.exit_code(exc.reason)
             kind = "refused" if code == reasons.EXIT_REFUSED else "failed"
-            cure = reasons.cure(exc.reason) if cures else ""
+            cure = exc.cure or (reasons.cure(exc.reason) if cures else "")
             fail(code, kind, exc.reason.value, exc.detail, cure, as_json=as_json)
 
     return run

@@ -84,7 +84,7 @@ def deploy(
 @click.pass_obj
 @command
 def plan(context: Context, release: str, devices: tuple[str, ...], model: str | None, as_json: bool) -> None:
-    """Show what `deploy` would do; change nothing. Exit code 3 where a device would be refused.
+    """Show what `deploy` would do; change nothing. Exit code 3 where a device would be refused, also by its job at once.
 
     \b
     Examples:

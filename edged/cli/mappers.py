@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -11,6 +11,7 @@ from edged.cli.context import (
     command,
     echo,
     fail,
+    job_exit_code,
     json_option,
     load_config,
     show_json,
@@ -132,15 +133,7 @@ def acl(context: Context, address: str, as_json: bool) -> None:
 
 def _show_all(found: dict[str, Any], as_json: bool) -> None:
     if not found["answers"]:
-        if not as_json:
-            for name, problem in found["problems"].items():
-                echo(f"{name}: {problem}", err=True)
-        others = ", ".join(found["not_asked"])
-        _nobody(
-            f"nobody answers at {found['address']}"
-            + (f"; not asked, since it may reset the device: {others}" if others else ""),
-            as_json,
-        )
+        _unheard(found, as_json)
     if as_json:
         show_json(found)
         return
@@ -149,7 +142,23 @@ def _show_all(found: dict[str, Any], as_json: bool) -> None:
         _show(answer)
 
 
-def _nobody(text: str, as_json: bool) -> None:
+def _unheard(found: dict[str, Any], as_json: bool) -> NoReturn:
+    """Nobody answered: end with the cause, after what else went wrong."""
+    failure = found["failure"]
+    if not as_json:
+        for name, problem in found["problems"].items():
+            if failure is None or name != failure["mapper"]:
+                echo(f"{name}: {problem}", err=True)
+    not_asked = ", ".join(found["not_asked"])
+    others = f"; not asked, since it may reset the device: {not_asked}" if not_asked else ""
+    if failure is None:
+        _nobody(f"nobody answers at {found['address']}{others}", as_json)
+    text = f"{failure['mapper']}: {failure['detail']}{others}"
+    code = job_exit_code(failure["reason"])
+    fail(code, "failed", failure["reason"], text, failure["cure"], as_json=as_json)
+
+
+def _nobody(text: str, as_json: bool) -> NoReturn:
     fail(
         reasons.EXIT_FAILED, "failed", "no_response", text, "check power, wiring and address", as_json=as_json
     )

@@ -421,12 +421,8 @@ class JobRunner:
             raise running.unknown(self._device, self._active)
 
     async def _left_behind(self) -> Fallback | None:
-        """The fallback of a job that ended between two images: what the flash holds now is no way back."""
-        device, component = self.job.device, self.job.component
-        last = await self._shop.store.read(lambda tx: jobs.last_touched(tx, device, component))
-        if last is None or last.state is not State.FAILED or last.fallback is None:
-            return None
-        return last.fallback if await self._is_sound(ImageKey.of_fallback(last.fallback)) else None
+        left = await running.left_behind(self._shop.store, self.job.device, self.job.component)
+        return left if left is not None and await self._is_sound(ImageKey.of_fallback(left)) else None
 
     async def _to_be_had(
         self, find: Callable[[], Awaitable[VerifiedRelease | None]]

@@ -6,7 +6,7 @@ import json
 
 from edged.api import Device, Slot
 from edged.domain import admission
-from edged.domain.job import State
+from edged.domain.job import Fallback, State
 from edged.domain.reconcile import release_of
 from edged.engine.trust import Trust
 from edged.errors import Reason, Refused
@@ -48,6 +48,12 @@ async def told(
     ]
     published = [one for one in await trust.published() if _may_go_back(one, known)]
     return admission.told(active, installed, published)
+
+
+async def left_behind(store: Store, device: str, component: str) -> Fallback | None:
+    """The fallback of a job that ended between two images: what the flash holds now is no way back."""
+    last = await store.read(lambda tx: jobs.last_touched(tx, device, component))
+    return last.fallback if last is not None and last.state is State.FAILED else None
 
 
 def unknown(device: Device, active: Slot | None) -> Refused:

@@ -76,13 +76,14 @@ class EdgedError(Exception):
     """Base of all errors that edged raises on purpose.
 
     ``reason`` is from the closed list; ``detail`` is one sentence for a person: what was found, what was
-    expected, and the cure where there is one.
+    expected. ``cure`` is what helps in this very case; empty: what helps for ``reason`` in general.
     """
 
-    def __init__(self, reason: Reason, detail: str = "") -> None:
+    def __init__(self, reason: Reason, detail: str = "", cure: str = "") -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+        self.cure = cure
 
     def __str__(self) -> str:
         return f"{self.reason.value}: {self.detail}" if self.detail else self.reason.value

@@ -19,6 +19,7 @@ from engine_kit import Publisher, published
 from edged import cli
 from edged.cli.client import Client
 from edged.cli.jobs import _progress, _time_text
+from edged.testing.fake import fake_app
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +236,7 @@ def test_an_address_is_asked_without_a_mappers_name(place: Place) -> None:
     assert absent.err.startswith("fake: ") and "fake:bus/nine" in absent.err
     assert "nobody answers at fake:bus/nine; cure: check power" in absent.err
     resets = place.run("mapper", "probe", "serial:/dev/ttyEDGED0")
-    assert resets.code == 1
+    assert resets.code == 1 and "failed (device_absent): uart-smp: /dev/ttyEDGED0: No such file" in resets.err
     assert "not asked, since it may reset the device: uart-stk500, uart-stk500v2" in resets.err
     nowhere = place.run("mapper", "probe", "rope:1")
     assert nowhere.code == 1 and "an address begins with one of: can:, fake:, " in nowhere.err
@@ -439,6 +440,81 @@ def test_a_plan_counts_what_is_read_out_before_anything_is_written(
         one, two = plan["devices"]
         seconds = [(plan["image_bytes"] + read_out) / 2000 for read_out in (16384, 0)]
         assert [one["estimated_minutes"], two["estimated_minutes"]] == [round(s / 60, 2) for s in seconds]
+
+
+ODD_DEVICES = """
+[[device]]
+id = "line"
+model = "widget"
+mapper = "fake"
+address = "fake:line/line"
+config = {app = "1.0.0"}
+[[device]]
+id = "blind"
+model = "widget"
+mapper = "fake"
+address = "fake:bus/blind"
+config = {app = "0.5.0", reads_back = false}
+[[device]]
+id = "other"
+model = "gizmo"
+mapper = "fake"
+address = "fake:bus/other"
+config = {app = "1.0.0"}
+[[model]]
+id = "gizmo"
+hardware_ids = ["fake:9"]
+"""
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory, publisher: Publisher) -> Iterator[Place]:
+    """A node with devices that are not as they should be, and one on a wire of its own."""
+    mine = publisher.copy(tmp_path_factory.mktemp("odd") / "publisher")
+    mine.add("4.0.0", fake_app("4.0.0"), models=("widget", "gizmo"))
+    mine.publish()
+    node = Place(tmp_path_factory.mktemp("odd-node"), mine, extra=DEVICES + ODD_DEVICES).write()
+    with node.daemon():
+        eventually(lambda: node.client.get("status")["devices"]["running"] == 4)
+        eventually(lambda: node.client.get("devices", "other")["reason"] == "hardware_mismatch")
+        eventually(lambda: node.client.get("trust")["online"])
+        yield node
+
+
+def test_a_probe_ends_with_the_cause_that_it_met(odd: Place) -> None:
+    busy = odd.run("mapper", "probe", "fake:line/line")
+    assert (busy.code, busy.out) == (1, "")
+    assert busy.err == (
+        "edged: failed (link_busy): fake: fake:line is in use by line; "
+        "cure: it is a device of this node: edged mapper probe --device line\n"
+    )
+    named = odd.run("mapper", "probe", "fake", "fake:line/line")
+    assert named.code == 1 and named.err.endswith("edged mapper probe --device line\n")
+    wrong = odd.run("mapper", "probe", "fake:bus")
+    assert wrong.err == "edged: failed (config_invalid): fake: fake:bus: write fake:BUS/NAME\n"
+    failure = odd.run("mapper", "probe", "fake:bus", "--json")
+    assert failure.json["reason"] == "config_invalid"
+
+
+def test_status_tells_of_a_device_that_somebody_has_to_see_to(odd: Place) -> None:
+    (problem,) = odd.run("status", "--json").json["problems"]
+    assert (problem["part"], problem["reason"]) == ("device", "hardware_mismatch")
+    assert "PROBLEM   device: other: hardware fake:1 answered at fake:bus/other;" in odd.run("status").out
+
+
+def test_a_plan_foresees_what_would_end_the_job_at_once(odd: Place) -> None:
+    plan = odd.run("plan", "app@4.0.0", "--model", "gizmo")
+    assert plan.code == 3
+    assert "other: refused (hardware_mismatch): hardware fake:1 answered" in plan.out
+    plan = odd.run("plan", "app@4.0.0", "--to", "blind", "--to", "two", "--json")
+    assert plan.code == 3
+    blind, two = plan.json["devices"]
+    assert (two["action"], two["refused"]) == ("install", None)
+    assert blind["action"] == "refuse"
+    assert blind["refused"]["reason"] == "no_fallback"
+    assert "blind says that it runs 0.5.0" in blind["refused"]["detail"]
+    deployed = odd.run("deploy", "app@4.0.0", "--to", "blind", "--yes", "--wait")
+    assert (deployed.code, "no_fallback" in deployed.out) == (3, True)
 
 
 def test_the_node_is_not_restarted_while_a_device_is_between_two_images(
