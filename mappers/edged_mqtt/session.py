@@ -274,7 +274,18 @@ class MqttSession:
             await self.awaited()
             while self._pending:
                 yield self._pending.pop(next(iter(self._pending)))
+            self._begin_anew_if_another()
             await self._report_news.wait(None)
+
+    def _begin_anew_if_another(self) -> None:
+        """Behind a broker nobody sees that a device was replaced, or went back: what it says that it runs tells it."""
+        told = self._told
+        if self._transfer is not None or told.version is None or told.is_booting:
+            return
+        if self._proved[1] is None or self._is_another:
+            self._proved = told.title, told.version
+            with self._env.away(f"{self._device.id}: it says that it runs {told.title} {told.version} by now"):
+                pass
 
     # -- edged.api.SupportsDesired
 

@@ -157,6 +157,35 @@ def _retained(broker: Mosquitto) -> str:
     return subprocess.run(asked, capture_output=True, text=True, check=False).stdout
 
 
+def test_a_device_that_says_that_it_runs_another_version_is_brought_back(tmp_path: Path) -> None:
+    """A spare in its place, behind a broker: nobody sees that the connection is another."""
+    plant = Plant(tmp_path / "plant")
+    plant.publish("1.0.0", "2.0.0", size=20_000)
+    broker = Mosquitto(tmp_path)
+    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1")
+    device, spare = (PullingDevice(broker.port, prefix="devices/pump-1/") for _ in range(2))
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            await awaited(node)
+            device.start()
+            for version in ("1.0.0", "2.0.0"):
+                assert (await deployed(node, f"pump@{version}")).state is State.SUCCEEDED
+            await device.stop()
+            spare.start()
+            async with asyncio.timeout(20):
+                while len(await node.jobs("pump-1")) < 3:
+                    await asyncio.sleep(0.05)
+            job = await node.ended("pump-1")
+            assert (job.source, job.state) == ("drift", State.SUCCEEDED), job.detail
+            assert spare.version == "2.0.0"
+            assert len(await node.jobs("pump-1")) == 3, "it was noticed more than once"
+        await spare.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
 def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tmp_path: Path) -> None:
     plant = Plant(tmp_path / "plant")
     plant.publish("1.0.0", "2.0.0")
