@@ -425,6 +425,9 @@ class LinkSpec:
     another's; None where there is nothing to install. Given the rest of the wire's address, what ``parse_config`` made, and the
     rests of the addresses of all devices with this scheme, also of those elsewhere. The text is in the far end's own format
     and says how it is installed. Raises ``ValueError`` with a useful text where none can be made."""
+    wire: Callable[[str], str] = str
+    """Given the rest of an address that passed ``parse_address``: that of the wire which a device there is on, as a
+    ``[[link]]`` table names it. The same, unless devices on one wire have addresses of their own."""
 
 
 @dataclass(frozen=True, slots=True)

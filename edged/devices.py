@@ -134,6 +134,19 @@ def examine_link(settings: LinkSettings, plugins: Plugins) -> list[Fault]:
     return faults
 
 
+def examine_wire(settings: DeviceSettings, config: Config, plugins: Plugins) -> list[Fault]:
+    """Every fault of the wire that a device without faults is on, where it has no table and needs one."""
+    scheme, _, rest = settings.address.partition(":")
+    try:
+        address = f"{scheme}:{plugins.links[scheme].wire(rest)}"
+    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        return [Fault(Reason.PLUGIN_FAILED, f"address: the link {scheme}: raised {exc!r}")]
+    if any(link.address == address for link in config.link):
+        return []
+    faults = examine_link(LinkSettings(address=address), plugins)
+    return [Fault(one.reason, f"address: {address} has no [[link]] table; {one.detail}") for one in faults]
+
+
 def access_list(config: Config, plugins: Plugins, address: str) -> str:
     """What is to be installed at the far end of the wire at ``address``, for the devices of the configuration.
 

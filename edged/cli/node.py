@@ -113,8 +113,8 @@ def check_config(context: Context, as_json: bool) -> None:
     problems = list(found.problems)
     for settings in found.config.device:
         seen = devices.examine(settings, installed, found.config.engine.call_s)
-        if isinstance(seen, list):
-            problems += [f"{_place(found, settings, fault.detail)}.{fault.detail}" for fault in seen]
+        faults = seen if isinstance(seen, list) else devices.examine_wire(settings, found.config, installed)
+        problems += [f"{_place(found, settings, fault.detail)}.{fault.detail}" for fault in faults]
     for link in found.config.link:
         faults = devices.examine_link(link, installed)
         problems += [f"{found.places[link.address]}.{fault.detail}" for fault in faults]

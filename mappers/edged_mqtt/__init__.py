@@ -26,6 +26,7 @@ from edged_mqtt.config import (
     parse_device,
     parse_link,
     parse_wire,
+    wire_of,
 )
 from edged_mqtt.session import Memory, MqttSession
 from edged_mqtt.thingsboard import Told
@@ -59,7 +60,11 @@ def edged_mappers() -> Iterable[MapperSpec]:
 @hookimpl
 def edged_links() -> Iterable[LinkSpec]:
     """Listeners and brokers."""
-    return [LinkSpec(SCHEME, _open, parse_address, parse_link, linger_s=LINGER_S, access_list=access_list)]
+    return [
+        LinkSpec(
+            SCHEME, _open, parse_address, parse_link, wire=wire_of, linger_s=LINGER_S, access_list=access_list
+        )
+    ]
 
 
 def _open(rest: str, env: Env) -> AbstractAsyncContextManager[Link]:

@@ -131,6 +131,12 @@ def parse_address(rest: str) -> ListenAddress | BrokerAddress | DeviceAddress:
         raise ValueError(f"allowed: {ALLOWED_ADDRESSES} ({exc})") from exc
 
 
+def wire_of(rest: str) -> str:
+    """For :attr:`edged.api.LinkSpec.wire`. Raises ValueError as :func:`parse_address`."""
+    found = parse_address(rest)
+    return str(found.wire if isinstance(found, DeviceAddress) else found)
+
+
 @dataclass(frozen=True, slots=True)
 class ListenConfig:
     """The table of a listener.

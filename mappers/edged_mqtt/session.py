@@ -284,7 +284,9 @@ class MqttSession:
             return
         if self._proved[1] is None or self._is_another:
             self._proved = told.title, told.version
-            with self._env.away(f"{self._device.id}: it says that it runs {told.title} {told.version} by now"):
+            with self._env.away(
+                f"{self._device.id}: it says that it runs {told.title} {told.version} by now"
+            ):
                 pass
 
     # -- edged.api.SupportsDesired

@@ -415,3 +415,25 @@ def test_check_config_tells_what_a_wire_s_table_would_not_do(
     config.write_text(f'[[link]]\naddress = "{address}"\n[link.config]\n{lines}\n')
     answer = CliRunner().invoke(main, ["--config", str(config), "check-config"])
     assert answer.exit_code == 2 and f"config.{text}" in answer.stderr, answer.output
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_check_config_tells_of_a_wire_that_would_need_a_table(tmp_path: Path, described: bool) -> None:
+    config = tmp_path / "edged.toml"
+    table = (
+        '[[link]]\naddress = "mqtt:listen@0.0.0.0:1883"\n[link.config]\nplain = true\n' if described else ""
+    )
+    address = "mqtt:listen@0.0.0.0:1883/pump-1"
+    config.write_text(
+        f'{table}[[model]]\nid = "pump"\n'
+        f'[[device]]\nid = "pump-1"\nmodel = "pump"\nmapper = "{SPEC.name}"\naddress = "{address}"\n'
+    )
+    answer = CliRunner().invoke(main, ["--config", str(config), "check-config"])
+    if described:
+        assert answer.exit_code == 0, answer.output
+    else:
+        assert answer.exit_code == 2
+        assert (
+            "address: mqtt:listen@0.0.0.0:1883 has no [[link]] table; config.certificate: found none"
+            in answer.stderr
+        )
