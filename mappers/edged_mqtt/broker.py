@@ -41,6 +41,10 @@ LARGE_BYTES: Final = 1024 * 1024
 """A message to a device goes through memory whole: of those that are larger there is one at a time."""
 SLOWEST_BYTES_PER_S: Final = 100_000
 """So fast at least must the broker take it."""
+MOST_INCOMING: Final = 16_384
+"""So many messages wait to be given to the seats at most: what a broker kept of a fleet comes at once."""
+STEADY_S: Final = 30.0
+"""A connection that lasted so long was a good one: two nodes with one ``client_id`` throw each other out at once."""
 MOST_OUTGOING: Final = 256
 """So many messages wait for the broker at most."""
 LARGEST_HEARD_BYTES: Final = 128 * 1024
@@ -193,9 +197,9 @@ class Broker:
         wait_s = FIRST_RETRY_S
         loop = asyncio.get_running_loop()
         while True:
+            began = loop.time()
             try:
                 async with self._connected() as client:
-                    wait_s = FIRST_RETRY_S
                     async for message in client.messages:
                         if message.retain:
                             self.count("retained")
@@ -209,6 +213,8 @@ class Broker:
                 self._log.warning("broker lost", extra={"detail": self._fault.detail})
                 self.count("broker_lost")
             self._lost()
+            if loop.time() - began > STEADY_S:
+                wait_s = FIRST_RETRY_S
             await asyncio.sleep(wait_s)
             wait_s = min(wait_s * 2, LONGEST_RETRY_S)
 
@@ -245,7 +251,7 @@ class Broker:
             properties=self._properties,
             keepalive=self._config.keep_alive_s,
             timeout=CONNECT_S,
-            max_queued_incoming_messages=0,
+            max_queued_incoming_messages=MOST_INCOMING,
             max_queued_outgoing_messages=MOST_OUTGOING,
             socket_options=[(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)],
         )

@@ -90,6 +90,7 @@ class MqttSession:
         self._early_timer: asyncio.TimerHandle | None = None
         self._over: EdgedError | None = None
         self._proved: tuple[str | None, str | None] = None, None
+        self._noticed: tuple[str | None, str | None] = None, None
         self._pending: dict[str, Reported] = {}
         self._report_news = News()
         self._news = News()
@@ -278,12 +279,11 @@ class MqttSession:
             await self._report_news.wait(None)
 
     def _begin_anew_if_another(self) -> None:
-        """Behind a broker nobody sees that a device was replaced, or went back: what it says that it runs tells it."""
+        """Behind a broker nobody sees that a device was replaced, or went back: what it says that it runs tells it, once."""
         told = self._told
-        if self._transfer is not None or told.version is None or told.is_booting:
-            return
-        if self._proved[1] is None or self._is_another:
-            self._proved = told.title, told.version
+        said = told.title, told.version
+        if self._transfer is None and told.version is not None and self._is_another and said != self._noticed:
+            self._noticed = said
             with self._env.away(
                 f"{self._device.id}: it says that it runs {told.title} {told.version} by now"
             ):

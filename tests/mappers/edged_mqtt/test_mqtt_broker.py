@@ -23,11 +23,12 @@ from mqtt_node import Authority, Plant, awaited, deployed, image_bytes, vendor_d
 from edged.config import LinkSettings
 from edged.domain.job import State
 from edged.errors import EdgedError, Reason, Transient
+from edged.links import LinkPool, device_env
 from edged.testing.conformance import Subject
 from edged.testing.node import life
 from edged_mqtt import broker as subject
 from edged_mqtt.broker import Broker, open_broker
-from edged_mqtt.config import BrokerAddress, BrokerConfig
+from edged_mqtt.config import BrokerAddress, BrokerConfig, parse_link
 from edged_mqtt.wire import Credential, Proof, Seat
 
 FIRST = [(0, bytes(range(256)) * 64)]
@@ -181,6 +182,25 @@ def test_a_device_that_says_that_it_runs_another_version_is_brought_back(tmp_pat
             assert spare.version == "2.0.0"
             assert len(await node.jobs("pump-1")) == 3, "it was noticed more than once"
         await spare.stop()
+
+    with broker.running():
+        asyncio.run(run())
+
+
+def test_two_nodes_with_one_name_throw_each_other_out_less_and_less_often(tmp_path: Path) -> None:
+    broker = Mosquitto(tmp_path)
+    counts = Counter[str]()
+
+    async def run() -> None:
+        address = f"mqtt:127.0.0.1:{broker.port}"
+        table = parse_link({"client_id": "edged-1"}, address.removeprefix("mqtt:"))
+        async with AsyncExitStack() as stack:
+            for _ in range(2):
+                pool = LinkPool(LINKS, {address: table}, count=lambda source, event: counts.update([event]))
+                await stack.enter_async_context(device_env("one", pool).link(address))
+            await asyncio.sleep(6)
+        # each is thrown out after 0.5, 1 and 2 s of waiting, and would be every half second
+        assert 4 <= counts["broker_lost"] <= 8
 
     with broker.running():
         asyncio.run(run())
