@@ -303,7 +303,7 @@ class SupportsTrial(Protocol):
         ...
 
     async def revert(self) -> None:
-        """Go back to the image that ran before. Idempotent."""
+        """Go back to the image that ran before; it runs confirmed afterwards, and no other is pending. Idempotent."""
         ...
 
 

@@ -206,7 +206,8 @@ def _reverting(job: Job, facts: Facts) -> Step:
     if device is None:
         return Do.ASK_DEVICE
     if device.slot_count > 1:
-        if device.kept_old:
+        # an old image on trial is one that the mapper went back to, and has not confirmed yet
+        if device.kept_old and (device.confirmed or not job.trial_boots):
             if _never_ran(job):
                 return Move(State.FAILED, "ended", job.reason, job.detail)
             return Move(State.REVERTED, "reverted", job.reason, job.detail)

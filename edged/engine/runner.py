@@ -593,7 +593,7 @@ class JobRunner:
         await self._call(session.revert)
         await self._ask_device()
         assert self._view is not None
-        if self._view.runs_new or self._view.pending:
+        if self._view.runs_new or self._view.pending or not self._view.confirmed:
             raise Transient(
                 Reason.DEVICE_ERROR, "the device did not leave the image that it was told to leave"
             )

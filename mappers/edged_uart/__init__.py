@@ -23,6 +23,7 @@ from edged_uart.config import UartConfig, parse_v1, parse_v2
 from edged_uart.link import SCHEME, SerialLink, open_serial, parse_address, split_baud
 from edged_uart.session import BootLoader, UartSession
 from edged_uart.smp_config import PROTOCOL, SmpConfig, longest_call_s, parse_smp
+from edged_uart.smp_kept import Kept
 from edged_uart.stk500v1 import Stk500v1
 from edged_uart.stk500v2 import Stk500v2
 
@@ -100,10 +101,10 @@ async def _port(device: Device, env: Env) -> AsyncIterator[SerialLink]:
 
 
 class _SmpConnecting:
-    """Opens sessions. What outlives them is which devices were reset for their silence."""
+    """Opens sessions, and holds what outlives them, by device."""
 
     def __init__(self) -> None:
-        self._pulsed: set[str] = set()
+        self._kept: dict[str, Kept] = {}
 
     @asynccontextmanager
     async def connect(self, device: Device, env: Env) -> AsyncIterator[SmpSession]:
@@ -116,7 +117,7 @@ class _SmpConnecting:
                 text = f"reset: found 'dtr'; allowed: 'none', since {device.address} has no DTR and RTS lines"
                 raise Permanent(Reason.CONFIG_INVALID, text)
             await link.keep_lines()
-            yield SmpSession(device, config, link, env.log, self._pulsed)
+            yield SmpSession(device, config, link, env, self._kept.setdefault(device.id, Kept()))
 
 
 async def _probe_smp(address: str, env: Env) -> Identity | None:

@@ -29,7 +29,7 @@ async def probe(address: str, env: Env) -> Identity | None:
         for config in _configs(baud if link.sets_baud else _FIRST_BAUD):
             try:
                 return await SmpSession(
-                    Device("probe", "", "uart-smp", address), config, link, env.log
+                    Device("probe", "", "uart-smp", address), config, link, env
                 ).identify()
             except Transient as error:
                 if error.reason not in (Reason.NO_RESPONSE, Reason.PROTOCOL_ERROR):

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn
 
 from edged.api import (
     Desired,
     Device,
+    Env,
     Health,
     HealthCheck,
     Identity,
@@ -41,22 +41,20 @@ from edged_uart.smp import ErrorAnswer
 from edged_uart.smp_client import Busy, SmpClient
 from edged_uart.smp_config import ALL, PROTOCOL, SETTLING_BOOTS, SmpConfig, longest_call_s
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw
+from edged_uart.smp_kept import Kept
 from edged_uart.smp_upload import Content, Pace, upload
 
 _BITS_PER_BYTE: Final = 10
 _READ_BYTES: Final = 16384
-_KEPT_LINES: Final = 64
-_EVIDENCE_LINES: Final = 5
-_EVIDENCE_CHARS: Final = 200
+_KEPT_REPORTS: Final = 64
 _LOOK_AGAIN_S: Final = 0.5
-Log: TypeAlias = "logging.LoggerAdapter[logging.Logger]"
 
 _GOES_BACK: Final = frozenset({1, 3, 5, 9})
 """Modes of MCUboot (os group, command 8, ``enum mcuboot_mode``) in which an image is tried before it stays: swap with scratch,
 swap by moving, direct XIP with revert, swap by offset."""
 _DIRECT_XIP: Final = 5
-_BANNER: Final = re.compile(r"\*\*\* Booting ")
-"""What Zephyr prints first: lines before it are those of the image before."""
+_TRIAL: Final = "trial"
+"""What is remembered of a trial until it ends: the hash of the image that is tried, a blank, and that of the one before."""
 _RESETS: Final = 3
 
 SETTING: Final = "setting."
@@ -119,6 +117,13 @@ class State:
     def pending(self) -> bool:
         return self.spare is not None and self.spare.pending
 
+    def runs(self, hash_hex: str) -> bool:
+        """False for an empty hash: of one that is not told nobody knows whether it is the same."""
+        return hash_hex != "" and self.active is not None and self.active.hash == hash_hex
+
+    def runs_unconfirmed(self, hash_hex: str) -> bool:
+        return self.active is not None and self.runs(hash_hex) and not self.active.confirmed
+
     def is_way_to(self, hash_hex: str) -> bool:
         """Does that image run, or is the next reset the way to it, on trial or back?"""
         assert self.active is not None
@@ -147,22 +152,21 @@ class SmpSession:
     """A session with one device; see :class:`edged.api.Session` and the ``Supports...`` Protocols for the contract."""
 
     def __init__(
-        self, device: Device, config: SmpConfig, link: SerialLink, log: Log, pulsed: set[str] | None = None
+        self, device: Device, config: SmpConfig, link: SerialLink, env: Env, kept: Kept | None = None
     ) -> None:
-        """``pulsed``: the devices that were reset for their silence, and have not answered since."""
+        """``kept``: of this device, by the sessions before."""
         self._device = device
-        self._pulsed = pulsed if pulsed is not None else set()
-        self._log = log
+        self._kept = kept or Kept()
+        self._lines = self._kept.lines
+        self._lines.begin_session()
+        self._env = env
         self._config = config
         self._link = link
-        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._first_lines: list[str] = []
-        self._told: deque[Reported] = deque(maxlen=_KEPT_LINES)
+        self._told: deque[Reported] = deque(maxlen=_KEPT_REPORTS)
         self._client = SmpClient(link, make_framing(config), config.answer_s, self._hear)
         self._staged: str | None = None
         self._ran: str | None = None
         self._is_application = False
-        self._heard_banner = False
         self._complained: set[str] = set()
         self._wishes: dict[str, tuple[JsonValue, JsonValue]] = {}
         self.traits = SessionTraits(
@@ -186,11 +190,12 @@ class SmpSession:
         await self._link.set_baud(self._config.baud)
         await self._rest_after_open()
         if not await self._is_met():
-            self._pulsed.add(self._device.id)
+            self._kept.is_pulsed = True
+            self._lines.begin_reset()
             await self._link.pulse_reset()
             await self._client.silence(self._config.quiet_s)
             await self._meet_within(self._config.boot_s)
-        self._pulsed.discard(self._device.id)
+        self._kept.is_pulsed = False
         parameters = self._client.parameters
         detail = {
             "protocol": PROTOCOL,
@@ -223,6 +228,7 @@ class SmpSession:
         active, spare = state.active, state.spare
         assert active is not None
         self._ran = active.hash
+        self._lines.belong_to(active.hash)
         other = Slot(str(1 - active.slot), active=False, runs="", confirmed=False, bootable=False)
         if spare is not None:
             # a slot whose image will be booted for good is one, too, that the next reset boots
@@ -275,6 +281,7 @@ class SmpSession:
             raise self._another(state.spare)
         self._check_trial(state)
         if state.active.confirmed:
+            await self._env.remember(_TRIAL, f"{self._staged} {state.active.hash}")
             state = await self._mark(state.spare)
         state = await self._reboot(state)
         # in direct XIP an image that was tried and not confirmed is erased, too: that it does not run is all that is known
@@ -311,30 +318,48 @@ class SmpSession:
             )
         if state.active.confirmed and state.pending:
             raise Transient(Reason.DEVICE_ERROR, f"{self._device.id}: somebody has marked another image")
-        if state.active.confirmed:
-            return
+        if not state.active.confirmed:
+            await self._confirm(state.active)
+        await self._end_trial()
+
+    async def _confirm(self, active: ImageState) -> None:
         # not by its hash: a device that resets now has that image in its other slot, and would be told to boot it for good
         await self._client.ask(smp.SET_IMAGE_STATE, {"confirm": True})
         after = await self._known_state()
         assert after.active is not None
-        if after.active.hash != state.active.hash or not after.active.confirmed:
+        if after.active.hash != active.hash or not after.active.confirmed:
             raise Transient(
-                Reason.DEVICE_ERROR,
-                f"{self._device.id} did not confirm {state.active.hash[:16]}, which it ran",
+                Reason.DEVICE_ERROR, f"{self._device.id} did not confirm {active.hash[:16]}, which it ran"
             )
 
     async def revert(self) -> None:
-        """Reset until the confirmed image runs and no other is to be booted.
+        """Reset until the confirmed image runs and no other is to be booted. Where that is the one that was tried, which has
+        confirmed itself, the one before is booted and confirmed, if its slot still holds it.
 
         Raises Transient, and Permanent(DEVICE_ERROR) where the other one is to be booted for good.
         """
-        await self._settle()
+        tried, _, before = (await self._env.recall(_TRIAL) or "").partition(" ")
+        state = await self._known_state()
+        if not state.runs_unconfirmed(before):
+            state = await self._settle()
+        if state.runs(tried) and state.spare is not None and state.spare.hash == before:
+            self._check_trial(state)
+            state = await self._reboot(await self._mark(state.spare))
+        if state.runs_unconfirmed(before):
+            assert state.active is not None
+            await self._confirm(state.active)
+        if not state.runs(tried):
+            await self._end_trial()
+
+    async def _end_trial(self) -> None:
+        if await self._env.recall(_TRIAL):
+            await self._env.remember(_TRIAL, "")
 
     # -- health and properties
 
     async def check_health(self, check: HealthCheck) -> Health:
-        """``line``: a line of the application since its start or from now on; ``property``: the value of a property by
-        the name under which it is reported, or ``os.info`` and ``os.echo``.
+        """``line``: a line of the application since its start, as far as that was heard, or from now on; ``property``: the
+        value of a property by the name under which it is reported, or ``os.info`` and ``os.echo``.
 
         Raises Transient(LINK_LOST), Permanent(UNSUPPORTED).
         """
@@ -351,14 +376,20 @@ class SmpSession:
             async with asyncio.timeout(check.timeout_s):
                 while True:
                     if check.kind == "line":
-                        seen = next((line for line in self._lines if pattern.search(line)), "")
+                        seen = next((line for line in self._lines.newest if pattern.search(line)), "")
                     else:
                         seen = await self._seen(check.query)
                     if seen and pattern.search(seen):
                         return Health(True, seen)
                     await self._client.listen(_LOOK_AGAIN_S)
         except TimeoutError:
-            return Health(False, seen or self._evidence())
+            return Health(False, seen or self._heard(check.kind))
+
+    def _heard(self, kind: str) -> str:
+        if kind != "line" or self._lines.is_from_start:
+            return self._lines.evidence
+        text = "its start was not heard, and a line that is said only then is lost"
+        return f"{self._lines.evidence or 'nothing'} ({text})"
 
     async def reports(self) -> AsyncIterator[Reported]:
         """Image, statistics and settings each ``poll_s``, and the lines ``name=value`` of the application as they come.
@@ -606,7 +637,7 @@ class SmpSession:
 
     async def _is_met(self) -> bool:
         """False where nobody answers and a reset may help. One that boots, perhaps on trial, must not be reset meanwhile."""
-        is_wired = self._config.reset == "dtr" and self._device.id not in self._pulsed
+        is_wired = self._config.reset == "dtr" and not self._kept.is_pulsed
         try:
             await self._meet_within(self._config.boot_s if is_wired else 0.0)
         except Transient as error:
@@ -627,7 +658,7 @@ class SmpSession:
                     raise
 
     async def _reboot(self, before: State) -> State:
-        """Reset, and wait until the device answers with another state than ``before``, or with any where that was settled.
+        """Reset, and wait until the device answers with another state than ``before``.
 
         Raises Transient(NO_RESPONSE) where nobody answers, Transient(DEVICE_ERROR) where it does not reset.
         """
@@ -638,23 +669,22 @@ class SmpSession:
                 await self._link.pulse_reset()
                 state = await self._awaited(before, True)
             if state is None:
-                said = f"; it said: {self._evidence()}" if self._first_lines else ""
+                said = f"; it said: {self._lines.evidence}" if self._lines.evidence else ""
                 raise Transient(
                     Reason.NO_RESPONSE,
                     f"{self._device.id} did not answer within {self._config.boot_s:g} s after its reset{said}",
                 )
-            if before.settled or state != before:
+            if state != before:
                 return state
         raise Transient(
             Reason.DEVICE_ERROR, f"{self._device.id} was told to reset {_RESETS} times, and did not"
         )
 
     async def _awaited(self, before: State, is_heard: bool) -> State | None:
-        """The first state that is another than ``before`` (any, where that was settled); else the last that was told within
-        ``boot_s``, None where none was. ``is_heard``: else what still answers has not heard that it should reset."""
+        """The first state that is another than ``before``; else the last that was told within ``boot_s``, None where none
+        was. ``is_heard``: else what still answers has not heard that it should reset."""
         loop = asyncio.get_running_loop()
-        self._forget_lines()
-        self._heard_banner = False
+        self._lines.begin_reset()
         await self._client.silence(self._config.quiet_s)
         end, state = loop.time() + self._config.boot_s, None
         while loop.time() < end:
@@ -665,23 +695,14 @@ class SmpSession:
                 if error.reason is not Reason.NO_RESPONSE:
                     raise
                 continue
-            if before.settled or state != before:
-                self._forget_lines_of_before()
+            if state != before:
+                self._lines.belong_to(state.active.hash if state.active else "")
                 return state
             if not is_heard:
                 return state
             # what still answers has not reset yet
             await self._client.silence(_LOOK_AGAIN_S)
         return state
-
-    def _forget_lines_of_before(self) -> None:
-        """Without a banner nobody knows which image said what was heard until now."""
-        if not self._heard_banner:
-            self._forget_lines()
-
-    def _forget_lines(self) -> None:
-        self._lines.clear()
-        self._first_lines.clear()
 
     # -- properties
 
@@ -742,7 +763,7 @@ class SmpSession:
         """Once for each setting: it is asked for again and again."""
         if setting not in self._complained:
             self._complained.add(setting)
-            self._log.warning("a setting is not of its type", extra={"detail": f"{setting}: {error}"})
+            self._env.log.warning("a setting is not of its type", extra={"detail": f"{setting}: {error}"})
 
     async def _seen(self, query: str) -> str:
         """The value of a property as text; empty where the device does not answer or has none of that name."""
@@ -792,18 +813,10 @@ class SmpSession:
     # -- lines of the application
 
     def _hear(self, line: str) -> None:
-        if _BANNER.search(line):
-            self._heard_banner = True
-            self._forget_lines()
-        self._lines.append(line)
-        if line and len(self._first_lines) < _EVIDENCE_LINES:
-            self._first_lines.append(line)
+        self._lines.take(line)
         reported = parse_report(line)
         if reported is not None:
             self._told.append(reported)
-
-    def _evidence(self) -> str:
-        return "\n".join(line[:_EVIDENCE_CHARS] for line in self._first_lines)
 
 
 def make_framing(config: SmpConfig) -> Framing:

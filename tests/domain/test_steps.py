@@ -20,6 +20,7 @@ ONE_NEW = View(slot_count=1, runs_new=True)
 TWO_OLD = View(slot_count=2, runs_new=False)
 TWO_PENDING = View(slot_count=2, runs_new=False, pending=True)
 TWO_TRIAL = View(slot_count=2, runs_new=True, confirmed=False)
+TWO_OLD_ON_TRIAL = View(slot_count=2, runs_new=False, confirmed=False)
 TWO_NEW_OTHER_PENDING = View(slot_count=2, runs_new=True, pending=True)
 
 
@@ -91,6 +92,12 @@ def touched(state: State, **changes: Any) -> Job:
         (touched(State.REVERTING), facts(), Do.ASK_DEVICE),
         (touched(State.REVERTING), facts(device=TWO_TRIAL), Do.REVERT),
         (touched(State.REVERTING), facts(device=TWO_PENDING), Do.REVERT),
+        (touched(State.REVERTING, trial_boots=1), facts(device=TWO_OLD_ON_TRIAL), Do.REVERT),
+        (
+            touched(State.REVERTING, reason=Reason.IMAGE_INVALID),
+            facts(device=TWO_OLD_ON_TRIAL),
+            (State.FAILED, Reason.IMAGE_INVALID),
+        ),
         (
             touched(State.REVERTING, reason=Reason.HEALTH_FAILED),
             facts(device=TWO_OLD),

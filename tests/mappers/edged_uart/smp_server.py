@@ -129,6 +129,7 @@ class SmpServer:
     that the application prints when it starts. ``mode``: of MCUboot, None where the command is not offered. ``checks``: it
     tells after an upload whether the SHA-256 matched. ``resets_on_open``: its reset is wired to the line's DTR, which a
     pseudo terminal does not have: whoever opens it resets the device. ``erases_pending``: also what is to be booted.
+    ``confirms_itself``: whatever application runs.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class SmpServer:
         tells_parameters: bool = True,
         resets_on_open: bool = False,
         erases_pending: bool = False,
+        confirms_itself: bool = False,
         settings: dict[str, bytes] | None = None,
         statistics: dict[str, dict[str, int]] | None = None,
     ) -> None:
@@ -183,6 +185,7 @@ class SmpServer:
         self._tells_parameters = tells_parameters
         self._resets_on_open = resets_on_open
         self._erases_pending = erases_pending
+        self.confirms_itself = confirms_itself
         self._ram = Ram()
         self._up_at = 0.0
         self._reset_at: float | None = None
@@ -265,7 +268,7 @@ class SmpServer:
                 return
             self.counts.trial_boots += 1
             self.slots.reverse()
-            self.confirmed, self.permanent = self.permanent, False
+            self.confirmed, self.permanent = self.permanent or self.confirms_itself, False
         elif not self.confirmed:
             self.slots.reverse()
             self.confirmed = True

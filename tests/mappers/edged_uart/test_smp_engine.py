@@ -402,6 +402,42 @@ def test_several_cuts_in_a_row(tmp_path: Path, two_releases: Node, seed: int) ->
         assert world.cuts
 
 
+@pytest.mark.parametrize("stays_well", [True, False], ids=["both confirm themselves", "the bad one does"])
+def test_an_application_that_confirms_itself_and_is_not_well_is_left_at_whatever_cut(
+    tmp_path: Path, two_releases: Node, stays_well: bool
+) -> None:
+    """The boot loader does not go back then: the one before is booted, and confirmed. At every effect since the first boot."""
+
+    def confirms_itself(world: World) -> World:
+        def swap() -> None:
+            normal()
+            server.confirmed |= stays_well or server.runs == "3.0.0"
+
+        server, normal = world.server, world.server._swap
+        server._swap = swap  # type: ignore[method-assign]
+        return world
+
+    whole, counting = confirms_itself(scene(tmp_path / "whole", two_releases, False)), Faults()
+    with whole.server:
+        job = whole.live(counting)
+        assert job is not None and (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED)
+        assert whole.server.runs == "1.0.0" and whole.server.confirmed
+
+    def fires(number: int) -> str:
+        world = confirms_itself(scene(tmp_path / f"cut-{number}", two_releases, False))
+        with world.server as server:
+            cut = Faults(number, list(When)[number % len(When)])
+            job = world.live(cut) or world.live(Faults())
+            assert job is not None and job.state is State.REVERTED, f"{job}; cut at {world.cuts}"
+            assert server.runs == "1.0.0" and server.confirmed and not server.pending, world.cuts
+        return cut.fired
+
+    names = counting.names
+    first = names.index("device.pending") + 1
+    assert names[first:].count("device.pending") == 1, "the way back is marked"
+    assert any(at_once(fires, range(first, len(names) + 1)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("healthy", [True, False], ids=["good", "bad"])
 def test_one_cut_at_every_effect(tmp_path: Path, two_releases: Node, healthy: bool) -> None:

@@ -18,6 +18,7 @@ from edged_uart import smp, smp_cbor
 from edged_uart.smp import Command, ErrorAnswer, Message, NotAMessageError, Op
 from edged_uart.smp_config import Setting, SmpConfig, parse_smp
 from edged_uart.smp_framing import Cobs, Console, Framing, Raw, crc16, stuff, unstuff
+from edged_uart.smp_kept import Lines
 from edged_uart.smp_upload import Window
 
 FRAMINGS: dict[str, Callable[[], Framing]] = {
@@ -48,6 +49,44 @@ def fed(framing: Framing, data: bytes, cuts: list[int]) -> list[bytes]:
     ends = sorted({cut % (len(data) + 1) for cut in cuts} | {len(data)})
     begins = [0, *ends[:-1]]
     return [one for begin, end in zip(begins, ends, strict=True) for one in framing.feed(data[begin:end])]
+
+
+# -- lines
+
+
+def test_lines_are_those_of_the_image_that_runs() -> None:
+    lines = Lines()
+    lines.take("since the port was opened")
+    lines.belong_to("old")
+    assert list(lines.newest) == ["since the port was opened"] and not lines.is_from_start
+    lines.begin_reset()
+    lines.take("the old one, still")
+    lines.belong_to("new")
+    assert not lines.newest and lines.is_from_start and lines.evidence == ""
+    lines.take("ready")
+    lines.begin_session()
+    lines.belong_to("new")
+    assert list(lines.newest) == ["ready"] and lines.is_from_start, "the session was lost, and not the device"
+    lines.begin_session()
+    lines.belong_to("old")
+    assert not lines.newest and not lines.is_from_start
+
+
+def test_a_banner_begins_anew_and_vouches_for_what_follows() -> None:
+    lines = Lines()
+    for line in ("before", "*** Booting Zephyr OS ***", "", "ready"):
+        lines.take(line)
+    lines.belong_to("new")
+    assert list(lines.newest) == ["*** Booting Zephyr OS ***", "", "ready"] and lines.is_from_start
+    assert lines.evidence == "*** Booting Zephyr OS ***\nready"
+    lines.begin_session()
+    lines.belong_to("other")
+    assert not lines.newest, "that banner was heard in another session"
+    lines.begin_reset()
+    lines.begin_session()
+    lines.take("whoever says it")
+    lines.belong_to("other")
+    assert not lines.newest, "the session was lost in the reset"
 
 
 # -- messages

@@ -979,6 +979,41 @@ def test_revert_leaves_a_trial(tmp_path: Path) -> None:
         on(server, work)
 
 
+@pytest.mark.parametrize("held", ["the one before", "nothing", "another"])
+def test_an_image_that_confirmed_itself_is_left_for_the_one_before_where_that_is_still_there(
+    tmp_path: Path, held: str
+) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+        assert server.runs == "2.0.0" and server.confirmed
+        if held != "the one before":
+            server._erase()
+        if held == "another":
+            server.slots[1][: len(THIRD)] = THIRD
+        await session.revert()
+        expected = "1.0.0" if held == "the one before" else "2.0.0"
+        assert server.runs == expected and server.confirmed and not server.pending
+        boots = server.counts.boots
+        await session.revert()
+        assert server.counts.boots == boots == (3 if held == "the one before" else 2)
+
+    with SmpServer(tmp_path, FACTORY, confirms_itself=True) as server:
+        on(server, work)
+
+
+def test_what_was_confirmed_by_edged_is_not_left(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+        await session.confirm()
+        await session.revert()
+        assert server.runs == "2.0.0" and server.counts.boots == 2
+
+    with SmpServer(tmp_path, FACTORY, confirms_itself=True) as server:
+        on(server, work)
+
+
 def test_only_the_image_that_was_looked_at_is_confirmed(tmp_path: Path) -> None:
     """It resets between the health check and the confirmation: the old image runs, and must not pass for the new one."""
 
@@ -1040,6 +1075,29 @@ def test_what_the_old_image_said_is_no_health_of_the_new_one(tmp_path: Path, say
     )
     with SmpServer(tmp_path, FACTORY, hello=hello, reset_s=0.25) as server:
         on(server, work)
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["it runs still", "it was left meanwhile"])
+def test_what_is_said_at_the_start_is_not_lost_with_a_session(tmp_path: Path, left: bool) -> None:
+    async def first(session: SmpSession) -> None:
+        await staged(session, SECOND)
+        await session.activate()
+
+    async def second(session: SmpSession) -> None:
+        if left:
+            server.power()
+            session._client.forget()
+        await session.slots()
+        health = await session.check_health(HealthCheck("line", CHATTY, timeout_s=0.5))
+        assert health.healthy == (not left)
+        assert not left or "start was not heard" in health.evidence
+
+    hello = ["*** Booting Zephyr OS", CHATTY]
+    with SmpServer(tmp_path, FACTORY, hello=hello) as server:  # type: ignore[arg-type]
+        on(server, first)
+        if left:
+            hello.clear()
+        on(server, second)
 
 
 def test_without_a_banner_only_what_is_said_after_the_answer_counts(tmp_path: Path) -> None:
