@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -454,6 +454,10 @@ class MapperSpec:
     longest_call_s: Callable[[object], float] | None = None
     """Given what ``parse_config`` made: for so many seconds a call that is no transfer (``identify``, ``activate``,
     ``revert``...) may take where nothing is wrong. More than ``engine.call_s`` is then found before the first job."""
+    claims: Callable[[str, object], Collection[str]] | None = None
+    """Given a device's address and what ``parse_config`` made: what no other device of this mapper can have, as texts for an
+    operator (``"request_id 0x7e0 on can:can0"``). Where two have the same, the later one in the configuration is left out:
+    both would speak to one device, or take each other's answers."""
     api_version: int = API_VERSION
 
     def reaches(self, address: str) -> bool:

@@ -90,22 +90,52 @@ def device_of(settings: DeviceSettings, model: Model, config: object) -> Device:
     )
 
 
-def resolve(
-    settings: DeviceSettings, config: Config, plugins: Plugins
+def resolve(config: Config, plugins: Plugins) -> dict[str, tuple[Device, MapperSpec] | LeftOut]:
+    """Each device of the configuration and its mapper, or why it is left out; by its id."""
+    seen = examine(config, plugins)
+    return {each.id: _resolved(each, config, seen[each.id]) for each in config.device}
+
+
+def _resolved(
+    settings: DeviceSettings, config: Config, found: tuple[MapperSpec, object] | list[Fault]
 ) -> tuple[Device, MapperSpec] | LeftOut:
-    """The device and its mapper, or why it is left out."""
-    found = examine(settings, plugins, config.engine.call_s)
     if isinstance(found, tuple):
         spec, parsed = found
         return device_of(settings, config.models[settings.model], parsed), spec
     return LeftOut(settings, found[0].reason, "; ".join(fault.detail for fault in found))
 
 
-def examine(
+def examine(config: Config, plugins: Plugins) -> dict[str, tuple[MapperSpec, object] | list[Fault]]:
+    """By the id of each device: its mapper and what that made of the device's own table; or every fault, at least one."""
+    seen: dict[str, tuple[MapperSpec, object] | list[Fault]] = {}
+    claimed: dict[tuple[str, str], str] = {}
+    for settings in config.device:
+        found = _examine_alone(settings, plugins, config.engine.call_s)
+        faults = list(_shared(settings, *found, claimed)) if isinstance(found, tuple) else []
+        seen[settings.id] = faults or found
+    return seen
+
+
+def _shared(
+    settings: DeviceSettings, spec: MapperSpec, parsed: object, claimed: dict[tuple[str, str], str]
+) -> Iterator[Fault]:
+    """What an earlier device has already; ``claimed`` knows by whom, and of this one where there is no fault."""
+    try:
+        own = {(spec.name, text) for text in spec.claims(settings.address, parsed)} if spec.claims else set()
+    except Exception as exc:  # noqa: BLE001 - the plugin boundary
+        yield Fault(Reason.PLUGIN_FAILED, f"config: mapper {spec.name} raised {exc!r}")
+        return
+    for key in sorted(own & claimed.keys()):
+        text = f"config: found {key[1]}, as device {claimed[key]!r} has; allowed: each by one device"
+        yield Fault(Reason.CONFIG_INVALID, text)
+    if not own & claimed.keys():
+        claimed |= dict.fromkeys(own, settings.id)
+
+
+def _examine_alone(
     settings: DeviceSettings, plugins: Plugins, call_s: float
 ) -> tuple[MapperSpec, object] | list[Fault]:
-    """The device's mapper and what that made of the device's own table; or every fault, at least one. ``call_s``: the
-    engine's."""
+    """As :func:`examine`, of one device by itself. ``call_s``: the engine's."""
     spec = plugins.mappers.get(settings.mapper)
     faults = list(_address_faults(settings, plugins, spec))
     if spec is None:
@@ -233,16 +263,15 @@ class Devices:
         self._clock = clock
         self._call_s = config.engine.call_s
         units: dict[str, DeviceUnit] = {}
-        for settings in config.device:
-            found = resolve(settings, config, plugins)
+        for device, found in resolve(config, plugins).items():
             if isinstance(found, LeftOut):
-                self.left_out[settings.id] = found
+                self.left_out[device] = found
                 log.error(
                     "device left out",
-                    extra={"device": settings.id, "reason": found.reason.value, "detail": found.detail},
+                    extra={"device": device, "reason": found.reason.value, "detail": found.detail},
                 )
             else:
-                units[settings.id] = self._unit(*found, watch=settings.watch)
+                units[device] = self._unit(*found, watch=config.devices[device].watch)
         self.sessions = Sessions(units)
 
     def _unit(self, device: Device, spec: MapperSpec, *, watch: bool) -> DeviceUnit:

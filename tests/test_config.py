@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,12 +207,48 @@ def test_check_config_holds_a_mapper_s_times_against_the_engine_s_bound(tmp_path
         "one call of uart-smp may take 184 s; allowed: up to engine.call_s = 120"
     ]
     node = examine(path).config
-    left_out = resolve(node.devices["a"], node, discover())
+    left_out = resolve(node, discover())["a"]
     assert isinstance(left_out, LeftOut) and left_out.reason is Reason.CONFIG_INVALID
     raised = tmp_path / "raised"
     raised.mkdir()
     path = write(raised, node="engine.call_s = 184\n" + MODEL, devices=device)
     assert CliRunner().invoke(main, ["--config", str(path), *check]).exit_code == 0
+
+
+def test_what_two_devices_cannot_both_have_is_found(tmp_path: Path) -> None:
+    """One controller under two names, however its bus is written; each by itself is sound."""
+    device = '[[device]]\nid = "{}"\nmodel = "uno"\nmapper = "can-uds"\naddress = "can:{}"\n'
+    where = f"edged: configuration: {tmp_path}/devices.d/x.toml: device[1].config: found"
+    path = write(
+        tmp_path,
+        node=MODEL,
+        devices=device.format("a", "can0") + device.format("b", "socketcan@can0@250000"),
+    )
+    answer = CliRunner().invoke(main, ["--config", str(path), "check-config"])
+    assert answer.exit_code == 2
+    assert answer.stderr.splitlines() == [
+        f"{where} request_id 0x7e0 on can:can0, as device 'a' has; allowed: each by one device",
+        f"{where} response_id 0x7e8 on can:can0, as device 'a' has; allowed: each by one device",
+    ]
+    found = resolve(load(path), discover())
+    assert isinstance(found["a"], tuple), "the first is used"
+    assert isinstance(found["b"], LeftOut) and found["b"].reason is Reason.CONFIG_INVALID
+    other = tmp_path / "other"
+    other.mkdir()
+    path = write(other, node=MODEL, devices=device.format("a", "can0") + device.format("b", "can1"))
+    assert CliRunner().invoke(main, ["--config", str(path), "check-config"]).exit_code == 0
+
+
+def test_a_mapper_that_breaks_down_over_its_claims_is_named(tmp_path: Path) -> None:
+    def broken(address: str, config: object) -> list[str]:
+        raise RuntimeError("no")
+
+    installed = discover()
+    spec = replace(installed.mappers["uart-stk500"], claims=broken)
+    config = load(write(tmp_path, node=MODEL + DEVICE.format(id="a")))
+    left_out = resolve(config, Plugins({spec.name: spec}, installed.links))["a"]
+    assert isinstance(left_out, LeftOut) and left_out.reason is Reason.PLUGIN_FAILED
+    assert left_out.detail == "config: mapper uart-stk500 raised RuntimeError('no')"
 
 
 def test_a_link_has_a_table_of_its_own_and_its_faults_are_told(tmp_path: Path) -> None:
@@ -250,7 +287,7 @@ def test_a_plugin_that_breaks_down_over_an_address_or_a_table_is_named(tmp_path:
         {"serial": LinkSpec("serial", installed.links["serial"].open, broken)},
     )
     config = load(write(tmp_path, node=MODEL + DEVICE.format(id="a")))
-    left_out = resolve(config.device[0], config, plugins)
+    left_out = resolve(config, plugins)["a"]
     assert isinstance(left_out, LeftOut)
     assert left_out.reason is Reason.PLUGIN_FAILED
     assert left_out.detail == (
@@ -263,7 +300,7 @@ def test_a_link_without_an_opinion_takes_any_address(tmp_path: Path) -> None:
     installed = discover()
     plugins = Plugins(installed.mappers, {"serial": LinkSpec("serial", installed.links["serial"].open)})
     config = load(write(tmp_path, node=MODEL + DEVICE.format(id="a").replace("/dev/ttyUSB0", "board/tty")))
-    assert not isinstance(resolve(config.device[0], config, plugins), LeftOut)
+    assert not isinstance(resolve(config, plugins)["a"], LeftOut)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +326,7 @@ def test_a_device_has_its_models_table_where_it_says_nothing_else(tmp_path: Path
 def test_a_fault_of_the_models_table_is_told_for_each_device(tmp_path: Path) -> None:
     path = write(tmp_path, models=MODEL + "[model.config]\nbaud = 1\n", devices=DEVICE.format(id="a"))
     config = load(path)
-    left = resolve(config.devices["a"], config, discover())
+    left = resolve(config, discover())["a"]
     assert isinstance(left, LeftOut) and "config.baud: found 1" in left.detail
 
 

@@ -215,8 +215,9 @@ def check_devices(config: Config) -> Iterator[Finding]:
             yield Finding(
                 Level.OK, "plugin", f"{state.name} ({state.distribution}): {', '.join(state.mappers)}"
             )
+    resolved = resolve(config, found)
     for settings in config.device:
-        device = resolve(settings, config, found)
+        device = resolved[settings.id]
         if isinstance(device, LeftOut):
             cure = (
                 reasons.cure(device.reason)

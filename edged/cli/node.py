@@ -111,8 +111,8 @@ def check_config(context: Context, as_json: bool) -> None:
 
     found, installed = config.examine(context.config_path), plugins.discover()
     problems = list(found.problems)
-    for settings in found.config.device:
-        seen = devices.examine(settings, installed, found.config.engine.call_s)
+    for device, seen in devices.examine(found.config, installed).items():
+        settings = found.config.devices[device]
         faults = seen if isinstance(seen, list) else devices.examine_wire(settings, found.config, installed)
         problems += [f"{_place(found, settings, fault.detail)}.{fault.detail}" for fault in faults]
     for link in found.config.link:

@@ -13,8 +13,8 @@ from typing import Final
 from edged.api import Device, Env, Identity, LinkSpec, MapperSpec, Session, hookimpl
 from edged.errors import Permanent, Reason
 from edged_can.address import SCHEME, parse_address
-from edged_can.config import UdsConfig, longest_call_s, parse
-from edged_can.link import CanLink, loaded, open_can
+from edged_can.config import UdsConfig, claims, longest_call_s, parse
+from edged_can.link import CanLink, Turns, loaded, open_can
 from edged_can.refused import RefusedKeys
 
 NAME: Final = "can-uds"
@@ -34,6 +34,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             schemes=frozenset({SCHEME}),
             probe_disturbs=False,
             longest_call_s=longest_call_s,
+            claims=claims,
         )
     ]
 
@@ -45,12 +46,13 @@ def edged_links() -> Iterable[LinkSpec]:
 
 
 class _Connecting:
-    """Opens sessions. What outlives them are the keys that devices refused, and until when to leave alone a device that could
-    not be told that the tester goes."""
+    """Opens sessions. What outlives them are the keys that devices refused, until when to leave alone a device that could not
+    be told that the tester goes, and who programs on each bus, by whatever address it was opened."""
 
     def __init__(self) -> None:
         self._refused = RefusedKeys()
         self._alone_until: dict[str, float] = {}
+        self._turns: dict[str, Turns] = {}
 
     @asynccontextmanager
     async def connect(self, device: Device, env: Env) -> AsyncIterator[Session]:
@@ -58,8 +60,9 @@ class _Connecting:
         async with env.link(device.address) as link:
             module = await loaded("edged_can.session")
             bus = _bus(link, device.address)
+            turns = self._turns.setdefault(bus.bus.place, Turns(bus.address))
             async with module.connected(
-                device, config, bus, env, self._refused, self._alone_until
+                device, config, bus, env, self._refused, self._alone_until, turns
             ) as session:
                 yield session
 

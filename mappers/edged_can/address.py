@@ -50,6 +50,12 @@ class CanAddress:
     def fd(self) -> bool:
         return self.data_bitrate > 0
 
+    @property
+    def place(self) -> str:
+        """The bus itself, at whatever speed it is said to be."""
+        options = "&".join(f"{key}={value}" for key, value in self.options)
+        return f"{self}?{options}" if options else str(self)
+
     def __str__(self) -> str:
         name = self.channel if self.interface == SOCKETCAN else f"{self.interface}@{self.channel}"
         return f"{SCHEME}:{name}"

@@ -16,7 +16,7 @@ from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
 from edged_can.bus_errors import BusErrors
 from edged_can.frames import wire_s
-from edged_can.link import Listener, Turns
+from edged_can.link import Listener
 from edged_can.load import BusLoad
 from edged_can.messages import to_frame
 from edged_can.transport import Shape
@@ -43,7 +43,6 @@ class BaseLink(Generic[P]):
         self.bus = bus
         self.load = BusLoad()
         self.errors = BusErrors(bus)
-        self.turns = Turns(str(bus))
         self.lost: Transient | None = None
         self._loop = asyncio.get_running_loop()
         # replaced and never changed: a thread may be reading it

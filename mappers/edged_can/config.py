@@ -25,6 +25,7 @@ from edged.tables import (
     text,
     whole,
 )
+from edged_can.address import parse_address
 from edged_can.transport import FRAME_BYTES, MESSAGE_BYTES, Peer, Shape
 
 SEQUENCE: Final = (
@@ -261,6 +262,17 @@ def longest_call_s(config: object) -> float:
     """See :attr:`edged.api.MapperSpec.longest_call_s`: a reset, and the start after it."""
     assert isinstance(config, UdsConfig)
     return 2 * config.answer_s + config.settle_s + config.boot_s
+
+
+def claims(address: str, config: object) -> frozenset[str]:
+    """See :attr:`edged.api.MapperSpec.claims`: an identifier each way, with the address behind it where there is one."""
+    assert isinstance(config, UdsConfig)
+    bus = parse_address(address.partition(":")[2])
+    behind = {"request_id": config.target_address, "response_id": config.source_address}
+    return frozenset(
+        f"{name} {getattr(config, name):#x}{'' if byte is False else f' with address {byte:#x}'} on {bus.place}"
+        for name, byte in behind.items()
+    )
 
 
 def _together(config: UdsConfig) -> Iterator[str]:

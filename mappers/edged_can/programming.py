@@ -22,7 +22,7 @@ from edged_can.access import Access
 from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
 from edged_can.config import Fingerprint, Routine, UdsConfig
 from edged_can.functional import Everyone
-from edged_can.link import CanLink
+from edged_can.link import CanLink, Turns
 
 DEFAULT_SESSION: Final = 1
 PROGRAMMING_SESSION: Final = 2
@@ -65,10 +65,11 @@ class Programming:
         access: Access,
         name: str,
         env: Env,
+        turns: Turns,
     ) -> None:
         self._client = client
         self._config = config
-        self._turns = link.turns
+        self._turns = turns
         self._name = name
         self._env = env
         self.everyone = everyone = Everyone(link, config)

@@ -34,7 +34,7 @@ from edged_can.client import NegativeResponse, Timing, UdsClient
 from edged_can.config import Property, UdsConfig
 from edged_can.dbc import Signals, load
 from edged_can.frames import Frame, ceiling_bytes_per_s
-from edged_can.link import CanLink
+from edged_can.link import CanLink, Turns
 from edged_can.programming import DEFAULT_SESSION, EXTENDED_SESSION, Programming
 from edged_can.properties import WrongType, decode, encode, holds, text_of
 from edged_can.refused import RefusedKeys
@@ -56,11 +56,12 @@ async def connected(
     env: Env,
     refused: RefusedKeys,
     alone_until: dict[str, float],
+    turns: Turns,
 ) -> AsyncIterator[UdsSession]:
     """A session; at its end the controller is told that the tester goes. Errors as the transport's.
 
     ``refused``: the keys that devices refused. ``alone_until``: of the loop's clock; a controller that could not be told is
-    asked nothing until it has left its programming session by itself, which each request would put off.
+    asked nothing until it has left its programming session by itself, which each request would put off. ``turns``: the bus's.
     """
     now = asyncio.get_running_loop().time
     await asyncio.sleep(alone_until.pop(device.id, 0.0) - now())
@@ -74,7 +75,7 @@ async def connected(
             # a table that says nothing of it is that of a device which is never unlocked, until it is to be flashed
             if settings.credential:
                 await access.check(settings)
-        session = UdsSession(device, config, link, client, access, env, signals)
+        session = UdsSession(device, config, link, client, access, env, turns, signals)
         await stack.enter_async_context(client.kept_alive(lambda: session.programming.entered))
         await stack.enter_async_context(session.programming.everyone.kept_alive())
         try:
@@ -100,6 +101,7 @@ class UdsSession:
         client: UdsClient,
         access: Access,
         env: Env,
+        turns: Turns,
         signals: Signals | None = None,
     ) -> None:
         self._device = device
@@ -114,7 +116,7 @@ class UdsSession:
         self._untold: set[str] = set()
         self._wishes: dict[str, JsonValue] = {}
         self._prepared = False
-        self.programming = Programming(client, config, link, access, device.id, env)
+        self.programming = Programming(client, config, link, access, device.id, env, turns)
         peer, shape = config.peer, config.shape
         self.traits = SessionTraits(
             ceiling_bytes_per_s=ceiling_bytes_per_s(

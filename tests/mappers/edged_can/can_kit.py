@@ -16,7 +16,7 @@ import can
 from uds_server import BASE, SECRET, Controller, OnBus, Wire, Wiring, make_app
 
 import edged_can
-from edged.api import Device, Image, Phase
+from edged.api import Device, Image, MapperSpec, Phase
 from edged.links import LinkPool, device_env
 from edged.testing.conformance import Subject
 from edged_can.session import UdsSession
@@ -86,12 +86,19 @@ async def verified(parts: Segments) -> Image:
     return await Image.open(MemorySource(file), ChunkIndex.build(file, 512))
 
 
-@asynccontextmanager
-async def connected(to: Device, pool: LinkPool | None = None) -> AsyncIterator[UdsSession]:
-    """A session of a mapper of its own: it remembers no keys that a device refused to another."""
-    env = device_env(to.id, pool or LinkPool(LINKS))
+def fresh() -> MapperSpec:
+    """The mapper as a daemon has it that has just started."""
     (spec,) = edged_can.edged_mappers()
-    async with spec.connect(to, env) as session:
+    return spec
+
+
+@asynccontextmanager
+async def connected(
+    to: Device, pool: LinkPool | None = None, spec: MapperSpec | None = None
+) -> AsyncIterator[UdsSession]:
+    """A session, of a mapper of its own where none is given: it remembers no keys that a device refused to another."""
+    env = device_env(to.id, pool or LinkPool(LINKS))
+    async with (spec or fresh()).connect(to, env) as session:
         assert isinstance(session, UdsSession)
         yield session
 

@@ -22,6 +22,7 @@ from can_kit import (
     bus_name,
     connected,
     device,
+    fresh,
     on_bus,
     quiet,
     secret,
@@ -177,17 +178,21 @@ def test_everyone_is_let_go_where_a_transfer_is_cancelled() -> None:
     assert neighbour.dtc_on and neighbour.talks and 0 < ecu.counts.written < 1800
 
 
+@pytest.mark.parametrize("spelling", ["", "@500000"])
 @pytest.mark.parametrize("quiet_one", ["ecu", "other"])
-def test_one_that_tells_everyone_does_not_begin_beside_another_update(quiet_one: str) -> None:
-    """It would throw the other out of its session; the engine tries again later."""
+def test_one_that_tells_everyone_does_not_begin_beside_another_update(quiet_one: str, spelling: str) -> None:
+    """It would throw the other out of its session; the engine tries again later. Also where the bus is opened twice, since
+    its address is written in two ways."""
     bus, pool, ecu, other = bus_name(), LinkPool(LINKS), Controller(), Controller()
     tables: dict[str, dict[str, Any]] = {"ecu": {}, "other": {}, quiet_one: EVERYONE}
-    address = f"can:virtual@{bus}"
+    address, spec = f"can:virtual@{bus}", fresh()
 
     async def body() -> None:
         async with (
-            connected(device(address, "ecu", ECU, **tables["ecu"]), pool) as first,
-            connected(device(address, "other", NEIGHBOUR, **tables["other"]), pool) as second,
+            connected(device(address, "ecu", ECU, **tables["ecu"]), pool, spec) as first,
+            connected(
+                device(address + spelling, "other", NEIGHBOUR, **tables["other"]), pool, spec
+            ) as second,
         ):
             begun = asyncio.Event()
             task = asyncio.create_task(
