@@ -204,6 +204,7 @@ class Phase(StrEnum):
     """What a progress report counts."""
 
     COMPARE = "compare"
+    ERASE = "erase"
     WRITE = "write"
     VERIFY = "verify"
     READ_OUT = "read_out"

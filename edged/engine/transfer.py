@@ -109,7 +109,7 @@ class Meter:
             self.reached_bytes = max(self.reached_bytes, self._image_bytes - (total_bytes - done_bytes))
             self.write_seconds = elapsed if moved else self.write_seconds
             self._observe_chunk(now, done_bytes)
-        else:
+        elif phase is not Phase.ERASE:
             self.read_bytes += moved
 
     def _observe_chunk(self, now: float, done_bytes: int) -> None:

@@ -145,8 +145,8 @@ class UdsConfig:
     - ``block_size``, ``st_min``: what the device is asked to keep to when it answers.
     - ``block_bytes``: the longest TransferData request, below what the device allows.
     - ``bus_share``: of the bus that may be in use while edged sends; 1: no limit.
-    - ``answer_s``: the longest that one answer takes. ``pending_s``: so long may a device ask for more time
-      (requestCorrectlyReceived-ResponsePending). ``boot_s``: from a reset until it answers again.
+    - ``answer_s``: the longest that one answer takes. ``pending_s``: so long may a device ask for more time to
+      answer one request (requestCorrectlyReceived-ResponsePending). ``boot_s``: from a reset until it answers again.
       ``settle_s``: from its answer to a reset, or to the programming session, to the next request.
     - ``hardware_did``, ``version_did``, ``serial_did``: what identifies it; 0: it has none.
     - ``sequence``: what comes before the first erase. ``precondition_routine``: what ``check_preconditions`` starts.
@@ -262,6 +262,18 @@ def longest_call_s(config: object) -> float:
     """See :attr:`edged.api.MapperSpec.longest_call_s`: a reset, and the start after it."""
     assert isinstance(config, UdsConfig)
     return 2 * config.answer_s + config.settle_s + config.boot_s
+
+
+def quiet_s(config: UdsConfig) -> float:
+    """See :attr:`edged.api.SessionTraits.quiet_s`.
+
+    Before the first erase no step has more than two requests, and one of them a start. A routine has its start, its results
+    for ``pending_s`` and the last of them; between two blocks there may be RequestTransferExit, the check, RequestDownload.
+    """
+    request_s = config.answer_s + config.pending_s
+    before_s = 2 * len(config.sequence) * request_s + config.settle_s + config.boot_s
+    routine_s = 3 * request_s + max(config.erase.poll_s, config.check.poll_s)
+    return max(before_s, routine_s + 3 * request_s)
 
 
 def claims(address: str, config: object) -> frozenset[str]:

@@ -17,7 +17,7 @@ from typing import Final
 from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
 
 from edged.api import Env, Image, Phase, Progress, Segment
-from edged.errors import Permanent, Reason, Transient
+from edged.errors import Permanent, Reason, Refused, Transient
 from edged_can.access import Access
 from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
 from edged_can.config import Fingerprint, Routine, UdsConfig
@@ -92,7 +92,9 @@ class Programming:
         }
 
     def check(self, image: Image) -> None:
-        """Whether every request can say where it is, and how long. Raises Permanent(IMAGE_TOO_LARGE)."""
+        """Whether every request can say where it is, how long, and in which format. Raises Permanent(IMAGE_TOO_LARGE),
+        Refused(FACTS_INVALID)."""
+        self._data_format(image)
         for segment in image.segments:
             _location(segment, self._config)
         for routine in (self._config.erase, self._config.check):
@@ -128,7 +130,7 @@ class Programming:
             raise Transient(error.reason, f"{error.detail}: was it reset since it was unlocked?") from error
 
     async def _write(self, image: Image, progress: Progress) -> None:
-        await self._erase(image)
+        await self._erase(image, progress)
         check = self._config.check
         sent = _Sent("sha256" in check.parameters)
         for number, segment in enumerate(image.segments):
@@ -140,11 +142,14 @@ class Programming:
         if check.per == "image":
             await self._run(check, "check", _span(image.segments), sent)
 
-    async def _erase(self, image: Image) -> None:
+    async def _erase(self, image: Image, progress: Progress) -> None:
         """Everything, before anything is written: whole sectors are erased, and two segments may share one."""
-        erase = self._config.erase
+        erase, done = self._config.erase, 0
+        progress(Phase.ERASE, 0, image.size_bytes)
         for segment in image.segments if erase.per == "segment" else (_span(image.segments),):
             await self._run(erase, "erase", segment)
+            done = min(done + segment.length, image.size_bytes)
+            progress(Phase.ERASE, done, image.size_bytes)
 
     async def reset(self) -> None:
         """ECUReset (10.3), acknowledged before it happens."""
@@ -209,7 +214,7 @@ class Programming:
         """One segment. Raises :class:`_PlaceLost`."""
         segment = image.segments[number]
         done = sum(before.length for before in image.segments[:number])
-        size = await self._request_download(segment, image.params.get("data_format"))
+        size = await self._request_download(segment, self._data_format(image))
         counter = 0
         async with aclosing(_blocks(image, number, size)) as blocks:
             async for data in blocks:
@@ -220,13 +225,18 @@ class Programming:
                 progress(Phase.WRITE, done, image.size_bytes)
         await self._ask_again(Request(services.RequestTransferExit), b"")
 
-    async def _request_download(self, segment: Segment, data_format: object) -> int:
+    def _data_format(self, image: Image) -> DataFormatIdentifier:
+        """The signed one, else the configuration's (14.2.2). Raises Refused(FACTS_INVALID)."""
+        kind = image.params.get("data_format", self._config.data_format)
+        if not isinstance(kind, int) or isinstance(kind, bool) or kind not in range(256):
+            text = f"flash parameter data_format: found {kind!r}; allowed: a whole number from 0 to 255"
+            raise Refused(Reason.FACTS_INVALID, text)
+        return DataFormatIdentifier(compression=kind >> 4, encryption=kind & 0xF)
+
+    async def _request_download(self, segment: Segment, data_format: DataFormatIdentifier) -> int:
         """RequestDownload (14.2); how many bytes of data each TransferData may have."""
         location = _location(segment, self._config)
-        kind = data_format if isinstance(data_format, int) else self._config.data_format
-        request = services.RequestDownload.make_request(
-            location, DataFormatIdentifier(compression=kind >> 4, encryption=kind & 0xF)
-        )
+        request = services.RequestDownload.make_request(location, data_format)
         longest = _block_length(await self._client.ask(request), self._name)
         size = min(longest, self._config.block_bytes) - _HEAD_BYTES
         if size < 1:

@@ -31,7 +31,7 @@ from edged.api import (
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged_can.access import Access
 from edged_can.client import NegativeResponse, Timing, UdsClient
-from edged_can.config import Property, UdsConfig
+from edged_can.config import Property, UdsConfig, quiet_s
 from edged_can.dbc import Signals, load
 from edged_can.frames import Frame, ceiling_bytes_per_s
 from edged_can.link import CanLink, Turns
@@ -126,7 +126,7 @@ class UdsSession:
                 frame_bytes=shape.frame_bytes,
                 overhead=peer.overhead,
             ),
-            quiet_s=config.pending_s,
+            quiet_s=quiet_s(config),
         )
 
     async def identify(self) -> Identity:
@@ -153,8 +153,8 @@ class UdsSession:
     async def prepare(self, image: Image) -> None:
         """The programming sequence up to the first erase.
 
-        Raises, before anything is sent, Permanent: IMAGE_TOO_LARGE, CONFIG_INVALID for a secret that cannot be used; then
-        what :meth:`Programming.enter` raises.
+        Raises, before anything is sent, Permanent: IMAGE_TOO_LARGE, CONFIG_INVALID for a secret that cannot be used, and
+        Refused(FACTS_INVALID); then what :meth:`Programming.enter` raises.
         """
         self._check_bounds(image)
         self.programming.check(image)

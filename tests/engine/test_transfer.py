@@ -38,3 +38,11 @@ def test_the_time_of_a_write_is_told_for_the_smallest_parts_too(
     assert len(seen) == observed
     assert each_s is None or seen == pytest.approx([each_s] * observed)
     assert OBSERVED_BYTES == 4096, "the metric's help says so"
+
+
+def test_an_erase_moves_and_is_no_byte_read_or_written() -> None:
+    meter = Meter(HandClock(), 30, Checkpoints(65536, 1), image_bytes=100)
+    for done in (0, 40, 100):
+        meter(Phase.ERASE, done, 100)
+    assert meter.status.phase is Phase.ERASE and meter.status.done_bytes == 100
+    assert (meter.read_bytes, meter.written_bytes, meter.reached_bytes) == (0, 0, 0)

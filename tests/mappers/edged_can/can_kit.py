@@ -16,7 +16,7 @@ import can
 from uds_server import BASE, SECRET, Controller, OnBus, Wire, Wiring, make_app
 
 import edged_can
-from edged.api import Device, Image, MapperSpec, Phase
+from edged.api import Device, Image, MapperSpec, Phase, Progress
 from edged.links import LinkPool, device_env
 from edged.testing.conformance import Subject
 from edged_can.session import UdsSession
@@ -105,6 +105,16 @@ async def connected(
 
 def quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
     return None
+
+
+def on_write(call: Callable[[int, int], object]) -> Progress:
+    """Has ``call`` told of the bytes that were written."""
+
+    def progress(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        if phase is Phase.WRITE:
+            call(done_bytes, total_bytes)
+
+    return progress
 
 
 class Unpluggable:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import attrs
 import pytest
-from can_kit import secret
-from can_node import IMAGES, SIZES, Site, alive, published, settle, update
+from can_kit import bus_name, connected, device, on_bus, quiet, secret, verified
+from can_node import IMAGES, PATIENT, SIZES, Site, alive, published, settle, update
 from engine_kit import Publisher
 from uds_server import Controller, make_app
 
 from edged.domain.job import Job, State
-from edged.errors import Reason
+from edged.errors import Permanent, Reason, Refused
 from edged.store import twins
 from edged.testing.node import life
 
@@ -330,3 +332,63 @@ def test_a_secret_that_cannot_be_used_is_named_before_anything_is_changed(
     assert (job.state, job.reason) == (State.FAILED, Reason.CONFIG_INVALID), job.detail
     assert "credential 'ecu'" in job.detail and not job.touched
     assert controller.counts.seeds == controller.counts.erased == 0
+
+
+def test_a_device_that_puts_off_and_is_polled_is_not_stalled(
+    tmp_path: Path, releases: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``pending_s`` bounds each wait, and an erase has two of them."""
+    secret(monkeypatch, tmp_path)
+    polled = {"poll_s": 0.05, "running": "01"}
+    table = {"pending_s": 2, "erase": polled, "check": polled | {"parameters": ["crc32"]}}
+    engine = attrs.evolve(PATIENT, stall_s=0.5)
+    site = Site(tmp_path / "state", releases, engine=engine, table=table)
+    controller = site.controller(slow_erase_s=1.2, background_s=1.2)
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.erased == controller.counts.written == 1600
+
+
+def test_a_session_that_is_put_off_is_not_stalled(
+    tmp_path: Path, releases: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written before the first erase; each step may take its time."""
+
+    class Slow(Controller):
+        def _answer(self, service: int, data: bytes) -> Iterator[bytes | float]:
+            if service in (0x85, 0x28):
+                yield from self._takes(1.2, service)
+            yield from super()._answer(service, data)
+
+    secret(monkeypatch, tmp_path)
+    engine = attrs.evolve(PATIENT, stall_s=0.5)
+    site = Site(tmp_path / "state", releases, engine=engine, table={"pending_s": 2})
+    controller = Slow()
+    controller.install(IMAGES["1.0.0"])
+    job = run(site, controller, "2.0.0")
+    assert job.state is State.SUCCEEDED, job.detail
+    assert controller.counts.downloads == 2
+
+
+@pytest.mark.parametrize("kind", [300, -1, "0x11", 1.5, True, None])
+def test_a_signed_data_format_that_is_none_erases_nothing(
+    kind: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret(monkeypatch, tmp_path)
+    bus, controller = bus_name(), Controller()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}")) as session:
+            image = await verified(IMAGES["2.0.0"])
+            image.params = {"data_format": kind}
+            with pytest.raises(Refused, match="data_format: found .*; allowed: a whole number") as caught:
+                await session.prepare(image)
+            assert caught.value.reason is Reason.FACTS_INVALID
+            image.params = {"data_format": 0x10}
+            with pytest.raises(Permanent, match=r"RequestDownload.*requestOutOfRange"):
+                await session.stage(image, quiet)
+
+    with on_bus(bus, controller):
+        asyncio.run(body())
+    (download,) = [request for request in controller.heard if request[0] == 0x34]
+    assert download[1] == 0x10, "one that can be sent is"

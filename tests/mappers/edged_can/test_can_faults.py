@@ -25,6 +25,7 @@ from can_kit import (
     connected,
     device,
     on_bus,
+    on_write,
     quiet,
     soon,
     verified,
@@ -348,7 +349,7 @@ def test_bus_off_is_transient_and_says_so() -> None:
     bus = bus_name()
     other = virtual(bus)
 
-    def off(phase: object, done: int, total: int) -> None:
+    def off(done: int, total: int) -> None:
         if done * 2 > total:
             other.send(
                 can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True, is_extended_id=False)
@@ -356,7 +357,7 @@ def test_bus_off_is_transient_and_says_so() -> None:
 
     async def body() -> None:
         async with connected(device(f"can:virtual@{bus}")) as session:
-            await session.stage(await verified(APP), off)
+            await session.stage(await verified(APP), on_write(off))
 
     with (
         on_bus(bus, Controller()) as server,
@@ -518,7 +519,7 @@ def test_two_testers_at_once_never_end_in_a_wrong_image() -> None:
 
         image.read = together  # type: ignore[method-assign]
         try:
-            await session.programming.write(image, lambda phase, done, total: begun[name].set())
+            await session.programming.write(image, on_write(lambda done, total: begun[name].set()))
         except EdgedError as error:
             # thrown out of his transfer, or told what the check found; it may be both of them
             failed.append(error)
@@ -556,7 +557,9 @@ def test_a_cancelled_transfer_leaves_the_controller_in_its_default_session() -> 
     async def body() -> None:
         async with connected(device(f"can:virtual@{bus}")) as session:
             task = asyncio.create_task(
-                session.stage(await verified(APP), lambda phase, done, total: done * 2 > total and half.set())
+                session.stage(
+                    await verified(APP), on_write(lambda done, total: done * 2 > total and half.set())
+                )
             )
             await half.wait()
             task.cancel()
@@ -577,7 +580,7 @@ def test_a_daemon_that_is_stopped_in_the_middle_leaves_the_controller_in_its_def
     async def work() -> None:
         async with connected(device(f"can:virtual@{bus}")) as session:
             await session.stage(
-                await verified(APP), lambda phase, done, total: done * 2 > total and half.set()
+                await verified(APP), on_write(lambda done, total: done * 2 > total and half.set())
             )
 
     async def body() -> None:

@@ -21,6 +21,7 @@ from can_kit import (
     connected,
     device,
     on_bus,
+    on_write,
     quiet,
     verified,
     virtual,
@@ -145,12 +146,12 @@ def test_an_adapter_that_is_pulled_out_is_a_lost_link() -> None:
     name = bus_name()
 
     async def body(adapter: SlcanAdapter) -> None:
-        def halfway(phase: object, done: int, total: int) -> None:
+        def halfway(done: int, total: int) -> None:
             if done * 2 > total:
                 adapter.unplug()
 
         async with connected(device(f"can:slcan@{adapter.port}@500000")) as session:
-            await session.stage(await verified(APP), halfway)
+            await session.stage(await verified(APP), on_write(halfway))
 
     with SlcanAdapter(name) as adapter, on_bus(name, Controller()), pytest.raises(Transient) as caught:
         asyncio.run(body(adapter))

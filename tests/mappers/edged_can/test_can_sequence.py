@@ -24,6 +24,7 @@ from can_kit import (
     device,
     fresh,
     on_bus,
+    on_write,
     quiet,
     secret,
     soon,
@@ -161,11 +162,11 @@ def test_everyone_is_let_go_where_a_transfer_is_cancelled() -> None:
     async def body() -> None:
         half = asyncio.Event()
 
-        def progress(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        def progress(done_bytes: int, total_bytes: int) -> None:
             if done_bytes * 2 > total_bytes:
                 half.set()
 
-        task = asyncio.create_task(stage(bus, progress, **EVERYONE))
+        task = asyncio.create_task(stage(bus, on_write(progress), **EVERYONE))
         await half.wait()
         assert neighbour.session == 3
         task.cancel()
@@ -196,7 +197,7 @@ def test_one_that_tells_everyone_does_not_begin_beside_another_update(quiet_one:
         ):
             begun = asyncio.Event()
             task = asyncio.create_task(
-                first.stage(await verified(APP), lambda phase, done, total: begun.set())
+                first.stage(await verified(APP), on_write(lambda done, total: begun.set()))
             )
             await begun.wait()
             with pytest.raises(Transient, match="ecu is being programmed") as caught:
@@ -274,17 +275,28 @@ def test_results_are_asked_for_until_a_routine_is_done() -> None:
     assert ecu.counts.polls >= 6 and ecu.counts.erased == 1800
 
 
+def test_an_erase_of_several_segments_is_told_of() -> None:
+    bus, told = bus_name(), list[tuple[Phase, int, int]]()
+
+    with on_bus(bus, Controller()):
+        asyncio.run(stage(bus, lambda *report: told.append(report)))
+    assert told[:3] == [(Phase.ERASE, done, 1800) for done in (0, 1200, 1800)]
+    assert told[-1] == (Phase.WRITE, 1800, 1800) and {phase for phase, *_ in told[3:]} == {Phase.WRITE}
+
+
 def test_a_check_that_fails_in_the_background_is_no_success() -> None:
     bus, ecu = bus_name(), Controller(background_s=0.1)
 
-    def spoil(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+    def spoil(done_bytes: int, total_bytes: int) -> None:
         ecu.flash[5] ^= 1
 
     with (
         on_bus(bus, ecu),
         pytest.raises(Permanent, match="the check routine 0xff01 answered 01, not 00") as caught,
     ):
-        asyncio.run(stage(bus, spoil, erase=POLLED["erase"], check={**POLLED["check"], "running": "02"}))
+        asyncio.run(
+            stage(bus, on_write(spoil), erase=POLLED["erase"], check={**POLLED["check"], "running": "02"})
+        )
     assert caught.value.reason is Reason.VERIFY_FAILED and ecu.counts.resets == 0
 
 
