@@ -1,8 +1,8 @@
 """An interface of the kernel: its own ISO-TP (linux/can/isotp.h) carries messages, raw frames come through python-can.
 
-What comes is on the event loop's watch of descriptors; a message is sent by one call in a thread. There is no Python for each
-frame of a message. The raw socket hears only what somebody listens to, unless a session is to keep to a share of the bus:
-then it has to see all of it.
+What comes is on the event loop's watch of descriptors; a message is sent by one call in a thread of its session. There is no
+Python for each frame that is sent. The raw socket hears what somebody listens to, and the peers of sessions for their flow
+control, unless a session is to keep to a share of the bus: then it has to see all of it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
@@ -28,7 +29,7 @@ from edged_can.frames import Frame, wire_s
 from edged_can.link import CanLink, again
 from edged_can.load import gap_s
 from edged_can.messages import to_message
-from edged_can.transport import N_AS_S, Peer, Shape, Transport
+from edged_can.transport import N_AS_S, WAIT_FRAMES, Peer, Shape, Transport
 
 _EXTENDED_ID: Final = 0x80000000
 
@@ -45,6 +46,8 @@ _FD_MTU: Final = 72
 _BRS: Final = 0x01
 _LONGEST: Final = 8300
 _FULL_WAIT_S: Final = 0.002
+_CONTINUE, _WAIT = b"\x30", b"\x31"
+"""The first byte of a FlowControl (ISO 15765-2, 9.6.5)."""
 _NOBODY: Final = [{"can_id": 0, "can_mask": 0x1FFFFFFF, "extended": True}]
 
 _MEANINGS: Final = {
@@ -129,7 +132,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
             self._peers.remove(port)
             self._measured -= shape.share < 1
             self._heard_changed()
-            await asyncio.shield(port.close())
+            await asyncio.shield(port.end())
 
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
@@ -158,7 +161,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
     def _heard_changed(self) -> None:
         if self._raw is None:
             return
-        wanted = {key for ids in self._listeners.values() for key in ids}
+        wanted = {key for ids in self._listeners.values() for key in ids} | {peer.key for peer in self._peers}
         filters = [{"can_id": id, "can_mask": 0x1FFFFFFF, "extended": extended} for id, extended in wanted]
         self._raw.set_filters(None if self._measured else filters or _NOBODY)
 
@@ -169,9 +172,12 @@ class KernelLink(BaseLink["_KernelPeer"]):
             self._loop.remove_reader(self._raw.fileno())
             self.lose(lost(self.bus, _code(error), str(error)))
             return
-        if message is not None:
-            # what other sockets of this machine send comes back marked; most of it is ours
-            self._arrived(message, own=not message.is_rx)
+        # what other sockets of this machine send comes back marked; most of it is ours
+        if message is not None and self._arrived(message, own=not message.is_rx):
+            key = message.arbitration_id, message.is_extended_id
+            for peer in self._peers:
+                if peer.key == key:
+                    peer.heard(bytes(message.data))
 
 
 class _KernelPeer:
@@ -191,7 +197,10 @@ class _KernelPeer:
         self._loop = asyncio.get_running_loop()
         self._gap_s = 0.0
         self._socket: socket.socket | None = None
+        self._executor = ThreadPoolExecutor(1, f"{link.bus} {peer.request_id:#x}")
         self._sending: asyncio.Future[Any] | None = None
+        self._waits = 0
+        self._given_up: Transient | None = None
         self.key = peer.response_id, peer.extended_ids
         self._waiting: asyncio.Task[Any] | None = None
 
@@ -209,19 +218,28 @@ class _KernelPeer:
             raise not_opened(self._link.bus, error.errno, str(error)) from error
 
     async def close(self) -> None:
-        """In a thread: the kernel waits for the end of what is being sent, and for its readers."""
+        """In the thread: the kernel waits for the end of what is being sent, and for its readers."""
         opened, self._socket = self._socket, None
         if self._sending is not None:
             await asyncio.wait([self._sending])
-        if opened is not None:
-            await asyncio.to_thread(opened.close)
+        if opened is not None and self._given_up is None:
+            await self._loop.run_in_executor(self._executor, opened.close)
+        elif opened is not None:
+            # after the call that is under way, for which nobody waits
+            self._executor.submit(opened.close)
+
+    async def end(self) -> None:
+        """Close it for good."""
+        await self.close()
+        self._executor.shutdown(wait=False)
 
     async def send(self, message: bytes) -> None:
         """As :class:`~edged_can.transport.Transport`; the kernel sends the frames, and returns after the last of them.
 
         In a thread, one hop for a message: the call waits, non-blocking socket or not. Who waits for the answer counts its
-        time from then on, however far apart the receiver wants its frames. It ends by itself: the kernel gives up where no
-        flow control comes, or no frame gets out.
+        time from then on, however far apart the receiver wants its frames. It ends by itself where no flow control comes, or
+        no frame gets out. A receiver that says wait more often than N_WFTmax ends the session: the kernel does not count, and
+        lets go of the message when it falls silent.
         """
         self._check()
         if self._sending is not None:
@@ -239,10 +257,14 @@ class _KernelPeer:
         """False where the device's queue is full."""
         self._check()
         assert self._socket is not None
-        self._sending = self._loop.run_in_executor(None, self._socket.send, message)
-        self._sending.add_done_callback(self._sent)
+        self._waits = 0
+        sending = self._sending = self._loop.run_in_executor(self._executor, self._socket.send, message)
+        sending.add_done_callback(self._sent)
+        await asyncio.wait([sending])
+        if self._given_up is not None:
+            raise again(self._given_up)
         try:
-            await asyncio.shield(self._sending)
+            sending.result()
         except OSError as error:
             if error.errno in FULL:
                 return False
@@ -254,6 +276,19 @@ class _KernelPeer:
         if not sending.cancelled():
             # its sender may be gone; the failure is told to the next
             sending.exception()
+
+    def heard(self, frame: bytes) -> None:
+        """A frame from the peer's identifier: of its flow control the kernel knows all but when to stop (N_WFTmax)."""
+        source = b"" if self._peer.source is None else bytes((self._peer.source,))
+        control = frame.removeprefix(source)[:1] if frame.startswith(source) else b""
+        if self._sending is None or control not in (_CONTINUE, _WAIT):
+            return
+        self._waits = self._waits + 1 if control == _WAIT else 0
+        if self._waits > WAIT_FRAMES:
+            name = f"{self._link.bus}: {self._peer.request_id:#x}"
+            text = self._link.errors.explained(f"{name}: nobody takes the message: it says wait without end")
+            self._given_up = Transient(Reason.NO_RESPONSE, text)
+            self._sending.cancel()
 
     async def receive(self, timeout_s: float) -> bytes | None:
         """As :class:`~edged_can.transport.Transport`."""
@@ -297,8 +332,9 @@ class _KernelPeer:
             self._waiting.cancel()
 
     def _check(self) -> None:
-        if self._link.lost is not None:
-            raise again(self._link.lost)
+        failure = self._link.lost or self._given_up
+        if failure is not None:
+            raise again(failure)
 
     async def _pace(self) -> None:
         if self._shape.share >= 1:

@@ -31,7 +31,7 @@ from edged_can.frames import Frame
 from edged_can.link import CanLink, again
 from edged_can.load import BusLoad
 from edged_can.messages import to_message
-from edged_can.transport import MESSAGE_BYTES, N_AS_S, Peer, Shape, Transport
+from edged_can.transport import MESSAGE_BYTES, N_AS_S, WAIT_FRAMES, Peer, Shape, Transport
 
 # at level debug they write every frame, keys and seeds in them
 for _library in ("can", "isotp"):
@@ -46,7 +46,6 @@ _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 32
 """7 ms at 500 kbit/s: another peer waits no longer for its flow control."""
 _ANY_FRAME: Final = 64
-_WAIT_FRAMES: Final = 25
 _NO_ANSWER: Final = (isotp.FlowControlTimeoutError, isotp.MaximumWaitFrameReachedError)
 _BROKEN_OFF: Final = (isotp.ConsecutiveFrameTimeoutError,)
 _TAKES_NO_MORE: Final = (isotp.OverflowError,)
@@ -521,7 +520,7 @@ def _parameters(shape: Shape) -> dict[str, Any]:
         "tx_data_length": shape.frame_bytes if shape.fd else 8,
         "can_fd": shape.fd,
         "bitrate_switch": shape.fd,
-        "wftmax": _WAIT_FRAMES,
+        "wftmax": WAIT_FRAMES,
         "max_frame_size": MESSAGE_BYTES,
         "wait_func": _no_wait,
     }

@@ -11,6 +11,9 @@ MESSAGE_BYTES: Final = 4095
 N_AS_S: Final = 1.0
 """The longest that a frame may wait for the bus (ISO 15765-2, 9.8)."""
 
+WAIT_FRAMES: Final = 25
+"""N_WFTmax, as a sender takes it (ISO 15765-2, 9.7): so many FC.WAIT in a row put a message off, and no more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:

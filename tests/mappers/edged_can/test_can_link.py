@@ -23,6 +23,7 @@ from can_kit import (
     on_bus,
     on_write,
     quiet,
+    soon,
     verified,
     virtual,
 )
@@ -35,7 +36,7 @@ from edged.links import LinkPool, device_env
 from edged_can.address import CanAddress, parse_address
 from edged_can.bus_errors import BusErrors, lost, not_opened
 from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
-from edged_can.kernel import KernelLink
+from edged_can.kernel import KernelLink, _KernelPeer
 from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
 from edged_can.threaded import ThreadedLink
 from edged_can.transport import Peer, Shape
@@ -590,6 +591,81 @@ def test_a_sender_that_is_cancelled_while_its_socket_is_bound_anew_may_still_say
 
     asyncio.run(body())
     assert sockets.sent == [b"\x10\x01"] and sockets.open == 0
+
+
+class Waiting(SlowlyClosed):
+    """The kernel's ISO-TP while its receiver says FC.WAIT: it waits on, and counts nothing."""
+
+    def socket(self, *_: int) -> Bound:
+        self.open += 1
+        return Held(self)
+
+
+class Held(Bound):
+    def send(self, message: bytes) -> None:
+        super().send(message)
+        assert self._sockets.go_on.wait(10)
+
+
+@pytest.mark.parametrize("source", [None, 0xF1])
+def test_a_receiver_that_says_wait_without_end_ends_its_session_and_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, source: int | None
+) -> None:
+    sockets = Waiting()
+    peer = Peer(0x7E0, 0x7E8, target=None if source is None else 0x10, source=source)
+    head = b"" if source is None else bytes((source,))
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        with monkeypatch.context() as patch:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with link.transport(peer, Shape()) as transport:
+                assert isinstance(transport, _KernelPeer)
+                sending = asyncio.create_task(transport.send(bytes(300)))
+                await soon(lambda: bool(sockets.sent))
+                for frame in (
+                    *[b"\x31\x00\x00"] * 25,
+                    b"\x30\x00\x00",
+                    *[b"\x31\x00\x00"] * 25,
+                    b"\x02\x7e\x00",
+                ):
+                    transport.heard(head + frame)
+                await asyncio.sleep(0)
+                assert not sending.done(), "so many are allowed, each time"
+                transport.heard(head + b"\x31\x00\x00")
+                with pytest.raises(Transient, match="it says wait without end") as caught:
+                    await sending
+                assert caught.value.reason is Reason.NO_RESPONSE and link.lost is None
+                with pytest.raises(Transient, match="it says wait without end"):
+                    await transport.send(b"\x10\x01")
+        assert sockets.open == 1, "the call that is under way still has it"
+        sockets.go_on.set()
+        await soon(lambda: sockets.open == 0)
+
+    asyncio.run(body())
+    assert sockets.sent == [bytes(300)]
+
+
+def test_slow_messages_hold_up_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    sockets = Waiting()
+
+    async def one(link: KernelLink, number: int) -> None:
+        async with link.transport(Peer(0x7E0 + number, 0x7E8 + number), Shape()) as transport:
+            await transport.send(bytes(300))
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        with monkeypatch.context() as patch:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with asyncio.TaskGroup() as group:
+                for number in range(40):
+                    group.create_task(one(link, number))
+                await soon(lambda: len(sockets.sent) == 40)
+                await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)
+                sockets.go_on.set()
+
+    asyncio.run(body())
+    assert sockets.open == 0
 
 
 # -- what the controller says
