@@ -68,7 +68,7 @@ async def connected(
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
-        signals = await _signals(config)
+        signals = await _signals(config, link)
         access = Access(client, env, device.id, refused)
         # told at once, and not after a job has begun to change the controller
         for settings in config.unlocks.values():
@@ -375,11 +375,12 @@ class _Polls:
         return max(0.0, min(self._due.values()) - self._now()) if self._due else None
 
 
-async def _signals(config: UdsConfig) -> Signals | None:
+async def _signals(config: UdsConfig, link: CanLink) -> Signals | None:
     """What the DBC file says, where there is one. Raises Permanent(CONFIG_INVALID), Permanent(UNSUPPORTED)."""
     if not config.dbc:
         return None
-    return await asyncio.to_thread(load, config.dbc, config.signals, config.commands, config.signals_s)
+    names = config.signals, config.commands
+    return await asyncio.to_thread(load, config.dbc, *names, config.signals_s, fd=link.bus.fd)
 
 
 def _did(query: str) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import struct
 import sys
 import time
 from pathlib import Path
@@ -171,3 +173,73 @@ def test_a_device_reports_its_frames_beside_what_is_polled_and_takes_commands(fi
         heard.append((message.arbitration_id, message.is_extended_id, bytes(message.data)))
     other.shutdown()
     assert (0x18FEEF01, True, b"\xa0\x0f\0\0") in heard
+
+
+PAGES = """VERSION ""
+NS_ :
+BS_:
+BU_: ECU
+BO_ 256 Paged: 8 ECU
+ SG_ Page M : 0|8@1+ (1,0) [0|255] "" ECU
+ SG_ A m0 : 8|8@1+ (1,0) [0|255] "" ECU
+ SG_ B m1 : 8|8@1+ (1,0) [0|255] "" ECU
+BO_ 257 Real: 8 ECU
+ SG_ F : 0|32@1- (1,0) [0|0] "bar" ECU
+ SG_ G : 32|32@1- (1,0) [0|0] "" ECU
+BO_ 258 Long: 18 ECU
+ SG_ A : 0|8@1+ (1,0) [0|255] "" ECU
+ SG_ B : 128|8@1+ (1,0) [0|255] "" ECU
+SIG_VALTYPE_ 257 F : 1;
+SIG_VALTYPE_ 257 G : 1;
+"""
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> str:
+    path = tmp_path / "pages.dbc"
+    path.write_text(PAGES)
+    return str(path)
+
+
+def test_each_page_of_a_multiplexed_frame_has_its_turn(pages: str) -> None:
+    """They alternate in the time of the bus, and a common due time would meet the same one each time."""
+    signals, told = load(pages, ("Paged.A", "Paged.B"), (), 1.0), []
+    for tick in range(100):
+        told += signals.decode(Frame(256, bytes((tick % 2, tick)) + bytes(6)), lambda at=tick / 10: at)  # type: ignore[misc]
+    names = [one.name for one in told]
+    assert names.count("Paged.A") == names.count("Paged.B") == 10
+
+
+def test_a_number_that_json_does_not_have_is_none(pages: str) -> None:
+    signals = load(pages, ("Real.F", "Real.G"), (), 0)
+    for raw in (math.nan, math.inf, -math.inf):
+        (first, second) = signals.decode(Frame(257, struct.pack("<ff", raw, 1.5)), lambda: 0.0)
+        assert (first.value, first.unit, second.value) == (None, "bar", 1.5)
+
+
+def test_a_command_of_more_than_eight_bytes_is_a_frame_of_can_fd(pages: str) -> None:
+    signals = load(pages, (), ("Long.B",), 0, fd=True)
+    assert signals.encode("Long.B", 7) == Frame(258, bytes(16) + b"\x07" + bytes(3), fd=True)
+    with pytest.raises(Permanent, match=r"'Long.B', whose frame of 18 bytes is of CAN FD") as caught:
+        load(pages, (), ("Long.B",), 0)
+    assert caught.value.reason is Reason.CONFIG_INVALID
+
+
+@pytest.mark.parametrize("data_bitrate", ["", "@500000/2000000"])
+def test_whether_a_command_can_be_sent_is_said_with_the_device(pages: str, data_bitrate: str) -> None:
+    name = bus_name()
+    watcher = virtual(name)
+
+    async def body() -> None:
+        to = device(f"can:virtual@{name}{data_bitrate}", dbc=pages, commands=["Long.B"])
+        async with connected(to) as session:
+            await session.apply(Desired("Long.B", 7, 1))
+
+    if data_bitrate:
+        asyncio.run(body())
+        sent = watcher.recv(1)
+        assert sent is not None and sent.is_fd and len(sent.data) == 20
+    else:
+        with pytest.raises(Permanent, match="data bit rate"):
+            asyncio.run(body())
+    watcher.shutdown()
