@@ -18,7 +18,7 @@ from udsoncan.BaseService import BaseService
 from udsoncan.ResponseCode import ResponseCode
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
-from edged_can.transport import Transport
+from edged_can.transport import N_CR_S, Transport
 
 BUSY_REPEAT_REQUEST: Final = 0x21
 RESPONSE_PENDING: Final = 0x78
@@ -195,23 +195,30 @@ class UdsClient:
         self, service: type[BaseService], payload: bytes, echo: bytes, deadline: float
     ) -> _Answer:
         await self._send(payload)
-        what = f"{self._name}: {service.get_name()}"
-        answer_by = self._loop.time() + self._timing.answer_s
+        timing, what = self._timing, f"{self._name}: {service.get_name()}"
+        answer_by = self._loop.time() + timing.answer_s
+        silence = f"{what}: no answer within {timing.answer_s:g} s"
+        too_long = f"{what}: the device asked for more time for {timing.pending_s:g} s ({code_name(RESPONSE_PENDING)})"
         while True:
             message = await self._transport.receive(max(0.0, answer_by - self._loop.time()))
             self._asked_at = self._loop.time()
+            if message is None and self._transport.is_receiving():
+                # the time of an answer ends with its first frame (ISO 14229-2, P2 client); the transport minds the others
+                answer_by = self._asked_at + N_CR_S
+                continue
             if message is None:
-                text = f"{what}: no answer within {self._timing.answer_s:g} s"
-                raise Transient(Reason.NO_RESPONSE, self._transport.explained(text))
+                raise Transient(Reason.NO_RESPONSE, self._transport.explained(silence))
             answer = _answer(message, service, echo)
             if answer is None:
                 continue
             if answer.code != RESPONSE_PENDING:
                 return answer
             if self._asked_at > deadline:
-                text = f"{what}: the device asked for more time for {self._timing.pending_s:g} s"
-                raise Transient(Reason.NO_RESPONSE, f"{text} ({code_name(RESPONSE_PENDING)})")
-            answer_by = self._asked_at + max(self._p2_star_s, self._timing.answer_s)
+                raise Transient(Reason.NO_RESPONSE, too_long)
+            wait_s = max(self._p2_star_s, timing.answer_s)
+            answer_by = min(self._asked_at + wait_s, deadline)
+            asked = f"{what}: no answer within {wait_s:g} s after the device asked for more time"
+            silence = too_long if answer_by == deadline else asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,8 +46,9 @@ _FD_MTU: Final = 72
 _BRS: Final = 0x01
 _LONGEST: Final = 8300
 _FULL_WAIT_S: Final = 0.002
-_CONTINUE, _WAIT = b"\x30", b"\x31"
-"""The first byte of a FlowControl (ISO 15765-2, 9.6.5)."""
+_FIRST: Final = 1
+_CONTINUE, _WAIT = 0x30, 0x31
+"""How a FirstFrame begins, and all that a FlowControl begins with (ISO 15765-2, 9.6)."""
 _NOBODY: Final = [{"can_id": 0, "can_mask": 0x1FFFFFFF, "extended": True}]
 
 _MEANINGS: Final = {
@@ -200,6 +201,7 @@ class _KernelPeer:
         self._executor = ThreadPoolExecutor(1, f"{link.bus} {peer.request_id:#x}")
         self._sending: asyncio.Future[Any] | None = None
         self._waits = 0
+        self._receiving = False
         self._given_up: Transient | None = None
         self.key = peer.response_id, peer.extended_ids
         self._waiting: asyncio.Task[Any] | None = None
@@ -280,11 +282,13 @@ class _KernelPeer:
     def heard(self, frame: bytes) -> None:
         """A frame from the peer's identifier: of its flow control the kernel knows all but when to stop (N_WFTmax)."""
         source = b"" if self._peer.source is None else bytes((self._peer.source,))
-        control = frame.removeprefix(source)[:1] if frame.startswith(source) else b""
-        if self._sending is None or control not in (_CONTINUE, _WAIT):
+        if not frame.startswith(source) or len(frame) == len(source):
             return
-        self._waits = self._waits + 1 if control == _WAIT else 0
-        if self._waits > WAIT_FRAMES:
+        kind = frame[len(source)]
+        self._receiving |= kind >> 4 == _FIRST
+        if kind in (_CONTINUE, _WAIT):
+            self._waits = self._waits + 1 if kind == _WAIT else 0
+        if self._sending is not None and self._waits > WAIT_FRAMES:
             name = f"{self._link.bus}: {self._peer.request_id:#x}"
             text = self._link.errors.explained(f"{name}: nobody takes the message: it says wait without end")
             self._given_up = Transient(Reason.NO_RESPONSE, text)
@@ -299,6 +303,8 @@ class _KernelPeer:
             await asyncio.wait([self._waiting], timeout=timeout_s)
             if not self._waiting.done():
                 return None
+            # the whole message, or why there is none
+            self._receiving = False
             if self._waiting.cancelled():
                 self._check()
                 return None
@@ -310,8 +316,13 @@ class _KernelPeer:
             self._waiting.cancel()
             self._waiting = None
 
+    def is_receiving(self) -> bool:
+        """As :class:`~edged_can.transport.Transport`."""
+        return self._receiving
+
     def drop_input(self) -> None:
         """As :class:`~edged_can.transport.Transport`."""
+        self._receiving = False
         while self._socket is not None:
             try:
                 self._socket.recv(_LONGEST)

@@ -46,6 +46,10 @@ _FULL_WAIT_S: Final = 0.002
 _FRAMES_AT_ONCE: Final = 32
 """7 ms at 500 kbit/s: another peer waits no longer for its flow control."""
 _ANY_FRAME: Final = 64
+_FLOW_CONTROL: Final = 3
+_LONGEST_PAUSE: Final = 0x7F
+_PAUSES: Final = frozenset({*range(_LONGEST_PAUSE + 1), *range(0xF1, 0xFA)})
+"""STmin as a raw byte: 0 to 127 ms, 100 to 900 us."""
 _NO_ANSWER: Final = (isotp.FlowControlTimeoutError, isotp.MaximumWaitFrameReachedError)
 _BROKEN_OFF: Final = (isotp.ConsecutiveFrameTimeoutError,)
 _TAKES_NO_MORE: Final = (isotp.OverflowError,)
@@ -348,6 +352,10 @@ class _ThreadedPeer:
             self._check()
         return self._arrived.popleft() if self._arrived else None
 
+    def is_receiving(self) -> bool:
+        """As :class:`~edged_can.transport.Transport`."""
+        return bool(self._logic.rx_state != self._logic.RxState.IDLE)
+
     def drop_input(self) -> None:
         """As :class:`~edged_can.transport.Transport`."""
         self._arrived.clear()
@@ -385,7 +393,7 @@ class _ThreadedPeer:
             isotp.CanMessage(
                 arbitration_id=message.arbitration_id,
                 dlc=message.dlc,
-                data=bytes(message.data),
+                data=_understood(bytes(message.data), self._peer),
                 extended_id=message.is_extended_id,
                 is_fd=message.is_fd,
                 bitrate_switch=message.bitrate_switch,
@@ -411,7 +419,8 @@ class _ThreadedPeer:
 
     def _until_due(self) -> float | None:
         logic = self._logic
-        if self._pace.turn_is_over:
+        if self._pace.turn_is_over or self._frames:
+            # can-isotp takes one flow control at a time
             return 0.0
         due = [
             timer.remaining() for timer in (logic.timer_rx_fc, logic.timer_rx_cf) if not timer.is_stopped()
@@ -510,6 +519,15 @@ def _address(peer: Peer) -> isotp.Address:
         target_address=peer.target,
         source_address=peer.source,
     )
+
+
+def _understood(frame: bytes, peer: Peer) -> bytes:
+    """A FlowControl with a reserved STmin has the longest in its place (ISO 15765-2, 9.6.5): can-isotp would pass it over."""
+    at = 0 if peer.source is None else 1
+    pause = frame[at + 2 : at + 3]
+    if not pause or frame[at] >> 4 != _FLOW_CONTROL or pause[0] in _PAUSES:
+        return frame
+    return frame[: at + 2] + bytes((_LONGEST_PAUSE,)) + frame[at + 3 :]
 
 
 def _parameters(shape: Shape) -> dict[str, Any]:

@@ -11,6 +11,8 @@ MESSAGE_BYTES: Final = 4095
 N_AS_S: Final = 1.0
 """The longest that a frame may wait for the bus (ISO 15765-2, 9.8)."""
 
+N_CR_S: Final = 1.0
+"""The longest from one frame of a message to the next (ISO 15765-2, 9.8)."""
 WAIT_FRAMES: Final = 25
 """N_WFTmax, as a sender takes it (ISO 15765-2, 9.7): so many FC.WAIT in a row put a message off, and no more."""
 
@@ -65,6 +67,10 @@ class Transport(Protocol):
 
     async def receive(self, timeout_s: float) -> bytes | None:
         """The next message from the peer, None where none came in time."""
+        ...
+
+    def is_receiving(self) -> bool:
+        """Has the first frame of a message come, and its last one not yet?"""
         ...
 
     def drop_input(self) -> None:

@@ -438,6 +438,33 @@ def test_endless_response_pending_ends() -> None:
     assert controller.counts.pending >= 8
 
 
+@pytest.mark.parametrize(
+    ("pending_s", "p2_star_s", "says"),
+    [(1, 20.0, "asked for more time for 1 s"), (30, 5.0, "no answer within 5 s after the device asked for")],
+)
+def test_a_device_that_falls_silent_after_it_asked_for_time_is_not_waited_for_longer(
+    pending_s: int, p2_star_s: float, says: str
+) -> None:
+    """Its own P2* bounds the wait, and ``pending_s`` all of it."""
+    bus = bus_name()
+    controller = Controller(p2_star_s=p2_star_s, slow_erase_s=0.2)
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        return [] if way == "out" and frame[1:3] == b"\x71\x01" else [frame]
+
+    async def body() -> float:
+        async with connected(device(f"can:virtual@{bus}", pending_s=pending_s)) as session:
+            await session.prepare(await verified(APP))
+            began = time.monotonic()
+            with pytest.raises(Transient, match=says) as caught:
+                await session.stage(await verified(APP), quiet)
+            assert caught.value.reason is Reason.NO_RESPONSE
+            return time.monotonic() - began
+
+    with on_bus(bus, controller, wire=wire):
+        assert asyncio.run(body()) < min(pending_s, p2_star_s) + 0.8
+
+
 def test_a_slow_erase_is_waited_for_beyond_the_first_time_limit() -> None:
     bus = bus_name()
     controller = Controller(slow_erase_s=1.0)

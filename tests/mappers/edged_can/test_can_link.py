@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
 from edged_can.address import CanAddress, parse_address
 from edged_can.bus_errors import BusErrors, lost, not_opened
+from edged_can.client import Timing, UdsClient
 from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
 from edged_can.kernel import KernelLink, _KernelPeer
 from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
@@ -591,6 +593,129 @@ def test_a_sender_that_is_cancelled_while_its_socket_is_bound_anew_may_still_say
 
     asyncio.run(body())
     assert sockets.sent == [b"\x10\x01"] and sockets.open == 0
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_an_answer_of_many_frames_has_begun_when_its_first_came(
+    kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frames come as far apart as they were asked to; the time of an answer ends with the first."""
+    name, controller = bus_name(), Controller()
+    controller.properties[0x0103] = bytes(range(60))
+
+    async def threaded() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=0.3, st_min=80)) as session:
+            assert await session._client.read(0x0103) == bytes(range(60))
+
+    async def kernels() -> None:
+        link, near, far = KernelLink(parse_address("can0")), *socket.socketpair(type=socket.SOCK_SEQPACKET)
+        sockets = Sockets(full=0)
+        near.setblocking(False)
+        monkeypatch.setattr(sockets, "socket", lambda *_: Pair(near))
+        with monkeypatch.context() as patch, far:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
+                assert isinstance(transport, _KernelPeer)
+                client = UdsClient(transport, Timing(answer_s=0.2), "ecu")
+                asking = asyncio.create_task(client.read(0xF191))
+                await asyncio.to_thread(far.recv, 100)
+                assert not transport.is_receiving()
+                transport.heard(b"\x10\x0a\x62\xf1\x91ECU")
+                await asyncio.sleep(0.6)
+                far.send(b"\x62\xf1\x91ECU-789")
+                assert await asking == b"ECU-789"
+                assert not transport.is_receiving()
+
+    if kernel:
+        asyncio.run(kernels())
+    else:
+        with on_bus(name, controller):
+            asyncio.run(threaded())
+
+
+class Pair:
+    """A socket of the kernel's ISO-TP whose device is the other end of a pair."""
+
+    def __init__(self, near: socket.socket) -> None:
+        self._near = near
+        self.fileno, self.recv, self.send, self.close = near.fileno, near.recv, near.send, near.close
+        self.gettimeout = near.gettimeout
+
+    def setblocking(self, _: bool) -> None: ...
+    def setsockopt(self, *_: object) -> None: ...
+    def bind(self, _: object) -> None: ...
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("raw", [0x80, 0xF0, 0xFA, 0xFF])
+def test_a_reserved_pause_is_the_longest(raw: int, extended: bool) -> None:
+    """ISO 15765-2, 9.6.5: as the kernel does it too."""
+    name, controller, came = bus_name(), Controller(), list[float]()
+    controller.properties[0x0103] = bytes(12)
+    wiring = Wiring(st_min=raw, own=0x10 if extended else None, tester=0xF1 if extended else None)
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if way == "in" and frame[extended] >> 4 == 2:
+            came.append(time.monotonic())
+        return [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", wiring=wiring)) as session:
+            await session._client.write(0x0103, bytes(range(12)))
+
+    with on_bus(name, controller, wiring, wire):
+        asyncio.run(body())
+    assert controller.properties[0x0103] == bytes(range(12))
+    assert len(came) == 2 and 0.12 < came[1] - came[0] < 0.6
+
+
+def test_a_device_that_has_no_room_ends_the_message() -> None:
+    """FC.OVFLW, at once; another message is taken after it."""
+    name, told = bus_name(), list[bytes]()
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if way == "out" and frame[0] >> 4 == 3 and not told:
+            told.append(frame)
+            return [b"\x32\x00\x00"]
+        return [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=5)) as session:
+            began = time.monotonic()
+            with pytest.raises(Transient, match="it cannot take a message of that length") as caught:
+                await session._client.write(0x0101, bytes(100))
+            assert caught.value.reason is Reason.PROTOCOL_ERROR and time.monotonic() - began < 1
+            await session._client.write(0x0101, b"\x00\x01")
+
+    with on_bus(name, Controller(), wire=wire):
+        asyncio.run(body())
+    assert told
+
+
+@pytest.mark.parametrize("waits", [20, 40])
+def test_a_device_may_say_wait_and_not_for_ever(waits: int) -> None:
+    name, told = bus_name(), list[bytes]()
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        if way == "out" and frame[0] >> 4 == 3 and not told:
+            told.extend([b"\x31\x00\x00"] * waits)
+            return [*told, frame]
+        return [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}")) as session:
+            await session._client.write(0x0103, bytes(12))
+
+    controller = Controller()
+    controller.properties[0x0103] = bytes(12)
+    with on_bus(name, controller, wire=wire):
+        if waits > 25:
+            with pytest.raises(Transient, match="no flow control") as caught:
+                asyncio.run(body())
+            assert caught.value.reason is Reason.NO_RESPONSE
+        else:
+            asyncio.run(body())
+    assert len(told) == waits
 
 
 class Waiting(SlowlyClosed):
