@@ -141,7 +141,7 @@ def test_the_mapper_installs_and_passes_its_own_tests(tmp_path: Path) -> None:
         timeout=240,
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr
-    assert "14 passed" in tested.stdout
+    assert "16 passed" in tested.stdout
 
 
 def test_the_mapper_in_the_readme_is_the_example() -> None:

@@ -17,6 +17,7 @@ import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from edged.api import (
     Device,
@@ -36,11 +37,18 @@ from edged.clock import SystemClock
 from edged.errors import Reason, Refused, Transient
 from edged.links import LinkPool, device_env
 from edged.sessions import DeviceUnit
+from edged.testing.loop_watch import loop_turns
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.image import MemorySource, pack
 
 CHUNK_BYTES = 512
 CANCEL_S = 10.0
+HALF_S = 120.0
+"""So long may half of an image take."""
+SILENCE_S = 120.0
+"""So long may a call take to notice that nobody answers: the default of ``engine.call_s``."""
+HELD_S = 1.0
+"""For so long nobody may hold the event loop."""
 _WINDOW_BYTES = 16
 
 
@@ -58,7 +66,8 @@ class Subject:
     (address, length), of the slot that is written; ``written`` counts the image bytes that it stored so far. ``unit_bytes``
     is what it stores at once (a page). ``unplug`` and ``plug`` break and mend the wire. ``neighbour`` is a second device on
     the same link, where the wire can have one. ``mark_other``, with two slots: another client has the image in the slot that
-    does not run booted on trial at the next reset. ``reports``: it reports by itself. ``resumes``: False where the device's
+    does not run booted on trial at the next reset. ``mute`` and ``unmute``: the wire stays and the device says nothing on it,
+    where it can be made to. ``reports``: it reports by itself. ``resumes``: False where the device's
     own protocol makes every transfer begin anew, however well it can be read.
     """
 
@@ -75,6 +84,8 @@ class Subject:
     plug: Callable[[], Awaitable[None]] = _nothing
     neighbour: Device | None = None
     mark_other: Callable[[], Awaitable[None]] | None = None
+    mute: Callable[[], Awaitable[None]] | None = None
+    unmute: Callable[[], Awaitable[None]] = _nothing
     reports: bool = True
     resumes: bool = True
     pool: LinkPool = field(init=False)
@@ -99,6 +110,19 @@ class _Halfway:
         if phase is Phase.WRITE and done_bytes * 2 >= total_bytes and not self.reached.is_set():
             self.reached.set()
             self.then()
+
+    async def is_reached_by(self, stage: asyncio.Future[None]) -> None:
+        """Raises ``AssertionError`` where ``stage`` ends, or goes on for ever, and does not tell that half is written."""
+        reached: asyncio.Future[Any] = asyncio.ensure_future(self.reached.wait())
+        await asyncio.wait([stage, reached], timeout=HALF_S, return_when=asyncio.FIRST_COMPLETED)
+        reached.cancel()
+        if self.reached.is_set():
+            return
+        when = f"went on for {HALF_S:g} s" if not stage.done() else f"ended ({stage.exception()!r})"
+        stage.cancel()
+        raise AssertionError(
+            f"stage {when} and did not tell progress(Phase.WRITE, ...) that half was written"
+        )
 
 
 def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
@@ -148,7 +172,7 @@ async def _interrupt(subject: Subject, segments: list[tuple[int, bytes]]) -> Bas
         await session.identify()
         task = asyncio.ensure_future(_firmware(session).stage(await _image(segments), halfway))
         halfway.then = task.cancel
-        await halfway.reached.wait()
+        await halfway.is_reached_by(task)
         done, _ = await asyncio.wait([task], timeout=CANCEL_S)
         assert done, f"stage did not end within {CANCEL_S} s of its cancellation"
         return asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -276,7 +300,7 @@ async def port_loss_is_transient(subject: Subject) -> None:
         async with _connected(subject) as session:
             await session.identify()
             task = asyncio.ensure_future(_firmware(session).stage(await _image(subject.first), halfway))
-            await halfway.reached.wait()
+            await halfway.is_reached_by(task)
             await subject.unplug()
             done, _ = await asyncio.wait([task], timeout=30)
             assert done, "stage did not notice within 30 s that the wire is gone"
@@ -288,6 +312,42 @@ async def port_loss_is_transient(subject: Subject) -> None:
     assert isinstance(failure, Transient), f"unplugging raised {failure!r}, not Transient"
     await _stage(subject, subject.first)
     _assert_holds(subject, subject.first)
+
+
+async def silence_is_transient(subject: Subject) -> None:
+    """A device that says nothing: ``identify`` raises ``Transient`` for that, in time; when it speaks again, all goes on.
+
+    Only where the subject can be muted.
+    """
+    failure: BaseException | None = None
+    try:
+        async with _connected(subject) as session:
+            await session.identify()
+            if subject.mute is None:
+                return
+            await subject.mute()
+            task = asyncio.ensure_future(session.identify())
+            done, _ = await asyncio.wait([task], timeout=SILENCE_S)
+            task.cancel()
+            assert done, f"identify waited for {SILENCE_S:g} s for an answer: put a time-out on each"
+            failure = task.exception()
+    except Transient as exc:
+        failure = failure or exc
+    finally:
+        await subject.unmute()
+    known = isinstance(failure, Transient) and failure.reason in (Reason.NO_RESPONSE, Reason.DEVICE_ABSENT)
+    assert known, f"silence raised {failure!r}, not Transient for NO_RESPONSE or DEVICE_ABSENT"
+    await _stage(subject, subject.first)
+    _assert_holds(subject, subject.first)
+
+
+async def leaves_the_loop_to_others(subject: Subject) -> None:
+    """No call holds the event loop, on which all devices are served: what blocks belongs into a thread of the link."""
+    async with loop_turns(HELD_S), _connected(subject) as session:
+        await session.identify()
+        await _firmware(session).slots()
+        await _firmware(session).stage(await _image(subject.first), _quiet)
+        await _firmware(session).activate()
 
 
 async def no_unverified_byte_is_sent(subject: Subject) -> None:
@@ -402,6 +462,8 @@ CHECKS: tuple[Check, ...] = (
     goes_on_from_the_device,
     other_image_starts_again,
     port_loss_is_transient,
+    silence_is_transient,
+    leaves_the_loop_to_others,
     no_unverified_byte_is_sent,
     reports_go_on_around_a_lease,
     the_link_is_shared_or_refused,

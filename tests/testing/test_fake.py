@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from edged.api import Device
+from edged.errors import Transient
 from edged.plugins import discover
 from edged.testing import conformance
 from edged.testing.conformance import Check, Subject
@@ -33,6 +35,12 @@ def subject(**options: Any) -> Subject:
     async def plug() -> None:
         bus.lost = False
 
+    async def mute() -> None:
+        hardware.absent = True
+
+    async def unmute() -> None:
+        hardware.absent = False
+
     async def mark_other() -> None:
         hardware.mark_pending()
 
@@ -53,6 +61,8 @@ def subject(**options: Any) -> Subject:
         unit_bytes=hardware.page_bytes,
         unplug=unplug,
         plug=plug,
+        mute=mute,
+        unmute=unmute,
         mark_other=mark_other if hardware.slot_count > 1 else None,
         neighbour=replace(device, id="dev-2", address="fake:bus/dev-2"),
     )
@@ -90,7 +100,31 @@ async def _looks_at_what_runs_only(self: Any, image: Any, progress: Any) -> None
         await original(self, image, progress)
 
 
+async def _hangs(self: Any, *_: Any) -> Any:
+    await asyncio.Event().wait()
+
+
+async def _hangs_when_nobody_answers(self: Any) -> Any:
+    try:
+        return await identify(self)
+    except Transient:
+        await asyncio.Event().wait()
+
+
+async def _raises_what_it_likes(self: Any) -> Any:
+    try:
+        return await identify(self)
+    except Transient as exc:
+        raise RuntimeError("no answer") from exc
+
+
+async def _blocks(self: Any) -> Any:
+    time.sleep(1.5)  # noqa: ASYNC251 - as a mapper must not
+    return await identify(self)
+
+
 original = FakeReadBackSession.stage
+identify = FakeReadBackSession.identify
 
 
 @pytest.mark.parametrize(
@@ -107,6 +141,32 @@ def test_the_kit_notices(
 ) -> None:
     monkeypatch.setattr(FakeReadBackSession, method, wrong)
     with pytest.raises(AssertionError):
+        asyncio.run(check(subject()))
+
+
+@pytest.mark.parametrize(
+    ("check", "method", "wrong", "says"),
+    [
+        (
+            conformance.cancellation_comes_out,
+            "stage",
+            _writes_nothing,
+            r"stage ended \(None\) and did not tell",
+        ),
+        (conformance.cancellation_comes_out, "stage", _hangs, "stage went on for 0.2 s and did not tell"),
+        (conformance.port_loss_is_transient, "stage", _writes_nothing, "did not tell progress"),
+        (conformance.silence_is_transient, "identify", _hangs_when_nobody_answers, "put a time-out on each"),
+        (conformance.silence_is_transient, "identify", _raises_what_it_likes, r"silence raised RuntimeError"),
+        (conformance.leaves_the_loop_to_others, "identify", _blocks, r"held for 1 s .*\n(.*\n)*.*time.sleep"),
+    ],
+)
+def test_the_kit_says_what_it_missed(
+    check: Check, method: str, wrong: Callable[..., Any], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conformance, "HALF_S", 0.2)
+    monkeypatch.setattr(conformance, "SILENCE_S", 0.2)
+    monkeypatch.setattr(FakeReadBackSession, method, wrong)
+    with pytest.raises(AssertionError, match=says):
         asyncio.run(check(subject()))
 
 

@@ -15,6 +15,7 @@ class SimulatedLamp:
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
         self.port = 0
+        self._mute = False
 
     @property
     def address(self) -> str:
@@ -32,12 +33,21 @@ class SimulatedLamp:
         for writer in self._open:
             writer.transport.abort()
 
+    async def mute(self) -> None:
+        """Hear, and answer nothing."""
+        self._mute = True
+
+    async def unmute(self) -> None:
+        self._mute = False
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._open.add(writer)
         try:
             while line := await reader.readline():
                 number, verb, *arguments = line.decode().split()
-                writer.write(f"{number} {self._answer(verb, arguments)}\n".encode())
+                answer = self._answer(verb, arguments)
+                if not self._mute:
+                    writer.write(f"{number} {answer}\n".encode())
         except OSError:
             pass
         finally:

@@ -30,6 +30,8 @@ async def check_lamp(check: Check) -> None:
             unit_bytes=edged_lamp.PAGE_BYTES,
             unplug=lamp.unplug,
             plug=lamp.plug,
+            mute=lamp.mute,
+            unmute=lamp.unmute,
         )
         await check(subject)
 
