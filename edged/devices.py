@@ -139,7 +139,7 @@ def _examine_alone(
     spec = plugins.mappers.get(settings.mapper)
     faults = list(_address_faults(settings, plugins, spec))
     if spec is None:
-        text = f"mapper: found {settings.mapper!r}; allowed: {_listed(plugins.mappers)}"
+        text = f"mapper: found {settings.mapper!r}; allowed: {_listed(plugins.mappers)}{_not_in_use(plugins)}"
         return [Fault(Reason.UNSUPPORTED, text), *faults]
     try:
         parsed = spec.parse_config(settings.config)
@@ -217,7 +217,8 @@ def _address_faults(
     allowed = {known for known in plugins.links if spec is None or spec.reaches(f"{known}:")}
     if scheme not in allowed:
         schemes = _listed(f"{known}:" for known in allowed)
-        yield Fault(Reason.UNSUPPORTED, f"{found}; allowed: an address that begins with one of: {schemes}")
+        allowed_text = f"an address that begins with one of: {schemes}{_not_in_use(plugins)}"
+        yield Fault(Reason.UNSUPPORTED, f"{found}; allowed: {allowed_text}")
         return
     try:
         plugins.links[scheme].parse_address(rest)
@@ -225,6 +226,12 @@ def _address_faults(
         yield Fault(Reason.CONFIG_INVALID, f"{found}; {'; '.join(_lines(exc))}")
     except Exception as exc:  # noqa: BLE001 - the plugin boundary
         yield Fault(Reason.PLUGIN_FAILED, f"{found}; the link {scheme}: raised {exc!r}")
+
+
+def _not_in_use(plugins: Plugins) -> str:
+    """The plugins that may offer what is missing, and why they do not."""
+    told = [f"{one.name} ({one.distribution}): {one.problem}" for one in plugins.states if one.problem]
+    return f"; not in use is plugin {', plugin '.join(told)}" if told else ""
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -7,6 +7,7 @@ loaded must not stop the daemon.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
@@ -77,6 +78,18 @@ def discover(extra: Iterable[tuple[str, object]] = ()) -> Plugins:
     return Plugins(loader.mappers, loader.links, tuple(loader.states))
 
 
+class _Unusable(Exception):
+    """A plugin that works and cannot be used; its text says why."""
+
+
+def _told(error: BaseException) -> str:
+    """What is wrong with a plugin; of its own errors what was raised, and where."""
+    if isinstance(error, _Unusable):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{error!r} in {frames[-1].filename}, line {frames[-1].lineno}" if frames else repr(error)
+
+
 def _rank(point: EntryPoint) -> tuple[bool, str]:
     return point.dist is None or point.dist.name != _OURS, point.name
 
@@ -94,7 +107,7 @@ class _Loader:
         try:
             plugin = point.load()
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - the plugin boundary
-            self.states.append(PluginState(point.name, distribution, f"import failed: {exc!r}"))
+            self.states.append(PluginState(point.name, distribution, f"import failed: {_told(exc)}"))
             return
         self.register(point.name, distribution, plugin)
 
@@ -103,7 +116,7 @@ class _Loader:
             mappers, links = _collect(name, plugin)
             self._check(mappers, links)
         except (Exception, SystemExit) as exc:  # noqa: BLE001 - the plugin boundary
-            self.states.append(PluginState(name, distribution, str(exc) or repr(exc)))
+            self.states.append(PluginState(name, distribution, _told(exc)))
             return
         self.mappers.update((spec.name, spec) for spec in mappers)
         self.links.update((spec.scheme, spec) for spec in links)
@@ -119,16 +132,16 @@ class _Loader:
     def _check(self, mappers: list[MapperSpec], links: list[LinkSpec]) -> None:
         for mapper in mappers:
             if mapper.api_version != API_VERSION:
-                raise ValueError(
+                raise _Unusable(
                     f"mapper {mapper.name!r} is made for plugin API {mapper.api_version}, this is {API_VERSION}"
                 )
         names, schemes = [spec.name for spec in mappers], [spec.scheme for spec in links]
         if not all(isinstance(name, str) for name in names + schemes):
-            raise TypeError(f"a name that is no text: {names + schemes}")
+            raise _Unusable(f"a name that is no text: {names + schemes}")
         taken = [name for name in names if name in self.mappers or names.count(name) > 1]
         taken += [scheme for scheme in schemes if scheme in self.links or schemes.count(scheme) > 1]
         if taken:
-            raise ValueError(f"offers what is offered already: {', '.join(taken)}")
+            raise _Unusable(f"offers what is offered already: {', '.join(taken)}")
 
 
 def _collect(name: str, plugin: object) -> tuple[list[MapperSpec], list[LinkSpec]]:
@@ -139,11 +152,11 @@ def _collect(name: str, plugin: object) -> tuple[list[MapperSpec], list[LinkSpec
     misspelt = [word for word in dir(plugin) if word.startswith("edged_") and _is_hook(plugin, word)]
     unknown = [word for word in misspelt if not hasattr(HookSpecs, word)]
     if unknown:
-        raise ValueError(f"unknown hook {', '.join(unknown)}")
+        raise _Unusable(f"unknown hook {', '.join(unknown)}")
     mappers = _flat(manager.hook.edged_mappers(), MapperSpec)
     links = _flat(manager.hook.edged_links(), LinkSpec)
     if not mappers and not links:
-        raise ValueError("offers no mapper and no link: are its functions marked with @hookimpl?")
+        raise _Unusable("offers no mapper and no link: are its functions marked with @hookimpl?")
     return mappers, links
 
 
@@ -155,5 +168,5 @@ def _flat(results: Iterable[Iterable[Any]], kind: type[Any]) -> list[Any]:
     specs = [spec for result in results for spec in result]
     for spec in specs:
         if not isinstance(spec, kind):
-            raise TypeError(f"a hook returned {spec!r}, expected {kind.__name__}")
+            raise _Unusable(f"a hook returned {spec!r}, expected {kind.__name__}")
     return specs

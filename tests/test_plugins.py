@@ -15,6 +15,8 @@ import pytest
 
 from edged import plugins
 from edged.api import API_VERSION, LinkSpec, MapperSpec, hookimpl
+from edged.config import Config, DeviceSettings, Model
+from edged.devices import LeftOut, resolve
 from edged.errors import Permanent, Reason
 from edged.testing.fake import FakePlugin
 
@@ -54,7 +56,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("plugin", "problem"),
     [
-        (Offers(ValueError("no hardware")), "no hardware"),
+        (Offers(ValueError("no hardware")), f"ValueError('no hardware') in {__file__}, line "),
         (Offers(SystemExit("needs python-can")), "needs python-can"),
         (Offers([replace(SPEC, api_version=API_VERSION + 1)]), "is made for plugin API"),
         (Offers([replace(SPEC, name="fake")]), "offered already: fake"),
@@ -84,7 +86,20 @@ def test_a_plugin_whose_import_fails_stops_nobody(
     monkeypatch.setattr(plugins, "entry_points", lambda group: (EntryPoint("broken", name, group),))
     found = plugins.discover([("good", FakePlugin())])
     assert list(found.mappers) == ["fake"]
-    assert found.states[0].problem.startswith("import failed: ")
+    problem = found.states[0].problem
+    assert problem.startswith("import failed: ") and problem.endswith(f" in {tmp_path}/{name}.py, line 1")
+
+
+def test_a_device_without_its_mapper_is_told_which_plugin_is_not_in_use() -> None:
+    found = plugins.discover([("px9", Offers(ValueError("boom"))), ("good", FakePlugin())])
+    device = DeviceSettings(id="a", model="m", mapper="px9", address="px:1")
+    left_out = resolve(Config(model=(Model(id="m"),), device=(device,)), found)["a"]
+    assert isinstance(left_out, LeftOut)
+    mapper, address = left_out.detail.split("; address: ")
+    assert mapper.startswith(
+        "mapper: found 'px9'; allowed: fake; not in use is plugin px9 (extra): ValueError('boom') in "
+    )
+    assert "begins with one of: fake:; not in use is plugin px9 (extra): ValueError('boom')" in address
 
 
 def test_nobody_takes_the_place_of_a_built_in_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

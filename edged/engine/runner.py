@@ -262,6 +262,8 @@ class JobRunner:
     async def _stop_for(self, error: Permanent | Refused) -> None:
         """Before the first change an end; after it the way back; while reverting the end that says so."""
         job = self.job
+        if error.reason is Reason.PLUGIN_FAILED:
+            log.error("plugin failed", extra=log_fields(job, error.detail), exc_info=error)
         if job.state is State.REVERTING:
             text = f"{error}; the revert was for {job.reason}: {job.detail}"
             await self._move(Move(State.FAILED, "ended", Reason.REVERT_FAILED, text))

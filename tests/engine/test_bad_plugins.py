@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -112,6 +113,20 @@ def test_what_a_call_raises_ends_the_job(place: Place, call: str, twist: Twist) 
     assert job.state in (State.FAILED, State.REVERTED), job
     assert len(job.detail) <= 2000
     assert device.counts.received <= 2 * 2048 * 8
+
+
+def test_the_log_shows_where_a_mapper_failed_in_a_job(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    place.device()
+
+    async def beyond_the_end(session: Any, real: Any, *args: Any) -> Any:
+        return args[7]
+
+    _twist(place, stage=beyond_the_end)
+    _deploy(place)
+    (first, *_) = [record for record in caplog.records if record.message == "plugin failed"]
+    assert first.exc_info is not None
+    shown = "".join(traceback.format_exception(first.exc_info[1]))
+    assert "return args[7]" in shown and "in beyond_the_end" in shown
 
 
 @pytest.mark.parametrize(
