@@ -25,7 +25,8 @@ def path(environment: Mapping[str, str], name: str) -> Path:
     if not folder:
         raise Permanent(
             Reason.CONFIG_INVALID,
-            f"credential {name!r}: there are none; run by hand, set CREDENTIALS_DIRECTORY; under systemd: {_CURE}",
+            f"credential {name!r}: there are none; under systemd, {_CURE}; run by hand, set CREDENTIALS_DIRECTORY to a folder "
+            f"with the file {_PREFIX}{name}",
         )
     return Path(folder) / f"{_PREFIX}{name}"
 
@@ -41,7 +42,8 @@ def read(environment: Mapping[str, str], name: str) -> str:
             data = file.read(_MOST_BYTES + 1)
         text = data.decode().strip()
     except OSError as exc:
-        raise Permanent(Reason.CONFIG_INVALID, f"credential {name!r}: {exc.strerror}; {_CURE}") from exc
+        text = f"credential {name!r}: {file_path}: {exc.strerror}; {_CURE}; run by hand, make it that file"
+        raise Permanent(Reason.CONFIG_INVALID, text) from exc
     except UnicodeDecodeError:
         raise Permanent(Reason.CONFIG_INVALID, f"credential {name!r} is not text in UTF-8") from None
     if len(data) > _MOST_BYTES or not text or not text.isprintable():

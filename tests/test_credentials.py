@@ -21,7 +21,7 @@ def test_reads_the_file_that_systemd_made_of_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "No such file or directory; put it into /etc/edged/credentials"),
+        (None, "/edged_repository: No such file or directory; put it into /etc/edged/credentials"),
         (b"", "is not one line of text"),
         (b"Bearer abc\nX-Other: header", "is not one line of text"),
         (b"Bearer \xff", "is not text in UTF-8"),
@@ -41,7 +41,9 @@ def test_a_credential_that_cannot_be_used_is_said_but_not_shown(
 
 
 def test_without_a_service_manager_there_are_none() -> None:
-    with pytest.raises(Permanent, match="set CREDENTIALS_DIRECTORY"):
+    with pytest.raises(
+        Permanent, match="set CREDENTIALS_DIRECTORY to a folder with the file edged_repository"
+    ):
         read({}, "repository")
 
 

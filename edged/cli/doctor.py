@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LOW_BYTES = 256 * 1024 * 1024
 _LEAST_BYTES = 64 * 1024 * 1024
+_DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 class Level(StrEnum):
@@ -163,7 +164,10 @@ def _of_another_owner(folder: Path) -> list[Path]:
 
 
 def _owner_of(path: Path) -> str:
-    number = path.stat().st_uid
+    return _name_of(path.stat().st_uid)
+
+
+def _name_of(number: int) -> str:
     try:
         return pwd.getpwuid(number).pw_name
     except KeyError:
@@ -193,12 +197,22 @@ def check_database(config: Config) -> Iterator[Finding]:
             check = "ok" if problem else db.execute("PRAGMA quick_check(1)").fetchone()[0]
             rows = 0 if problem else db.execute("SELECT count(*) FROM job").fetchone()[0]
     except sqlite3.Error as exc:
-        yield Finding(Level.FAIL, "database", f"{path}: {exc}", cure)
+        damaged = exc.sqlite_errorname.startswith(_DAMAGED)
+        yield Finding(Level.FAIL, "database", f"{path}: {exc}", cure if damaged else _rights_cure(path))
         return
     if problem or check != "ok":
         yield Finding(Level.FAIL, "database", f"{path}: {problem or check}", cure)
     else:
         yield Finding(Level.OK, "database", f"{path} is whole, {counted(rows, 'job')}")
+
+
+def _rights_cure(database: Path) -> str:
+    """Even to read a database with a write-ahead log, files beside it are written."""
+    folder, user = database.parent, _name_of(os.getuid())
+    return (
+        f"leave the file where it is, it need not be damaged: {user} must be able to write to {folder}; "
+        f"run this command as the daemon's user, and where that is {user}: sudo chown -R {user}: {folder}"
+    )
 
 
 def check_devices(config: Config) -> Iterator[Finding]:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -17,8 +22,10 @@ from click.testing import CliRunner
 from engine_kit import Publisher, published
 
 from edged import cli
+from edged.cli import doctor
 from edged.cli.client import Client
 from edged.cli.jobs import _progress, _time_text
+from edged.config import Config, Node
 from edged.testing.fake import fake_app
 
 
@@ -610,6 +617,45 @@ def test_a_trail_that_was_changed_is_found_offline(tmp_path: Path, publisher: Pu
     unreadable = place.run("audit", "verify", "--offline")
     assert unreadable.code == 1
     assert "file is not a database" in unreadable.err
+
+
+def test_a_database_that_may_not_be_written_to_is_not_called_damaged() -> None:
+    """Its user lost the right to the folder, as by a backup that root put back; to move the file away would lose the floors."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with closing(sqlite3.connect(folder / "edged.db")) as db:
+            db.execute("PRAGMA journal_mode = wal")
+            db.execute("CREATE TABLE job (id TEXT)")
+        (folder / "edged.db").chmod(0o644)
+        (finding,) = _as_somebody_without_rights(folder, _database_findings)
+    assert "edged.db: " in finding["detail"]
+    assert finding["level"] == "fail"
+    assert finding["cure"].startswith("leave the file where it is, it need not be damaged: ")
+
+
+def _database_findings(folder: Path) -> list[dict[str, str]]:
+    config = Config(node=Node(id="node-1", state_dir=folder))
+    return [asdict(finding) for finding in doctor.check_database(config)]
+
+
+def _as_somebody_without_rights(folder: Path, look: Callable[[Path], Any]) -> Any:
+    """What ``look`` finds in a process that may read the folder and not write to it: whoever runs the tests may be root."""
+    folder.chmod(0o555)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setuid(pwd.getpwnam("nobody").pw_uid)
+            os.write(writer, json.dumps(look(folder)).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    folder.chmod(0o755)
+    with os.fdopen(reader) as pipe:
+        return json.loads(pipe.read())
 
 
 def _all_commands(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[str, click.Command]]:
