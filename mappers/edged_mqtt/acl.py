@@ -35,7 +35,8 @@ _HEAD = """\
 #      allow_anonymous false
 #      password_file /etc/mosquitto/passwords
 #      acl_file /etc/mosquitto/edged.acl
-# 3. A password for each user below: mosquitto_passwd /etc/mosquitto/passwords USER
+# 3. Once: install -o root -g mosquitto -m 0640 /dev/null /etc/mosquitto/passwords
+#    A password for each user below: mosquitto_passwd /etc/mosquitto/passwords USER
 # 4. systemctl reload mosquitto
 """
 
