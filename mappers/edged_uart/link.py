@@ -93,8 +93,11 @@ class SerialLink:
 
     exclusive = True
     sets_baud = True
-    has_lines = True
     """Whether it is here that the rate is set."""
+    has_lines = True
+    """Whether there are DTR and RTS."""
+    hung_up = "the port was hung up: unplugged?"
+    """How the other end's going is told."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -156,9 +159,13 @@ class SerialLink:
         await self._in_thread(self._keep_lines)
 
     def drop_input(self) -> None:
-        """Forget what has arrived up to now."""
-        self._on_readable()
+        """Forget what has arrived up to now, also what the system holds: as much as would be kept."""
         self._input.clear()
+        for _ in range(_KEPT_BYTES // _READ_BYTES):
+            self._on_readable()
+            if not self._input:
+                return
+            self._input.clear()
 
     async def send(self, data: bytes) -> None:
         """Give all of ``data`` to the system, which is not yet the wire."""
@@ -218,7 +225,7 @@ class SerialLink:
             self._lose(error)
             return
         if not data:
-            self._forget("the port was hung up: unplugged?")
+            self._forget(self.hung_up)
             return
         self._input += data
         if self._waiter is None or self._length is None:

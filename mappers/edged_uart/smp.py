@@ -117,6 +117,16 @@ class ErrorAnswer(Permanent):
         """The server has no room, or is busy: it may take the same request a moment later."""
         return self.group is None and self.code in (_ENOMEM, _EBUSY)
 
+    @property
+    def is_too_large(self) -> bool:
+        """The slot has no room for the image."""
+        return (self.group, self.code) == (Group.IMAGE, _IMAGE_TOO_LARGE)
+
+    @property
+    def is_of_version(self) -> bool:
+        """The server does not know the version of the header."""
+        return self.group is None and self.code in (_TOO_OLD, _TOO_NEW)
+
 
 def encode(command: Command, sequence: int, body: Mapping[str, object], version: int = 2) -> bytes:
     """A request. ``sequence`` counts modulo 256."""
@@ -173,6 +183,9 @@ def _whole(value: object) -> int:
 _ENOMEM: Final = 2
 _ENOTSUP: Final = 8
 _EBUSY: Final = 10
+_TOO_OLD: Final = 12
+_TOO_NEW: Final = 13
+_IMAGE_TOO_LARGE: Final = 30
 _SAVE_NOT_SUPPORTED: Final = 8
 
 _COMMON: Final = {
@@ -192,12 +205,21 @@ _IMAGE: Final = {
     31: "INVALID_IMAGE_DATA_OVERRUN", 32: "IMAGE_CONFIRMATION_DENIED",
     33: "IMAGE_SETTING_TEST_TO_ACTIVE_DENIED",
 }  # fmt: skip
+_OS: Final = {
+    1: "UNKNOWN", 2: "INVALID_FORMAT", 3: "QUERY_YIELDS_NO_ANSWER", 4: "RTC_NOT_SET", 5: "RTC_COMMAND_FAILED",
+    6: "QUERY_RESPONSE_VALUE_NOT_VALID",
+}  # fmt: skip
+_STATISTICS: Final = {
+    1: "UNKNOWN", 2: "INVALID_GROUP", 3: "INVALID_STAT_NAME", 4: "INVALID_STAT_SIZE", 5: "WALK_ABORTED",
+}  # fmt: skip
 _SETTINGS: Final = {
     1: "UNKNOWN", 2: "KEY_TOO_LONG", 3: "KEY_NOT_FOUND", 4: "READ_NOT_SUPPORTED", 5: "ROOT_KEY_NOT_FOUND",
     6: "WRITE_NOT_SUPPORTED", 7: "DELETE_NOT_SUPPORTED", 8: "SAVE_NOT_SUPPORTED",
 }  # fmt: skip
 _NAMES: Final[dict[int | None, dict[int, str]]] = {
     None: _COMMON,
+    Group.OS: _OS,
     Group.IMAGE: _IMAGE,
+    Group.STATISTICS: _STATISTICS,
     Group.SETTINGS: _SETTINGS,
 }

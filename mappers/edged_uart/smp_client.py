@@ -19,6 +19,7 @@ from edged.errors import Reason, Transient
 from edged_uart import smp
 from edged_uart.link import SerialLink
 from edged_uart.smp import Command, ErrorAnswer, Message
+from edged_uart.smp_config import MOST_WINDOW
 from edged_uart.smp_framing import Framing
 
 TRIES: Final = 4
@@ -49,8 +50,9 @@ class Parameters:
 
     @property
     def window(self) -> int:
-        """So many requests may be on their way: each needs a buffer, and one is for the answer."""
-        return max(1, self.buffer_count - 1)
+        """So many requests may be on their way: each needs a buffer, and one is for the answer. Few enough for their sequence
+        numbers to be told apart, and not more than a table may say."""
+        return min(MOST_WINDOW, max(1, self.buffer_count - 1))
 
 
 class SmpClient:
@@ -109,7 +111,7 @@ class SmpClient:
         """Ask with a header of ``version``; an answer to what was ``asked`` before, by sequence number, serves too."""
         asked[await self.send(smp.PARAMETERS, version=version)] = version
         answer = await self.answer(dict.fromkeys(asked, smp.PARAMETERS), timeout_s)
-        if answer is None:
+        if answer is None or _is_of_version(answer.body):
             return False
         self.version, self.parameters = asked[answer.sequence], _parameters(answer.body)
         return True
@@ -236,6 +238,15 @@ class SmpClient:
 def _whatever(got: bytearray) -> int:
     """All that has arrived, for :meth:`SerialLink.receive`."""
     return len(got) or 1
+
+
+def _is_of_version(body: Mapping[str, Any]) -> bool:
+    """Does the server say that it does not know the header?"""
+    try:
+        smp.check(smp.PARAMETERS, body)
+    except ErrorAnswer as error:
+        return error.is_of_version
+    return False
 
 
 def _parameters(body: Mapping[str, Any]) -> Parameters:

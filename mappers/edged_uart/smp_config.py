@@ -16,6 +16,7 @@ PROTOCOL: Final = "smp"
 ALL: Final = "*"
 LINE_BYTES: Final = 127
 """The longest line that the specification allows, with its two first bytes and the newline."""
+MOST_WINDOW: Final = 32
 SETTLING_BOOTS: Final = 2
 """So many resets it takes to leave an image."""
 
@@ -86,7 +87,7 @@ class SmpConfig:
     framing: str = key("console", one_of("console", "raw", "cobs"))
     line_bytes: int = key(LINE_BYTES, whole(16, 4096))
     reset: str = key("none", one_of("none", "dtr"))
-    window: int = key(0, whole(0, 32))
+    window: int = key(0, whole(0, MOST_WINDOW))
     boot_loader: str = key("tells", one_of("tells", "reverts"))
     answer_s: float = key(2.0, seconds(0.05, 60))
     erase_s: float = key(25.0, seconds(1, 600))

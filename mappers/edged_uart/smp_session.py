@@ -56,6 +56,7 @@ _DIRECT_XIP: Final = 5
 _TRIAL: Final = "trial"
 """What is remembered of a trial until it ends: the hash of the image that is tried, a blank, and that of the one before."""
 _RESETS: Final = 3
+_LOOKS: Final = 4
 
 SETTING: Final = "setting."
 STATISTIC: Final = "stat."
@@ -437,7 +438,7 @@ class SmpSession:
     # -- the image state
 
     async def _state(self) -> State:
-        body = await self._client.ask(smp.IMAGE_STATE)
+        body = await self._sure(smp.IMAGE_STATE)
         if not isinstance(body.get("images"), list):
             raise Transient(Reason.PROTOCOL_ERROR, f"{self._link.path}: the image state has no images")
         told = sorted(_maps(body["images"]), key=lambda entry: _number(entry, "slot"))
@@ -554,12 +555,17 @@ class SmpSession:
             _BITS_PER_BYTE / config.baud,
             config.window or self._client.parameters.window,
         )
-        match = await upload(
-            self._client,
-            Content(read, is_listed, size, inspected.file_sha256),
-            pace,
-            lambda offset: progress(Phase.WRITE, offset, size),
-        )
+        content = Content(read, is_listed, size, inspected.file_sha256)
+        try:
+            match = await upload(
+                self._client, content, pace, lambda offset: progress(Phase.WRITE, offset, size)
+            )
+        except ErrorAnswer as error:
+            if error.is_too_large:
+                raise Refused(
+                    Reason.IMAGE_TOO_LARGE, f"the image has {size} bytes; {error.detail}"
+                ) from error
+            raise
         if match is False:
             # it would be listed as if it were whole
             text = f"{self._device.id} has other bytes in its slot than were sent to it"
@@ -792,16 +798,44 @@ class SmpSession:
         """What the answer has under ``key``; None where the server does not offer this, or has no room for it: one property
         that cannot be had is left out, and the others are told."""
         try:
-            return await self._offered(command, body, key)
-        except Busy:
+            return (await self._client.ask(command, body)).get(key)
+        except (ErrorAnswer, Busy):
             return None
 
     async def _offered(self, command: smp.Command, body: Mapping[str, object], key: str) -> Any:
         """What the answer has under ``key``; None where the server does not offer this. Raises Busy."""
         try:
-            return (await self._client.ask(command, body)).get(key)
+            return (await self._sure(command, body)).get(key)
         except ErrorAnswer:
             return None
+
+    async def _sure(
+        self, command: smp.Command, body: Mapping[str, object] | None = None
+    ) -> Mapping[str, Any]:
+        """The body of the answer. In raw framing, which has no checksum, what is answered twice in a row: a bit that is turned
+        on the wire must not end a job. Raises as :meth:`SmpClient.ask`, and Transient(PROTOCOL_ERROR)."""
+        told = await self._answer(command, body)
+        if self._config.framing == "raw":
+            for _ in range(_LOOKS):
+                before, told = told, await self._answer(command, body)
+                if str(before) == str(told):
+                    break
+            else:
+                raise Transient(
+                    Reason.PROTOCOL_ERROR,
+                    f"{self._link.path}: {command} is answered in another way each time; raw framing has no checksum",
+                )
+        if isinstance(told, ErrorAnswer):
+            raise told
+        return told
+
+    async def _answer(
+        self, command: smp.Command, body: Mapping[str, object] | None
+    ) -> Mapping[str, Any] | ErrorAnswer:
+        try:
+            return await self._client.ask(command, body)
+        except ErrorAnswer as error:
+            return error
 
     async def _if_offered(self, command: smp.Command) -> None:
         try:

@@ -16,6 +16,8 @@ from edged_uart.link import SerialLink
 
 SCHEME: Final = "socket"
 _CONNECT_S: Final = 5.0
+_KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6))
+"""After a minute of silence the other end's system is asked, each 10 s, six times (tcp(7))."""
 
 
 def parse_address(rest: str) -> tuple[str, int]:
@@ -59,6 +61,9 @@ class SocketLink(SerialLink):
 
     sets_baud = False
     has_lines = False
+    hung_up = (
+        "the connection was closed: is another client connected to the terminal server, or did it restart?"
+    )
 
     def __init__(self, path: str, host: str, port: int) -> None:
         super().__init__(path)
@@ -69,6 +74,10 @@ class SocketLink(SerialLink):
     def _open_port(self) -> int:
         self._socket = socket.create_connection(self._to, _CONNECT_S)
         self._socket.setblocking(False)
+        # a terminal server that lost its power says nothing: else a session that only listens would never know
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEPALIVE:
+            self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
         # each message is answered before the next one is sent
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return self._socket.fileno()

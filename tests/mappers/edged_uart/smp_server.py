@@ -129,7 +129,7 @@ class SmpServer:
     that the application prints when it starts. ``mode``: of MCUboot, None where the command is not offered. ``checks``: it
     tells after an upload whether the SHA-256 matched. ``resets_on_open``: its reset is wired to the line's DTR, which a
     pseudo terminal does not have: whoever opens it resets the device. ``erases_pending``: also what is to be booted.
-    ``confirms_itself``: whatever application runs.
+    ``confirms_itself``: whatever application runs. ``refuses``: headers by version that it answers with an error, and which.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class SmpServer:
         resets_on_open: bool = False,
         erases_pending: bool = False,
         confirms_itself: bool = False,
+        refuses: dict[int, int] | None = None,
         settings: dict[str, bytes] | None = None,
         statistics: dict[str, dict[str, int]] | None = None,
     ) -> None:
@@ -186,6 +187,7 @@ class SmpServer:
         self._resets_on_open = resets_on_open
         self._erases_pending = erases_pending
         self.confirms_itself = confirms_itself
+        self._refuses = refuses or {}
         self._ram = Ram()
         self._up_at = 0.0
         self._reset_at: float | None = None
@@ -422,7 +424,8 @@ class SmpServer:
         self.log.append((first & 7, group, number, body))
         if self.on_request is not None and not self.on_request(group, number, body):
             return
-        answer = self._do(first & 7, group, number, body)
+        refused = self._refuses.get(version)
+        answer = (0, refused) if refused else self._do(first & 7, group, number, body)
         if isinstance(answer, tuple):
             code_group, code = answer
             answer = (

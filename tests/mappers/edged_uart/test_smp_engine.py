@@ -138,6 +138,42 @@ def test_a_wish_for_what_runs_is_not_fulfilled_while_the_next_reset_boots_anothe
     assert server.runs == "1.0.0" and server.confirmed
 
 
+@pytest.mark.parametrize("answer", range(1, 13))
+@pytest.mark.parametrize("what", ["key", "hash", "mode"])
+def test_one_bit_that_is_turned_in_an_answer_ends_no_job(tmp_path: Path, what: str, answer: int) -> None:
+    """Raw framing has no checksum."""
+    told = 0
+
+    def turned(op: int, group: int, number: int, body: dict[str, Any]) -> Any:
+        nonlocal told
+        found = normal(op, group, number, body)
+        if not isinstance(found, dict) or (op, group, number) != ((0, 0, 8) if what == "mode" else (0, 1, 0)):
+            return found
+        told += 1
+        return _turned(found, what) if told == answer else found
+
+    with SmpServer(tmp_path, FACTORY, framing="raw") as server:
+        normal = server._do
+        server._do = turned  # type: ignore[method-assign]
+        node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS, config={"framing": "raw"})
+        job = asyncio.run(node.deploy("2.0.0"))
+        assert job.state is State.SUCCEEDED and server.confirmed and server.runs == "2.0.0", job.detail
+        assert told >= answer or what == "mode"
+
+
+def _turned(answer: dict[str, Any], what: str) -> dict[str, Any]:
+    if what == "mode":
+        return answer | {"mode": 0}
+    images = answer["images"]
+    if what == "key":
+        return answer | {
+            "images": [{k.replace("active", "actiwe"): v for k, v in one.items()} for one in images]
+        }
+    return answer | {
+        "images": [one | {"hash": bytes([one["hash"][0] ^ 1]) + one["hash"][1:]} for one in images]
+    }
+
+
 @pytest.mark.parametrize("asked", range(2, 6))
 def test_an_image_that_others_mark_before_the_confirmation_does_not_stay_pending(
     tmp_path: Path, server: SmpServer, asked: int

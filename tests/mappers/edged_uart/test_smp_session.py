@@ -92,7 +92,9 @@ def test_a_buffer_without_room_for_a_header_is_refused(tmp_path: Path) -> None:
         on(server, work)
 
 
-@pytest.mark.parametrize(("count", "window", "most"), [(4, 0, 3), (1, 0, 1), (4, 1, 1), (2, 8, 8)])
+@pytest.mark.parametrize(
+    ("count", "window", "most"), [(4, 0, 3), (1, 0, 1), (4, 1, 1), (2, 8, 8), (1000, 0, 32)]
+)
 def test_so_many_are_on_their_way(tmp_path: Path, count: int, window: int, most: int) -> None:
     """What the device has room for, less one for the answer; or what the table says."""
     waiting: list[int] = []
@@ -239,6 +241,29 @@ def test_version_2_is_preferred(tmp_path: Path) -> None:
             assert (await session.identify()).detail["header_version"] == "2"
 
         on(server, work)
+
+
+@pytest.mark.parametrize(("refuses", "version"), [({2: 13}, "1"), ({1: 12}, "2"), ({1: 8, 2: 13}, "1")])
+def test_a_server_that_refuses_a_header_is_met_with_the_other(
+    tmp_path: Path, refuses: dict[int, int], version: str
+) -> None:
+    """UNSUPPORTED_TOO_NEW, UNSUPPORTED_TOO_OLD; another error (ENOTSUP: no parameters) is an answer."""
+
+    async def work(session: SmpSession) -> None:
+        assert (await session.identify()).detail["header_version"] == version
+
+    with SmpServer(tmp_path, FACTORY, refuses=refuses) as server:
+        on(server, work)
+
+
+def test_a_server_that_refuses_every_header_does_not_speak_smp(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        return None
+
+    with SmpServer(tmp_path, FACTORY, refuses={1: 12, 2: 13}) as server:
+        with pytest.raises(Transient) as caught:
+            on(server, work)
+        assert caught.value.reason is Reason.NO_RESPONSE
 
 
 @pytest.mark.parametrize("wired", [True, False], ids=["dtr", "none"])
@@ -438,6 +463,27 @@ def test_a_wire_that_is_dead_ends_with_a_reason(tmp_path: Path) -> None:
     with SmpServer(tmp_path, FACTORY, line_bytes_per_s=50_000) as server:
         on(server, work, answer_s=0.05)
         assert server.counts.stored == len(SECOND) and server.counts.erases == 1
+
+
+def test_sequence_numbers_begin_anew_after_255(tmp_path: Path) -> None:
+    """With as many on their way as there may be, and some lost."""
+    image = make_image((2, 0, 0), body_of(60_000, 2))
+    seen = 0
+
+    def lose(group: int, number: int, body: dict[str, Any]) -> bool:
+        nonlocal seen
+        seen += (group, number) == (1, 1)
+        return (group, number) != (1, 1) or seen % 97 > 0
+
+    async def work(session: SmpSession) -> None:
+        session._client._sequence = 250
+        server.on_request = lose
+        await staged(session, image)
+        assert bytes(server.slots[1][: len(image)]) == image and seen > 512
+
+    with SmpServer(tmp_path, FACTORY, buffer_bytes=160, buffer_count=1000) as server:
+        on(server, work, answer_s=0.1)
+        assert server.counts.stored == len(image)
 
 
 @pytest.mark.parametrize("at", range(0, 10, 2))
@@ -707,6 +753,18 @@ def test_what_is_wrong_with_an_image_is_found_before_it_is_sent(
         assert caught.value.reason is reason and not uploads(server)
 
     with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_a_slot_that_is_too_small_is_told_so_also_by_a_device_that_tells_no_slots(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        with pytest.raises(Refused) as caught:
+            await staged(session, make_image((2, 0, 0), body_of(70_000, 2)))
+        assert caught.value.reason is Reason.IMAGE_TOO_LARGE and "70072 bytes" in caught.value.detail
+        assert server.counts.stored == server.counts.erases == 0
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        server._do_1_6_r = lambda body: (0, 8)  # type: ignore[assignment, method-assign, return-value]
         on(server, work)
 
 

@@ -149,6 +149,20 @@ def test_what_nobody_waits_for_is_kept_within_bounds(peer: Peer) -> None:
     on_link(peer, use)
 
 
+def test_input_that_is_dropped_is_dropped_whole(peer: Peer) -> None:
+    """The system holds more of it than one read takes."""
+
+    async def use(link: SerialLink) -> None:
+        for text in (b"x" * 9000, b"y" * 9000):
+            await asyncio.to_thread(peer.say, text[:4000])
+            asyncio.get_running_loop().remove_reader(link._fd)
+            await asyncio.to_thread(peer.say, text[4000:])
+            link.drop_input()
+            assert await link.receive(lambda _: 1, 0.1) is None
+
+    on_link(peer, use)
+
+
 def test_hanging_up_ends_every_wait_and_says_why(peer: Peer) -> None:
     async def use(link: SerialLink) -> None:
         asyncio.get_running_loop().call_later(0.05, peer.hang_up)
@@ -384,6 +398,7 @@ def test_a_terminal_server_that_is_not_there_or_goes_away_is_told() -> None:
                 with pytest.raises(Transient) as gone:
                     await link.receive(lambda _: 1, 5)
                 assert gone.value.reason is Reason.LINK_LOST
+                assert "the connection was closed" in gone.value.detail
         with pytest.raises(Transient) as caught:
             async with LINKS["socket"].open(rest, device_env("x", LinkPool(LINKS))):
                 pass
