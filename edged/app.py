@@ -169,7 +169,7 @@ def _owned(folder: Path) -> Iterator[None]:
         fd = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     except OSError as exc:
         raise Permanent(
-            Reason.STORAGE_FAILED, f"{folder}: {exc.strerror}; see node.state_dir and who owns that folder"
+            Reason.STORAGE_FAILED, f"{folder}: {exc.strerror}", "see node.state_dir and who owns that folder"
         ) from exc
     try:
         _lock(fd, folder)
@@ -185,7 +185,9 @@ def _lock(fd: int, folder: Path) -> None:
     except BlockingIOError as exc:
         pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         raise Permanent(
-            Reason.STORAGE_FAILED, f"another edged (pid {pid}) uses {folder}; stop it, or set node.state_dir"
+            Reason.STORAGE_FAILED,
+            f"another edged (pid {pid}) uses {folder}",
+            "stop it, or set another node.state_dir",
         ) from exc
     os.truncate(fd, 0)
     os.write(fd, f"{os.getpid()}\n".encode())

@@ -140,7 +140,8 @@ def test_a_second_daemon_on_the_same_state_is_refused_and_names_the_first(tmp_pa
         _, err = second.communicate(timeout=15)
         assert second.returncode == 1
         assert err.count("\n") == 1
-        assert f"another edged (pid {process.pid}) uses {place.state}" in err
+        says = f"another edged (pid {process.pid}) uses {place.state}; cure: stop it, or set another node.state_dir\n"
+        assert err.endswith(says)
         assert place.client.get("status")["pid"] == process.pid
 
 

@@ -154,7 +154,14 @@ def set_command(context: Context, device_id: str, assignments: tuple[str, ...], 
             f"{device_id}: job {answer['job']} ({answer['outcome']}); watch it: edged job watch {answer['job']}"
         )
     else:
-        echo(f"{device_id}: {answer['outcome'].replace('_', ' ')}.")
+        echo(f"{device_id}: {answer['outcome'].replace('_', ' ')}.{_told_later(device_id, desired)}")
+
+
+def _told_later(device_id: str, desired: dict[str, Any]) -> str:
+    """A property is told to the device when that is there, which may refuse it."""
+    if desired.keys() <= {"firmware"}:
+        return ""
+    return f" What the device did not take, and why: edged device show {device_id}"
 
 
 def _assignment(item: str) -> tuple[str, Any]:

@@ -77,7 +77,8 @@ _CURES: dict[Reason, str] = {
     Reason.IMAGE_TOO_LARGE: "the image does not fit into the device's flash",
     Reason.NO_FALLBACK: "publish the release that runs now, if the device tells its version; "
     "or set policy.without_fallback = true in the model",
-    Reason.DEVICE_ABSENT: "connect the device, or let the daemon's user open its port; the job goes on by itself",
+    Reason.DEVICE_ABSENT: "connect the device; where its address names a port, the daemon's user must be able to open it; "
+    "the job goes on by itself",
     Reason.NO_RESPONSE: "check power, wiring and baud rate; the job goes on by itself",
     Reason.STALLED: "check the link; the job goes on by itself",
     Reason.FETCH_FAILED: "check that the repository can be reached; the job goes on by itself",

@@ -141,7 +141,10 @@ def test_nobody_is_asked_about_a_plan_that_is_refused(place: Place) -> None:
 
 def test_twins_are_read_and_set(place: Place) -> None:
     answer = place.run("twin", "set", "one", "level=5", 'name="7"', "mode=auto", "on=true")
-    assert (answer.code, answer.out) == (0, "one: noted.\n")
+    assert (answer.code, answer.out) == (
+        0,
+        "one: noted. What the device did not take, and why: edged device show one\n",
+    )
     desired = place.run("twin", "get", "one", "--json").json["desired"]
     assert {name: desired[name]["value"] for name in ("level", "name", "mode", "on")} == {
         "level": 5,
