@@ -375,7 +375,8 @@ class MqttSession:
     # -- edged.api.SupportsFirmware
 
     async def slots(self) -> Slots:
-        """What the device says that it runs; None where it does not say it within ``report_s``. So long it is awaited, too,
+        """What the device says that it runs; None where it does not say it within ``report_s``, or says at once that it runs
+        what it was offered last and that it failed to install it. So long it is awaited, too,
         where it says that it may run something else any time: a word that was late is followed by another.
 
         Raises Transient(DEVICE_ABSENT).
@@ -388,7 +389,8 @@ class MqttSession:
         told, title = self._told, self._config.title
         self._proved = told.title, told.version
         name = None if title and told.title in (None, title) else told.title
-        return Slots((Slot(name="firmware", active=True, runs=told.version, runs_name=name),))
+        runs = None if told.contradicts else told.version
+        return Slots((Slot(name="firmware", active=True, runs=runs, runs_name=name),))
 
     async def stage(self, image: Image, progress: Progress) -> None:
         """Offer ``image`` and serve it, until the device says that it runs it.
@@ -403,7 +405,7 @@ class MqttSession:
             self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             return
         transfer = self._transfer = Transfer(self._peer, offer, image, progress)
-        self._told.offered()
+        self._told.offered(offer.version)
         self._unoffered = 0
         is_given = is_tried_again = False
         try:

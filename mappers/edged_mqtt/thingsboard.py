@@ -243,7 +243,8 @@ class Told:
     """What a device said of its firmware, as far as it is still true: nothing of a former connection is. ``news`` rises with
     each report; ``awaits`` is the version of an image that it was given whole: it may boot that without another word.
     ``failures`` counts how often it said FAILED, ``error`` is why it did so last. ``since``: from that time on (of the loop's
-    clock) what it says is the word of what it runs. ``names_version``: its last word on its state came with the version."""
+    clock) what it says is the word of what it runs. ``names_version``: its last word on its state came with the version.
+    ``offered_version``: of the image that it was offered last, which is the one that it says FAILED of."""
 
     title: str | None = None
     version: str | None = None
@@ -254,6 +255,7 @@ class Told:
     error: str = ""
     since: float = 0.0
     names_version: bool = True
+    offered_version: str | None = None
     _arrived_at: float | None = None
 
     def take(self, component: str, values: Mapping[str, JsonValue], now: float) -> bool:
@@ -305,14 +307,20 @@ class Told:
         self.since = self._arrived_at = now
         self.news += 1
 
-    def offered(self) -> None:
+    def offered(self, version: str) -> None:
         """It may become something else on this connection."""
         self._arrived_at = None
+        self.offered_version = version
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether it names the version that it was offered, and says that it failed to install that."""
+        return self.state == FAILED and self.version is not None and self.version == self.offered_version
 
     def runs(self, offer: Offer) -> bool:
         """Whether it says that it runs ``offer``, and is not about to boot something else."""
         named = self.title is None or self.title == offer.title
-        return self.version == offer.version and named and not self.is_booting
+        return self.version == offer.version and named and not (self.is_booting or self.contradicts)
 
 
 class Pieces:

@@ -409,6 +409,17 @@ def test_a_device_that_may_boot_something_else_runs_nothing_for_sure() -> None:
     assert told.version is None
 
 
+def test_a_version_that_failed_to_install_does_not_run() -> None:
+    told, old, new = tb.Told(), _offer("1"), _offer("2")
+    told.offered("2")
+    told.take("fw", {"current_fw_version": "2", "fw_state": "FAILED"}, 1.0)
+    assert not told.runs(new)
+    told.take("fw", {"current_fw_version": "1", "fw_state": "FAILED"}, 2.0)
+    assert told.runs(old), "it failed to install the other one"
+    told.take("fw", {"current_fw_version": "2"}, 3.0)
+    assert told.runs(new)
+
+
 def test_since_when_a_device_speaks_for_what_it_runs() -> None:
     told = tb.Told()
     told.reconnected(1.0)
@@ -420,6 +431,6 @@ def test_since_when_a_device_speaks_for_what_it_runs() -> None:
     assert told.since == 4.0
     told.reconnected(5.0)
     assert (told.title, told.version, told.since) == (None, None, 5.0)
-    told.offered()
+    told.offered("2")
     told.take("fw", {"current_fw_version": "2"}, 6.0)
     assert told.since == 6.0, "it was another until then, and did not say which"

@@ -417,6 +417,31 @@ def test_a_state_may_come_in_a_message_before_the_version(plant: Plant, version:
     asyncio.run(run())
 
 
+def test_a_device_that_names_the_new_version_and_says_failed_has_failed(plant: Plant) -> None:
+    """As one whose new application does not pass its own test."""
+    device = pump(plant, chunk_bytes=65_536)
+
+    def fail() -> None:
+        if device._offer["version"] == "1.0.0":
+            device.on_whole = None
+            device._install()
+            return
+        device.version = "2.0.0"
+        device.say("FAILED", fw_error="self test")
+
+    async def run() -> None:
+        plant.devices[0].config["silence_s"] = 0.5
+        async with running(plant, device) as node:
+            await _first(node)
+            device.on_whole = fail
+            job = await deployed(node, "pump@2.0.0")
+            assert (job.state, job.reason) == (State.REVERTED, Reason.VERIFY_FAILED), job.detail
+            assert "it says FAILED: 'self test'" in job.detail
+            assert bytes(device.flash) == image_bytes("1.0.0"), "it was not given back what it ran"
+
+    asyncio.run(run())
+
+
 def test_a_device_that_does_not_ask_for_what_it_is_offered_uses_up_no_attempt(plant: Plant) -> None:
     """It sleeps, on a connection that nobody closed."""
     plant.devices[0].config["silence_s"] = 0.3
