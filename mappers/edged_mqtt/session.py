@@ -236,7 +236,9 @@ class MqttSession:
         return False
 
     def _stop(self, misbehaved: Misbehaved) -> None:
-        """Tell the client why, and end its connection, as ThingsBoard does."""
+        """Tell the client why, and end its connection, as ThingsBoard does; and what it was given."""
+        if self._transfer is not None:
+            self._transfer.stopped(misbehaved)
         self._env.count(misbehaved.event)
         self.seat.tell(f"v2/{self._config.component}/error", misbehaved.answer.encode())
         self.seat.expel(str(misbehaved))

@@ -76,7 +76,7 @@ class Misbehaved(Exception):
 
 
 class ChunkRequest(NamedTuple):
-    """``v2/{component}/request/{number}/chunk/{chunk}``. ``size_bytes`` None: an empty payload."""
+    """``v2/{component}/request/{number}/chunk/{chunk}``. ``size_bytes`` None: an empty payload; 0: the whole image."""
 
     component: str
     number: str
@@ -108,7 +108,7 @@ def chunk_request(topic: str, payload: bytes) -> ChunkRequest | None:
         return None
     size: int | None = None
     if payload:
-        if len(payload) > _MOST_DIGITS or not payload.isdigit() or not int(payload):
+        if len(payload) > _MOST_DIGITS or not payload.isdigit():
             raise Misbehaved("bad_request", f"chunk size {payload[:20]!r} is no number", "BAD_REQUEST")
         size = int(payload)
     return ChunkRequest(match[1], match[2], int(match[3]), size)
@@ -155,7 +155,7 @@ def withdrawal(component: str) -> bytes:
 
 @dataclass(slots=True)
 class _Meaning:
-    """Of a number: the image, and the size of chunks that was named under it last; None: none was."""
+    """Of a number: the image, and the size of chunks that was named under it last; 0: the image's; None: none was."""
 
     offer: Offer
     size_bytes: int | None = None

@@ -41,7 +41,7 @@ _EVIDENCE_CHARS: Final = 200
 @dataclass(frozen=True, slots=True)
 class Peer:
     """The device that an image goes to: who it is, where it is reached, what it said, what the numbers of its requests stand
-    for. ``count`` and ``stop`` are told what it does wrong; ``stop`` ends its connection."""
+    for. ``count`` and ``stop`` are told what it does wrong; ``stop`` ends its connection, and the transfer."""
 
     id: str
     config: MqttConfig
@@ -107,12 +107,8 @@ class Transfer:
             text = f"{self._peer.id} came back and asks for more; it has to say first which hardware it is"
             self._end(Transient(Reason.NO_RESPONSE, text))
             return True
-        try:
-            if not self._requests and self._at_once(request):
-                return True
-        except Misbehaved as exc:
-            self._end(Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {exc}"))
-            raise
+        if not self._requests and self._at_once(request):
+            return True
         self._requests.append(request)
         self._wake.set()
         self._resting = len(self._requests) >= MOST_REQUESTS
@@ -129,6 +125,10 @@ class Transfer:
     def heard(self) -> None:
         """The device said something else."""
         self._wake.set()
+
+    def stopped(self, misbehaved: Misbehaved) -> None:
+        """The device is thrown out for what it did."""
+        self._end(Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {misbehaved}"))
 
     def arrived(self) -> None:
         """The device is on another connection, and may be another one: it has to say who it is before it gets a byte."""
@@ -267,7 +267,7 @@ class Transfer:
             await self._answer(request)
         except Misbehaved as exc:
             self._peer.stop(exc)
-            raise Permanent(Reason.DEVICE_ERROR, f"{self._peer.id}: {exc}") from exc
+            return
         if self._requests and self._arrivals == arrivals and self._requests[0] is request:
             self._requests.popleft()
         self._make_room()

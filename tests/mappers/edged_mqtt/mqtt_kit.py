@@ -12,6 +12,7 @@ import json
 import socket
 import ssl
 import struct
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any
 import pytest
 
 import edged_mqtt
-from edged.api import Device, Image
+from edged.api import Device, Image, Session
 from edged.links import LinkPool, device_env
 from edged.testing.faults import Faults, PowerCut
 from edged_firmware.chunks import ChunkIndex
@@ -414,6 +415,27 @@ async def listening(pool: LinkPool, port: int) -> AsyncIterator[Endpoint]:
     async with device_env("holder", pool).link(f"mqtt:listen@127.0.0.1:{port}") as link:
         assert isinstance(link, Endpoint)
         yield link
+
+
+@asynccontextmanager
+async def talking(port: int | None = None, **config: Any) -> AsyncIterator[tuple[Raw, Session, Counter[str]]]:
+    """A device and its session, and what was counted."""
+    counted: Counter[str] = Counter()
+    port, pool = port or free_port(), LinkPool(LINKS, count=lambda _, event: counted.update([event]))
+
+    async def connected() -> Session:
+        return await manager.__aenter__()
+
+    manager = SPEC.connect(mqtt_device(port, **config), device_env("pump-1", pool))
+    async with listening(pool, port) as link:
+        connecting = asyncio.create_task(connected())
+        await until(lambda: "pump-1" in link._seats)
+        async with raw(port) as client:
+            session = await connecting
+            try:
+                yield client, session, counted
+            finally:
+                await manager.__aexit__(None, None, None)
 
 
 async def until(found: Any) -> None:

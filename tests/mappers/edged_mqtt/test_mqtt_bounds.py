@@ -5,17 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import tracemalloc
-from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from mqtt_kit import LINKS, SPEC, Raw, free_port, image_of, listening, mqtt_device, raw, secrets_of, until
+from mqtt_kit import Raw, image_of, secrets_of, talking, until
 
 from edged.api import Image, Session
 from edged.errors import Permanent, Reason
-from edged.links import LinkPool, device_env
 from edged_mqtt import thingsboard as tb
 
 TELEMETRY = "v1/devices/me/telemetry"
@@ -24,27 +20,6 @@ TELEMETRY = "v1/devices/me/telemetry"
 @pytest.fixture(autouse=True)
 def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secrets_of(tmp_path, monkeypatch, "pump-1")
-
-
-@asynccontextmanager
-async def talking() -> AsyncIterator[tuple[Raw, Session, Counter[str]]]:
-    """A device and its session, and what was counted."""
-    counted: Counter[str] = Counter()
-    port, pool = free_port(), LinkPool(LINKS, count=lambda _, event: counted.update([event]))
-
-    async def connected() -> Session:
-        return await manager.__aenter__()
-
-    manager = SPEC.connect(mqtt_device(port), device_env("pump-1", pool))
-    async with listening(pool, port) as link:
-        connecting = asyncio.create_task(connected())
-        await until(lambda: "pump-1" in link._seats)
-        async with raw(port) as client:
-            session = await connecting
-            try:
-                yield client, session, counted
-            finally:
-                await manager.__aexit__(None, None, None)
 
 
 async def said(client: Raw, **values: object) -> None:

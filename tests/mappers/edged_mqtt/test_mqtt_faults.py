@@ -509,8 +509,9 @@ def _behind_the_end(chunk: int) -> int:
         ({"naive": True, "next_chunk": _same_chunk}, "same_download", "bytes of an image of 200000"),
         ({"naive": True, "next_chunk": _behind_the_end}, "endless_requests", "behind the end of the image"),
         ({"chunk_bytes": 150_000}, "payload_too_large", "asked for 150000 bytes at once; allowed: 100000"),
+        ({"chunk_bytes": "4k"}, "bad_request", "chunk size b'4k' is no number"),
     ],
-    ids=["same_download", "endless_requests", "payload_too_large"],
+    ids=["same_download", "endless_requests", "payload_too_large", "bad_request"],
 )
 def test_who_asks_too_much_is_stopped_and_counted_and_others_go_on(
     plant: Plant, options: dict[str, Any], event: str, text: str

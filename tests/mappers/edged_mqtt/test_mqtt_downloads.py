@@ -1,0 +1,55 @@
+"""One download, request by request: sizes, orders, and a device that comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mqtt_kit import Raw, image_of, secrets_of, talking
+
+from edged.api import Image, Phase, Session
+
+
+@pytest.fixture(autouse=True)
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets_of(tmp_path, monkeypatch, "pump-1")
+
+
+def quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+    return None
+
+
+async def offered(client: Raw, session: Session, image: Image) -> asyncio.Task[None]:
+    staging = asyncio.create_task(session.stage(image, quiet))  # type: ignore[attr-defined]
+    assert b"fw_version" in await client.packet()
+    return staging
+
+
+async def fetched(client: Raw, chunk: int, size: bytes) -> bytes:
+    client.publish(f"v2/fw/request/1/chunk/{chunk}", size)
+    answer = await client.packet()
+    topic = f"v2/fw/response/1/chunk/{chunk}".encode()
+    assert answer[2 : 2 + len(topic)] == topic, answer[:80]
+    return answer[2 + len(topic) :]
+
+
+def says(client: Raw, **values: Any) -> None:
+    client.publish("v1/devices/me/telemetry", json.dumps(values).encode())
+
+
+@pytest.mark.parametrize("size", [b"", b"0"], ids=["none", "zero"])
+def test_a_request_without_a_size_is_for_the_whole_image(size: bytes) -> None:
+    data = bytes(range(256)) * 400
+
+    async def run() -> None:
+        image = await image_of(data)
+        async with talking() as (client, session, _):
+            staging = await offered(client, session, image)
+            assert await fetched(client, 0, size) == data
+            says(client, current_fw_title="pump", current_fw_version="2.0.0")
+            await staging
+
+    asyncio.run(run())
