@@ -200,7 +200,9 @@ class MqttSession:
     def _said(self, topic: str, payload: bytes) -> None:
         """A message that is no request for a chunk. Raises ValueError where it cannot be read."""
         if topic in (tb.TELEMETRY, tb.ATTRIBUTES):
-            self._reported(dict(tb.reported(payload)), is_attribute=topic == tb.ATTRIBUTES)
+            for values in tb.reported(payload):
+                self._reported(values, is_attribute=topic == tb.ATTRIBUTES)
+            self._wake()
         elif (number := tb.request_number(topic, tb.ATTRIBUTES_REQUEST)) is not None:
             offered = self._transfer.offer.attributes if self._transfer else {}
             client = {name: self._values[name] for name in self._memory.client}
@@ -222,7 +224,6 @@ class MqttSession:
             self._pending[name] = Reported(name, value, self._config.units.get(name))
             if is_attribute:
                 self._memory.client.add(name)
-        self._wake()
 
     def _has_room(self, size: int) -> bool:
         """Whether the device may send more at once after ``size`` bytes; where not, it is read again when it may."""

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import md5, sha256, sha384, sha512
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
 
 from edged.api import JsonValue
@@ -509,17 +510,28 @@ def _children(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def reported(payload: bytes) -> Iterator[tuple[str, JsonValue]]:
-    """The values of telemetry or attributes: ``{k: v}``, ``{"ts": t, "values": {k: v}}``, or a list of such.
+def reported(payload: bytes) -> list[Mapping[str, JsonValue]]:
+    """The samples of telemetry or attributes, the oldest first: ``{k: v}``, ``{"ts": t, "values": {k: v}}``, or a list of such.
+    One without a time is of now.
 
     Raises ValueError for anything else.
     """
     found = _decoded(payload)
-    for item in found if isinstance(found, list) else [found]:
-        if not isinstance(item, dict):
-            raise ValueError("no object of values")
-        values = item.get("values")
-        yield from (values if isinstance(values, dict) and "ts" in item else item).items()
+    if not isinstance(found, list):
+        return [_sample(found)[1]]
+    return [values for _, values in sorted(map(_sample, found), key=itemgetter(0))]
+
+
+def _sample(item: Any) -> tuple[float, Mapping[str, JsonValue]]:
+    """Time in milliseconds, and values."""
+    if not isinstance(item, dict):
+        raise ValueError("no object of values")
+    time_ms, values = item.get("ts"), item.get("values")
+    if "ts" not in item or not isinstance(values, dict):
+        return math.inf, item
+    if not isinstance(time_ms, int | float | str):
+        raise ValueError("ts is no time")
+    return float(time_ms) if isinstance(time_ms, str) else time_ms, values
 
 
 def request_number(topic: str, prefix: str) -> str | None:

@@ -257,7 +257,7 @@ def test_pieces_are_the_bytes_that_were_added(parts: list[tuple[int, int]]) -> N
 def test_no_message_breaks_the_rules(topic: str, payload: bytes) -> None:
     for read in (
         lambda: tb.chunk_request(topic, payload),
-        lambda: list(tb.reported(payload)),
+        lambda: tb.reported(payload),
         lambda: tb.attributes_answer(payload, {"a": 1}, {"b": 2}),
         lambda: tb.rpc_answer(payload),
     ):
@@ -275,7 +275,7 @@ def test_no_message_breaks_the_rules(topic: str, payload: bytes) -> None:
 def test_what_could_not_be_written_again_is_not_read(value: str) -> None:
     payload = b'{"x":%b}' % value.encode(errors="surrogatepass")
     with pytest.raises(ValueError, match="nests|JSON within|Expecting|surrogates|decode"):
-        list(tb.reported(payload))
+        tb.reported(payload)
 
 
 def test_what_nests_a_little_is_read() -> None:
@@ -283,8 +283,26 @@ def test_what_nests_a_little_is_read() -> None:
     deep: Any = 1
     for _ in range(tb.DEEPEST - 2):
         deep = [deep]
-    found = dict(tb.reported(json.dumps({**flat, "deep": deep, "pair": "\U0001f600"}).encode()))
+    (found,) = tb.reported(json.dumps({**flat, "deep": deep, "pair": "\U0001f600"}).encode())
     assert found == {**flat, "deep": deep, "pair": "\U0001f600"}
+
+
+def test_samples_come_in_the_order_of_their_times() -> None:
+    late, early = {"ts": 2000, "values": {"a": 2}}, {"ts": 1000, "values": {"a": 1}}
+    for sent in ([late, early], [early, late], [{**late, "ts": "2000"}, early]):
+        assert tb.reported(json.dumps(sent).encode()) == [{"a": 1}, {"a": 2}]
+    same = [{"ts": 1, "values": {"a": number}} for number in range(5)]
+    assert tb.reported(json.dumps(same).encode()) == [{"a": number} for number in range(5)]
+    now = {"a": 3}
+    assert tb.reported(json.dumps([now, late]).encode()) == [{"a": 2}, {"a": 3}], "without a time: now"
+    assert tb.reported(json.dumps(late).encode()) == [{"a": 2}]
+    assert tb.reported(b'{"ts":1}') == [{"ts": 1}], "a name like any other"
+
+
+@pytest.mark.parametrize("time", ["null", "[]", '"noon"'])
+def test_a_time_that_is_none_makes_no_sample(time: str) -> None:
+    with pytest.raises(ValueError, match="time|convert"):
+        tb.reported(b'{"ts":%b,"values":{}}' % time.encode())
 
 
 def test_answers_to_attribute_requests() -> None:

@@ -53,3 +53,33 @@ def test_a_request_without_a_size_is_for_the_whole_image(size: bytes) -> None:
             await staging
 
     asyncio.run(run())
+
+
+_OLD = {"current_fw_title": "pump", "current_fw_version": "1.0.0"}
+_NEW = {"current_fw_title": "pump", "current_fw_version": "2.0.0"}
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [(1, {"fw_state": "UPDATING"}), (2, _NEW)],
+        [(2, {**_NEW, "fw_state": "UPDATED"}), (1, {**_OLD, "fw_state": "UPDATING"})],
+        [(1, {**_OLD, "fw_state": "UPDATING"}), (2, {"fw_state": "UPDATED"}), (3, _NEW)],
+    ],
+    ids=["state and version", "newest first", "three"],
+)
+def test_samples_of_one_message_say_what_they_would_say_one_by_one(
+    samples: list[tuple[int, dict[str, str]]],
+) -> None:
+    async def run() -> None:
+        image = await image_of(bytes(5000))
+        async with talking() as (client, session, _):
+            staging = await offered(client, session, image)
+            await fetched(client, 0, b"")
+            sent = [{"ts": 1_700_000_000_000 + ts, "values": values} for ts, values in samples]
+            client.publish("v1/devices/me/telemetry", json.dumps(sent).encode())
+            async with asyncio.timeout(2):
+                await staging
+            assert (await session.slots()).slots[0].runs == "2.0.0"  # type: ignore[attr-defined]
+
+    asyncio.run(run())
