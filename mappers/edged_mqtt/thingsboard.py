@@ -347,6 +347,11 @@ class Pieces:
         self.total_bytes += end - begin - (sum(known[1::2]) - sum(known[::2]))
         self._edges[first:last] = [begin] * (1 - first % 2) + [end] * (1 - last % 2)
 
+    @property
+    def has_first(self) -> bool:
+        """Whether the first byte is among them."""
+        return self._edges[:1] == [0]
+
     def clear(self) -> None:
         self._edges.clear()
         self.total_bytes = 0
@@ -382,7 +387,7 @@ class Download:
             text = f"it asked for a chunk of {length} bytes; allowed: {SMALLEST_CHUNK_BYTES} or more"
             raise Misbehaved("chunk_too_small", text, "BAD_REQUEST")
         self.acknowledged_bytes = max(self.acknowledged_bytes, self._sent.total_bytes)
-        anew = offset == 0 and len(self._sent) > 0
+        anew = offset == 0 and self._sent.has_first
         if anew:
             self._sent.clear()
             self.acknowledged_bytes = 0

@@ -367,6 +367,16 @@ def test_chunks_that_overlap_are_no_whole_image() -> None:
     assert download.is_whole
 
 
+@given(st.permutations(range(8)))
+def test_chunks_in_any_order_are_one_round_and_the_first_one_again_is_another(order: list[int]) -> None:
+    download = tb.Download(800, 3)
+    for chunk in order:
+        assert not download.ask(100 * chunk, 100)
+        download.sent(100 * chunk, 100)
+    assert download.is_whole
+    assert download.ask(0, 100) and not download.is_whole
+
+
 @pytest.mark.parametrize(("size", "allowed"), [(1, False), (63, False), (64, True), (4096, True)])
 def test_a_chunk_is_no_smaller_than_what_it_costs_unless_it_ends_the_image(size: int, allowed: bool) -> None:
     download = tb.Download(10_001, 3)

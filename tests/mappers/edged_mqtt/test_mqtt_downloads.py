@@ -83,3 +83,21 @@ def test_samples_of_one_message_say_what_they_would_say_one_by_one(
             assert (await session.slots()).slots[0].runs == "2.0.0"  # type: ignore[attr-defined]
 
     asyncio.run(run())
+
+
+def test_a_device_that_fetches_its_chunks_backwards_has_time_to_install() -> None:
+    """It has the image whole with its first chunk, and says nothing for longer than it may be silent in a download."""
+    data = bytes(range(256)) * 160
+
+    async def run() -> None:
+        image = await image_of(data)
+        async with talking(silence_s=0.3) as (client, session, counted):
+            staging = await offered(client, session, image)
+            parts = [await fetched(client, chunk, b"4096") for chunk in reversed(range(10))]
+            assert b"".join(reversed(parts)) == data
+            await asyncio.sleep(0.8)
+            assert not staging.done() and not counted["silent"]
+            says(client, **_NEW)
+            await staging
+
+    asyncio.run(run())
