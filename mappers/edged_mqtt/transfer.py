@@ -247,7 +247,8 @@ class Transfer:
         if extent is None:
             return True
         offset, length, _ = extent
-        part = self._part(offset, length)
+        # of a larger one it is to be seen that the device takes it, however slowly
+        part = self._part(offset, length) if length <= WINDOW_BYTES else None
         if part is None:
             return False
         now = self._loop.time()
@@ -400,9 +401,12 @@ class Transfer:
         self._append(offset, data)
 
     async def _parts(self, offset: int, length: int) -> AsyncIterator[bytes]:
+        """Nothing of them is acknowledged before all were sent: what the device has taken of them is progress, too."""
+        had_bytes = self._download.acknowledged_bytes
         for at in range(offset, offset + length, STREAM_BYTES):
             yield await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
             self._moved_at = self._loop.time()
+            self._show(min(had_bytes + at - offset, self.offer.size_bytes), self._moved_at)
 
     # -- silence
 

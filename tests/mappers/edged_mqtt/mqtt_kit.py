@@ -364,8 +364,8 @@ class Raw:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
-    async def packet(self) -> bytes:
-        """The body of the next one."""
+    async def packet(self, takes_s: float = 0.0) -> bytes:
+        """The body of the next one. ``takes_s``: it is read in small parts, over so long."""
         async with asyncio.timeout(20):
             await self.reader.readexactly(1)
             length = shift = 0
@@ -374,7 +374,14 @@ class Raw:
                 length |= (byte & 127) << shift
                 shift += 7
                 if byte < 128:
-                    return await self.reader.readexactly(length)
+                    break
+            if not takes_s:
+                return await self.reader.readexactly(length)
+            body = b""
+            while len(body) < length:
+                body += await self.reader.readexactly(min(-(-length // 20), length - len(body)))
+                await asyncio.sleep(takes_s / 20)
+            return body
 
     def publish(self, topic: str, payload: bytes) -> None:
         body = _text(topic) + payload

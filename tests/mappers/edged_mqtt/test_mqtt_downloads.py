@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mqtt_kit import Raw, image_of, secrets_of, talking
 
-from edged.api import Image, Phase, Session
+from edged.api import Image, Phase, Progress, Session
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +23,10 @@ def quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
     return None
 
 
-async def offered(client: Raw, session: Session, image: Image) -> asyncio.Task[None]:
-    staging = asyncio.create_task(session.stage(image, quiet))  # type: ignore[attr-defined]
+async def offered(
+    client: Raw, session: Session, image: Image, progress: Progress = quiet
+) -> asyncio.Task[None]:
+    staging = asyncio.create_task(session.stage(image, progress))  # type: ignore[attr-defined]
     assert b"fw_version" in await client.packet()
     return staging
 
@@ -101,3 +104,52 @@ def test_a_device_that_fetches_its_chunks_backwards_has_time_to_install() -> Non
             await staging
 
     asyncio.run(run())
+
+
+def test_a_whole_image_that_is_read_slowly_is_progress_all_the_time() -> None:
+    """What has to be told for the engine not to take it for a stall."""
+    size, told = 24 * 1024 * 1024, list[int]()
+
+    def progress(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        if phase is Phase.WRITE:
+            told.append(done_bytes)
+
+    async def run() -> None:
+        image = await image_of(bytes(size))
+        async with talking(silence_s=1.0) as (client, session, _):
+            staging = await offered(client, session, image, progress)
+            client.publish("v2/fw/request/1/chunk/0", b"")
+            await client.packet(takes_s=2.0)
+            assert len(set(told)) > 20 and told == sorted(told) and told[-1] < size
+            says(client, **_NEW)
+            await staging
+
+    asyncio.run(run())
+
+
+def test_a_device_that_reads_a_large_chunk_slowly_is_not_silent() -> None:
+    chunk = 250_000
+
+    async def run() -> None:
+        image = await image_of(bytes(3 * chunk))
+        async with talking(silence_s=2.0) as (client, session, counted):
+            _narrow(client, session)
+            staging = await offered(client, session, image)
+            await fetched(client, 0, b"%d" % chunk)
+            client.publish("v2/fw/request/1/chunk/1", b"%d" % chunk)
+            await client.packet(takes_s=3.0)
+            assert not staging.done() and not counted["silent"]
+            await fetched(client, 2, b"%d" % chunk)
+            says(client, **_NEW)
+            await staging
+
+    asyncio.run(run())
+
+
+def _narrow(client: Raw, session: Any) -> None:
+    """Little of what is sent to it lies anywhere between."""
+    ours = session.seat._connection._transport.get_extra_info("socket")
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    theirs = client.writer.transport.get_extra_info("socket")
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.reader._limit = 4096  # type: ignore[attr-defined]
