@@ -30,11 +30,11 @@ from edged.api import (
     Slots,
     as_text,
 )
-from edged.errors import EdgedError, Permanent, Reason, Transient
+from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
 from edged_mqtt import thingsboard as tb
 from edged_mqtt.config import MqttConfig
 from edged_mqtt.news import News
-from edged_mqtt.thingsboard import ChunkRequest, Misbehaved, Numbers, Offer, Told, Values
+from edged_mqtt.thingsboard import ChunkRequest, Download, Misbehaved, Numbers, Offer, Told, Values
 from edged_mqtt.transfer import STREAM_BYTES, Peer, Transfer
 from edged_mqtt.wire import Seat, Wire
 
@@ -58,7 +58,8 @@ class Memory:
 
     ``values``: what it reported; ``client``: the names of those that were attributes; ``shared``: what it was given;
     ``numbers``: of its requests; ``early``: requests that came while nothing was offered; ``withdrawn``: the component of an
-    offer that came to nothing, which it was not told yet.
+    offer that came to nothing, which it was not told yet; ``offer``, ``download``: what it is offered until that ends for
+    good, and what it has had of it.
     """
 
     told: Told = field(default_factory=Told)
@@ -68,6 +69,14 @@ class Memory:
     numbers: Numbers = field(default_factory=Numbers)
     early: deque[ChunkRequest] = field(default_factory=deque)
     withdrawn: str = ""
+    offer: Offer | None = None
+    download: Download | None = None
+
+    def download_of(self, offer: Offer, rounds: int) -> Download:
+        """Of what it is offered from now on."""
+        if self.download is None or self.offer != offer:
+            self.offer, self.download = offer, Download(offer.size_bytes, rounds)
+        return self.download
 
 
 class MqttSession:
@@ -404,22 +413,29 @@ class MqttSession:
         """
         offer = await self._offer_of(image)
         self._require()
+        download = self._memory.download_of(offer, self._config.rounds)
         if await self._runs_already(offer):
             self.seat.tell(tb.ATTRIBUTES, tb.withdrawal(offer.component))
             return
-        transfer = self._transfer = Transfer(self._peer, offer, image, progress)
+        early = self._early_of(offer)
+        transfer = self._transfer = Transfer(self._peer, offer, image, progress, download, early)
         self._told.offered(offer.version)
         self._unoffered = 0
         is_given = is_tried_again = False
         try:
-            if not self._goes_on(transfer):
+            if not early:
+                transfer.require_round()
                 await self.seat.send(tb.ATTRIBUTES, tb.encoded(offer.attributes))
             self._memory.withdrawn = ""
             await transfer.run()
             is_given = True
+            self._memory.download = None
             self._proved = self._told.title, self._told.version
         except Transient:
             is_tried_again = True
+            raise
+        except (Permanent, Refused):
+            self._memory.download = None
             raise
         finally:
             self._transfer = None
@@ -438,17 +454,15 @@ class MqttSession:
             self._stop,
         )
 
-    def _goes_on(self, transfer: Transfer) -> bool:
-        """Whether the device is in the middle of this image, and has asked for more of it: a new offer would make it begin
-        anew, and take the chunk that it waits for as the first one."""
+    def _early_of(self, offer: Offer) -> list[ChunkRequest]:
+        """What the device asked for that is in the middle of this image: a new offer would make it begin anew, and take the
+        chunk that it waits for as the first one. Empty where it is not."""
         early, numbers = list(self._memory.early), self._memory.numbers
-        if not early or not all(numbers.stood_for(request.number, transfer.offer) for request in early):
+        if not all(numbers.stood_for(request.number, offer) for request in early):
             self._refuse_early()
-            return False
+            return []
         self._forget_early()
-        for request in early:
-            transfer.resumes(request)
-        return True
+        return early
 
     def _withdraw(self, offer: Offer, *, is_tried_again: bool) -> None:
         """Tell that the image is not offered any more: at once, or where the job is over when the device is back. One of which

@@ -359,11 +359,15 @@ class Pieces:
 
 @dataclass(slots=True)
 class Download:
-    """How far one device is with one image, and what it cost. ``rounds``: so often may it be fetched."""
+    """How far one device is with one image, and what it cost, over all connections on which it is offered that. ``rounds``: so
+    often may it be fetched. ``wholes`` counts the rounds before this one in which every byte of it was sent, ``failures`` how
+    often the device said that it failed."""
 
     size_bytes: int
     rounds: int
     sent_bytes: int = 0
+    wholes: int = 0
+    failures: int = 0
     _past: int = 0
     _stray: int = 0
     _sent: Pieces = field(default_factory=Pieces)
@@ -389,8 +393,7 @@ class Download:
         self.acknowledged_bytes = max(self.acknowledged_bytes, self._sent.total_bytes)
         anew = offset == 0 and self._sent.has_first
         if anew:
-            self._sent.clear()
-            self.acknowledged_bytes = 0
+            self._begin_round()
         if self.sent_bytes + length > self._most_bytes:
             text = f"it fetched {self.sent_bytes} bytes of an image of {self.size_bytes}"
             raise Misbehaved("same_download", text, "TOO_MANY_REQUESTS")
@@ -410,22 +413,33 @@ class Download:
         if self._stray > STRAY:
             raise Misbehaved("stray_requests", f"it asked {self._stray} times for {why}", "NOT_FOUND")
 
-    def sent(self, offset: int, length: int) -> None:
-        """It was sent what it wanted."""
-        self.sent_bytes += length
+    def sent(self, offset: int, length: int, *, is_counted: bool = False) -> None:
+        """It was sent what it wanted. ``is_counted``: and that is in ``sent_bytes`` already, part by part."""
+        if not is_counted:
+            self.sent_bytes += length
         if length:
             self._sent.add(offset, offset + length)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether anything was sent in this round."""
+        return len(self._sent) > 0
 
     @property
     def is_whole(self) -> bool:
         """Whether every byte was sent in this round."""
         return self._sent.total_bytes >= self.size_bytes
 
-    def resumed(self, offset: int) -> None:
-        """It has what is before ``offset``, from before."""
-        self.acknowledged_bytes = min(offset, self.size_bytes)
-        if self.acknowledged_bytes:
-            self._sent.add(0, self.acknowledged_bytes)
+    def began(self, *, anew: bool) -> None:
+        """It is offered the image ``anew``, or goes on where it was. What it had cost is not forgotten."""
+        self._past = self._stray = 0
+        if anew:
+            self._begin_round()
+
+    def _begin_round(self) -> None:
+        self.wholes += self.is_whole
+        self._sent.clear()
+        self.acknowledged_bytes = 0
 
     def finished(self) -> None:
         """The device says that it has it all."""

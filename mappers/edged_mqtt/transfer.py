@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -68,9 +68,21 @@ class _Piece:
 
 
 class Transfer:
-    """See above. :meth:`run` is the task; the other public methods are called by the device's session, at once."""
+    """See above. :meth:`run` is the task; the other public methods are called by the device's session, at once.
 
-    def __init__(self, peer: Peer, offer: Offer, image: Image, progress: Progress) -> None:
+    ``download``: what the device has had of the image, also before. ``early``: what it asked for before this began: it is in
+    the middle of the image, and goes on; else it is to begin anew.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        offer: Offer,
+        image: Image,
+        progress: Progress,
+        download: Download,
+        early: Sequence[ChunkRequest] = (),
+    ) -> None:
         self.offer = offer
         self._peer = peer
         self._seat = peer.seat
@@ -79,8 +91,8 @@ class Transfer:
         self._config = peer.config
         self._told = peer.told
         self._loop = asyncio.get_running_loop()
-        self._download = Download(offer.size_bytes, self._config.rounds)
-        self._requests: deque[ChunkRequest] = deque()
+        self._download = download
+        self._requests = deque(early)
         self._resting = False
         self._pieces: tuple[_Piece, ...] = ()
         self._ahead: tuple[int, int] | None = None
@@ -92,12 +104,13 @@ class Transfer:
         self._step_bytes = min(offer.size_bytes // PROGRESS_STEPS, PROGRESS_BYTES)
         self._progress_bytes, self._progress_at = 0, 0.0
         self._news = self._told.news
-        self._failures = self._failed_before = self._told.failures
+        self._failures = self._told.failures
         self._moved_at = self._loop.time()
         self._whole_at: float | None = None
         self._failed_at: float | None = None
         self._left_at: float | None = None
         self._updated_at: float | None = None
+        download.began(anew=not early)
 
     # -- for the session
 
@@ -114,13 +127,15 @@ class Transfer:
         self._resting = len(self._requests) >= MOST_REQUESTS
         return not self._resting
 
-    def resumes(self, request: ChunkRequest) -> None:
-        """The device asked for that before this began: it is in the middle of the image. In order, as far as anybody knows."""
-        extent = self._extent(request)
-        if extent is not None and not self._requests:
-            self._download.resumed(extent[0])
-        self._requests.append(request)
-        self._wake.set()
+    def require_round(self) -> None:
+        """Raises Permanent(DEVICE_REVERTED) where the device had the image whole as often as it may, and came back with
+        another one each time."""
+        wholes, told = self._download.wholes, self._told
+        if wholes >= self._download.rounds and told.version is not None:
+            text = (
+                f"it had {self._wanted_name} whole {wholes} times, left, and runs {told.title} {told.version}"
+            )
+            raise Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}")
 
     def heard(self) -> None:
         """The device said something else."""
@@ -164,7 +179,7 @@ class Transfer:
 
     async def run(self) -> None:
         """Until the device runs the image. Raises as :meth:`edged_mqtt.session.MqttSession.stage`."""
-        self._progress(Phase.WRITE, 0, self.offer.size_bytes)
+        self._progress(Phase.WRITE, self._download.acknowledged_bytes, self.offer.size_bytes)
         try:
             while not self._is_done():
                 if self._fault is not None:
@@ -227,14 +242,15 @@ class Transfer:
 
     def _failed(self) -> None:
         self._peer.count("device_failed")
+        self._download.failures += self._told.failures - self._failures
         self._failures = self._told.failures
         self._whole_at = self._updated_at = None
         self._failed_at = self._loop.time() if self._told.state == tb.FAILED else None
-        if self._failures - self._failed_before >= self._config.rounds:
+        if self._download.failures >= self._download.rounds:
             raise self._broken()
 
     def _broken(self) -> Permanent:
-        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._failures - self._failed_before} times"
+        text = f"it says {tb.FAILED}: {self._told.error[:_EVIDENCE_CHARS]!r}, {self._download.failures} times"
         return Permanent(Reason.VERIFY_FAILED, f"{self._peer.id}: {text}")
 
     # -- what it asks for
@@ -280,8 +296,9 @@ class Transfer:
         offset, length, size = extent
         self._ask(offset, length, self._loop.time())
         arrivals, seat, topic = self._arrivals, self._seat, request.answer_topic
+        in_parts = length > STREAM_BYTES
         try:
-            if length > STREAM_BYTES:
+            if in_parts:
                 await seat.stream(topic, length, self._parts(offset, length))
             else:
                 part = self._part(offset, length) or await self._load(offset, length, size)
@@ -296,7 +313,7 @@ class Transfer:
             raise
         if self._arrivals == arrivals and seat.present:
             # where it left meanwhile, nobody knows what it read
-            self._account(offset, length, self._loop.time())
+            self._account(offset, length, self._loop.time(), is_counted=in_parts)
 
     def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
         """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as
@@ -334,10 +351,10 @@ class Transfer:
         self._progress_bytes, self._progress_at = done_bytes, now
         self._progress(Phase.WRITE, done_bytes, self.offer.size_bytes)
 
-    def _account(self, offset: int, length: int, now: float) -> None:
+    def _account(self, offset: int, length: int, now: float, *, is_counted: bool = False) -> None:
         """The device was sent ``length`` bytes."""
         self._moved_at = now
-        self._download.sent(offset, length)
+        self._download.sent(offset, length, is_counted=is_counted)
         if self._whole_at is None and self._download.is_whole:
             self._whole_at = self._moved_at
             self._told.awaits = self.offer.version
@@ -404,7 +421,10 @@ class Transfer:
         """Nothing of them is acknowledged before all were sent: what the device has taken of them is progress, too."""
         had_bytes = self._download.acknowledged_bytes
         for at in range(offset, offset + length, STREAM_BYTES):
-            yield await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
+            part = await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
+            # also where it is the last one that the device gets
+            self._download.sent_bytes += len(part)
+            yield part
             self._moved_at = self._loop.time()
             self._show(min(had_bytes + at - offset, self.offer.size_bytes), self._moved_at)
 
@@ -447,7 +467,7 @@ class Transfer:
             text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted_name} whole"
             raise Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}")
         self._peer.count("silent")
-        if not self._download.sent_bytes:
+        if not self._download.is_begun:
             # one that sleeps and one that is not interested look alike, on any wire
             raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: it does not ask for what it is offered")
         at = self._download.acknowledged_bytes

@@ -377,6 +377,21 @@ def test_chunks_in_any_order_are_one_round_and_the_first_one_again_is_another(or
     assert download.ask(0, 100) and not download.is_whole
 
 
+def test_what_a_download_cost_is_not_forgotten_where_it_begins_anew() -> None:
+    download = tb.Download(200, 3)
+    for chunk in (0, 1):
+        download.ask(100 * chunk, 100)
+        download.sent(100 * chunk, 100)
+    download.began(anew=False)
+    assert (download.wholes, download.sent_bytes, download.is_whole) == (0, 200, True), "it goes on"
+    download.began(anew=True)
+    assert (download.wholes, download.sent_bytes, download.is_whole) == (1, 200, False)
+    download.ask(0, 100)
+    download.sent(0, 100)
+    download.began(anew=True)
+    assert (download.wholes, download.sent_bytes, download.acknowledged_bytes) == (1, 300, 0)
+
+
 @pytest.mark.parametrize(("size", "allowed"), [(1, False), (63, False), (64, True), (4096, True)])
 def test_a_chunk_is_no_smaller_than_what_it_costs_unless_it_ends_the_image(size: int, allowed: bool) -> None:
     download = tb.Download(10_001, 3)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mqtt_kit import Raw, image_of, secrets_of, talking
+from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking, until
 
 from edged.api import Image, Phase, Progress, Session
+from edged.errors import Reason, Transient
 
 
 @pytest.fixture(autouse=True)
@@ -153,3 +155,67 @@ def _narrow(client: Raw, session: Any) -> None:
     theirs = client.writer.transport.get_extra_info("socket")
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.reader._limit = 4096  # type: ignore[attr-defined]
+
+
+# -- a device that comes and goes
+
+
+async def _cut(client: Raw, staging: asyncio.Task[None]) -> None:
+    client.writer.transport.abort()
+    with pytest.raises(Transient) as caught:
+        await staging
+    assert caught.value.reason is Reason.DEVICE_ABSENT
+
+
+async def _asks_on(client: Raw, session: Session, image: Image, chunk: int) -> asyncio.Task[None]:
+    """The device is back, asks for ``chunk`` before anybody looks, and has it, without another offer."""
+    client.publish(f"v2/fw/request/1/chunk/{chunk}", b"4096")
+    await until(lambda: session._memory.early)  # type: ignore[attr-defined]
+    staging = asyncio.create_task(session.stage(image, quiet))  # type: ignore[attr-defined]
+    assert b"response/1/chunk/%d" % chunk in (await client.packet())[:40]
+    return staging
+
+
+def test_a_device_that_goes_on_where_it_was_may_come_and_go_as_often_as_it_likes() -> None:
+    """It takes one chunk on each connection, and each only once."""
+    data, port = random.Random(1).randbytes(20 * 4096), free_port()
+
+    async def run() -> None:
+        image = await image_of(data)
+        async with talking(port, rounds=1) as (first, session, counted):
+            staging = await offered(first, session, image)
+            await fetched(first, 0, b"4096")
+            await _cut(first, staging)
+            for chunk in range(1, 20):
+                async with raw(port) as client:
+                    staging = await _asks_on(client, session, image, chunk)
+                    if chunk < 19:
+                        await _cut(client, staging)
+                        continue
+                    says(client, **_NEW)
+                    await staging
+        assert not counted
+
+    asyncio.run(run())
+
+
+def test_after_a_cut_what_is_left_may_come_in_any_order() -> None:
+    """Its last chunk is not the end of the image, where others were not sent."""
+    port = free_port()
+
+    async def run() -> None:
+        image = await image_of(bytes(30 * 4096))
+        async with talking(port, install_s=0.5) as (first, session, _):
+            staging = await offered(first, session, image)
+            for chunk in range(10):
+                await fetched(first, chunk, b"4096")
+            await _cut(first, staging)
+            async with raw(port) as client:
+                staging = await _asks_on(client, session, image, 29)
+                for chunk in range(10, 29):
+                    await asyncio.sleep(0.05)
+                    await fetched(client, chunk, b"4096")
+                says(client, **_NEW)
+                await staging
+
+    asyncio.run(run())

@@ -35,7 +35,7 @@ from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.node import TestNode
-from edged_mqtt import endpoint
+from edged_mqtt import endpoint, transfer
 from edged_mqtt.endpoint import Endpoint
 
 
@@ -456,6 +456,77 @@ async def until_job(node: TestNode, found: Any) -> Job:
             if jobs and found(jobs[0]):
                 return jobs[0]
             await asyncio.sleep(0.01)
+
+
+# -- for ever
+
+
+def _leaves_half_way(device: PullingDevice) -> None:
+    def leave(chunk: int) -> None:
+        if chunk == 3:
+            assert device._writer is not None
+            device._writer.transport.abort()
+
+    device.on_chunk = leave
+
+
+def _fails_and_leaves(device: PullingDevice) -> None:
+    def fail() -> None:
+        device.say("FAILED", fw_error="checksum")
+        assert device._writer is not None
+        device._writer.close()
+
+    device.on_whole = fail
+
+
+def _leaves_with_the_whole(device: PullingDevice) -> None:
+    async def away() -> None:
+        await device.unplug()
+        await asyncio.sleep(0.6)
+        await device.plug()
+
+    def install() -> None:
+        device.say("UPDATING")
+        tasks.append(asyncio.create_task(away()))
+
+    tasks: list[asyncio.Task[None]] = []
+    device.on_whole = install
+
+
+@pytest.mark.parametrize(
+    ("does", "reason", "text"),
+    [
+        (_leaves_half_way, Reason.DEVICE_ERROR, "bytes of an image of 200000"),
+        (_fails_and_leaves, Reason.VERIFY_FAILED, "it says FAILED: 'checksum', 3 times"),
+        (
+            _leaves_with_the_whole,
+            Reason.DEVICE_REVERTED,
+            "pump 2.0.0 whole 3 times, left, and runs pump 1.0.0",
+        ),
+    ],
+    ids=["half", "failed", "whole"],
+)
+def test_a_device_that_leaves_each_time_is_not_sent_the_image_for_ever(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, does: Any, reason: Reason, text: str
+) -> None:
+    """That it was away uses up no attempt; what it was sent counts over all of its connections."""
+    monkeypatch.setattr(transfer, "BOOT_S", 0.2)
+    device = PullingDevice(plant.port, "token-of-pump-1", chunk_bytes=65_536)
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            does(device)
+            job = await deployed(node, "pump@2.0.0")
+            assert (job.state, job.reason) == (State.REVERTED, reason), job.detail
+            assert text in job.detail
+            assert device.written <= 4 * IMAGE_BYTES and device.log.count("connected") >= 3
+            # a new job begins anew
+            device.on_chunk = device.on_whole = None
+            await node.want("pump-1", "pump@1.0.0")
+            again = await deployed(node, "pump@2.0.0")
+            assert (again.state, device.version) == (State.SUCCEEDED, "2.0.0"), again.detail
+
+    asyncio.run(run())
 
 
 # -- the wire itself
