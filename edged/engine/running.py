@@ -39,15 +39,18 @@ async def told(
     store: Store, trust: Trust, unit: DeviceUnit, component: str, active: Slot | None
 ) -> VerifiedRelease | None:
     """The release that the device's own answer means, among those that may be flashed back: that its counter is below the floor
-    does not matter, since it is there already."""
+    does not matter, since it is there already. Of a device that tells a version and no name only what has the name that our
+    record says, where that says one: the version may be another firmware's."""
     if active is None or active.runs is None:
         return None
-    known = await known_of(store, unit, component)
-    installed = [
-        one for one in await _installed(store, unit.device.id, component) if _may_go_back(one, known)
-    ]
-    published = [one for one in await trust.published() if _may_go_back(one, known)]
-    return admission.told(active, installed, published)
+    known, record = await known_of(store, unit, component), await recorded(store, unit.device.id, component)
+    name = record.partition("@")[0] if record and active.runs_name is None else None
+
+    def fits(release: VerifiedRelease) -> bool:
+        return name in (None, release.facts.name) and _may_go_back(release, known)
+
+    installed = await _installed(store, unit.device.id, component)
+    return admission.told(active, list(filter(fits, installed)), list(filter(fits, await trust.published())))
 
 
 async def left_behind(store: Store, device: str, component: str) -> Fallback | None:

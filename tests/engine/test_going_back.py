@@ -145,6 +145,29 @@ def test_a_published_release_that_the_device_tells_is_a_way_back(
     asyncio.run(run())
 
 
+def test_the_version_of_a_nameless_device_is_of_the_name_that_is_on_record(
+    tmp_path: Path, mine: Publisher
+) -> None:
+    """It may have gone to the version 0.9.0 of our firmware, which nobody has; another firmware with that version is no way
+    back."""
+    mine.add("0.9.0", fake_app("0.9.0", IMAGE_BYTES), name="other")
+    mine.publish()
+    place = Place(tmp_path / "state", mine)
+    device = place.device(reads_back=False)
+
+    async def run() -> None:
+        async with life(place.config, place.plugins) as node:
+            await node.want("dev-1", "app@1.0.0")
+            assert (await node.ended("dev-1")).state is State.SUCCEEDED
+            device.install(fake_app("0.9.0", IMAGE_BYTES))
+            await node.want("dev-1", "app@2.0.0")
+            job = await node.ended("dev-1")
+            assert (job.state, job.reason) == (State.FAILED, Reason.NO_FALLBACK), job.detail
+            assert device.counts.received == 0
+
+    asyncio.run(run())
+
+
 def test_what_nobody_knows_is_no_way_back_until_it_is_published(tmp_path: Path, mine: Publisher) -> None:
     """Not of another model, nor one of two with that version: a guess is no way back. The cure that is told works."""
     mine.add("0.9.0", fake_app("0.9.0", IMAGE_BYTES), name="other", models=("gadget",))
