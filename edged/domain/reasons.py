@@ -49,6 +49,7 @@ _REFUSED = frozenset(
 _WAITING = frozenset(
     {
         Reason.DEVICE_ABSENT,
+        Reason.DEVICE_BUSY,
         Reason.LINK_LOST,
         Reason.LINK_BUSY,
         Reason.NO_RESPONSE,
@@ -79,6 +80,7 @@ _CURES: dict[Reason, str] = {
     "or set policy.without_fallback = true in the model",
     Reason.DEVICE_ABSENT: "connect the device; where its address names a port, the daemon's user must be able to open it; "
     "the job goes on by itself",
+    Reason.DEVICE_BUSY: "see what the device says: it, or the machine around it, is to come to rest; the job goes on by itself",
     Reason.NO_RESPONSE: "check power, wiring and baud rate; the job goes on by itself",
     Reason.STALLED: "check the link; the job goes on by itself",
     Reason.FETCH_FAILED: "check that the repository can be reached; the job goes on by itself",

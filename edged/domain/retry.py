@@ -8,7 +8,9 @@ from datetime import datetime, timedelta
 from edged.domain.job import Waiting
 from edged.errors import Reason, Transient
 
-PATIENT = frozenset({Reason.DEVICE_ABSENT, Reason.LINK_BUSY, Reason.FETCH_FAILED, Reason.DISK_FULL})
+PATIENT = frozenset(
+    {Reason.DEVICE_ABSENT, Reason.DEVICE_BUSY, Reason.LINK_BUSY, Reason.FETCH_FAILED, Reason.DISK_FULL}
+)
 """Waiting for the world, not failing at the work: bounded by the job's deadline, not by its attempts."""
 
 

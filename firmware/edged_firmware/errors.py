@@ -42,6 +42,7 @@ class Reason(StrEnum):
     NO_FALLBACK = "no_fallback"
     # the device and its link
     DEVICE_ABSENT = "device_absent"
+    DEVICE_BUSY = "device_busy"
     DEVICE_ERROR = "device_error"
     LINK_LOST = "link_lost"
     LINK_BUSY = "link_busy"

@@ -19,7 +19,7 @@ from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
 from edged.api import Env, Image, Phase, Progress, Segment
 from edged.errors import Permanent, Reason, Refused, Transient
 from edged_can.access import Access
-from edged_can.client import NegativeResponse, RefusedForGood, UdsClient
+from edged_can.client import BUSY_REPEAT_REQUEST, NegativeResponse, RefusedForGood, UdsClient
 from edged_can.config import Fingerprint, Routine, UdsConfig
 from edged_can.functional import Everyone
 from edged_can.link import CanLink, Turns
@@ -45,6 +45,9 @@ programmed is for the steps that follow to say."""
 _NOT_SUPPORTED: Final = frozenset({0x11, 0x12, 0x7E, 0x7F})
 """serviceNotSupported, subFunctionNotSupported, and both in the active session (annex A.1)."""
 _REQUEST_OUT_OF_RANGE: Final = 0x31
+_OF_THE_MOMENT: Final = frozenset({BUSY_REPEAT_REQUEST, 0x22, 0x37, *range(0x81, 0x95)})
+"""busyRepeatRequest, conditionsNotCorrect, requiredTimeDelayNotExpired, and what is wrong with the machine around it: its
+speed, its engine, its voltage (annex A.1)."""
 _SECURITY_ACCESS_DENIED: Final = 0x33
 _UNLOCKS: Final = frozenset({"security_access", "second_security_access"})
 _CURED_BY_ERASE: Final = frozenset({0x10, 0x72})
@@ -103,7 +106,7 @@ class Programming:
 
     async def enter(self) -> None:
         """What comes before the first erase. Raises NegativeResponse, Permanent; Transient, LINK_BUSY where it would disturb
-        another update on the bus, or be disturbed."""
+        another update on the bus, or be disturbed, DEVICE_BUSY where the device says that it cannot be programmed now."""
         self._turns.take(self._name, alone=self._config.tells_everyone)
         self.entered = True
         for step in self._config.sequence:
@@ -184,18 +187,27 @@ class Programming:
         try:
             await self._steps[name]()
         except NegativeResponse as error:
+            if error.code in _OF_THE_MOMENT:
+                raise Transient(Reason.DEVICE_BUSY, error.detail) from error
             if name not in _COURTESIES or error.code not in _NOT_SUPPORTED:
                 raise
             self._env.log.info("step %s is passed over: %s", name, error.detail)
 
     async def _check_preconditions(self) -> None:
-        """The application's own: in its boot loader a controller does nothing that they could be about."""
+        """The application's own: in its boot loader a controller does nothing that they could be about.
+
+        Raises NegativeResponse; Transient(DEVICE_BUSY) where they are not met.
+        """
         try:
             await self._run(Routine(self._config.precondition_routine, ok="00"), "precondition")
         except NegativeResponse as error:
             if error.code not in _NOT_SUPPORTED | {_REQUEST_OUT_OF_RANGE} or await self._application_runs():
                 raise
             self._env.log.info("no application runs, and its preconditions are passed over: %s", error.detail)
+        except Permanent as error:
+            if error.reason is not Reason.VERIFY_FAILED:
+                raise
+            raise Transient(Reason.DEVICE_BUSY, error.detail) from error
 
     async def _application_runs(self) -> bool:
         """As far as is known: also where nothing would tell."""

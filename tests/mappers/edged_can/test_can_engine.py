@@ -10,9 +10,9 @@ from pathlib import Path
 import attrs
 import pytest
 from can_kit import bus_name, connected, device, on_bus, quiet, secret, verified
-from can_node import IMAGES, PATIENT, SIZES, Site, alive, published, settle, update
+from can_node import IMAGES, PATIENT, SIZES, Site, alive, published, reasons, settle, update
 from engine_kit import Publisher
-from uds_server import Controller, make_app
+from uds_server import Controller, Negative, make_app
 
 from edged.domain.job import Job, State
 from edged.errors import Permanent, Reason, Refused
@@ -392,3 +392,59 @@ def test_a_signed_data_format_that_is_none_erases_nothing(
         asyncio.run(body())
     (download,) = [request for request in controller.heard if request[0] == 0x34]
     assert download[1] == 0x10, "one that can be sent is"
+
+
+class Moving(Controller):
+    """A machine that moves: so many times it says so, in one way or the other."""
+
+    refusals = 0
+    code = 0x88
+
+    def _answer(self, service: int, data: bytes) -> Iterator[bytes | float]:
+        if self.refusals and self.code and service == 0x10 and data == b"\x02":
+            self.refusals -= 1
+            raise Negative(self.code)
+        if self.refusals and not self.code and service == 0x31 and data == b"\x01\x02\x03":
+            self.refusals -= 1
+            yield b"\x71" + data + b"\x01"
+            return
+        yield from super()._answer(service, data)
+
+
+@pytest.mark.parametrize("code", [0x22, 0x37, 0x88, 0])
+@pytest.mark.parametrize("version", ["2.0.0", "3.0.0"])
+def test_a_device_that_cannot_be_programmed_now_is_waited_for(site: Site, version: str, code: int) -> None:
+    """Longer than attempts last, forward and on the way back."""
+    controller = Moving()
+    controller.install(IMAGES["1.0.0"])
+    controller.code = code
+    if not code:
+        site.table = {
+            "sequence": ["extended_session", "check_preconditions", "programming_session", "security_access"]
+        }
+    patience = 2 * site.engine.max_attempts
+
+    async def body() -> tuple[Job, set[str]]:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            controller.refusals = patience
+            job = await update(node, version)
+            return job, await reasons(node, job)
+
+    real = controller.boot
+
+    def boot() -> None:
+        # moving again, when the new image has been started
+        controller.refusals = patience if controller.counts.resets == 0 and version == "3.0.0" else 0
+        real()
+
+    controller.boot = boot  # type: ignore[method-assign]
+    with alive(site, controller):
+        job, why = asyncio.run(body())
+    assert controller.refusals == 0
+    if version == "2.0.0":
+        assert job.state is State.SUCCEEDED, job.detail
+        assert why == {Reason.DEVICE_BUSY} and controller.runs == b"2.0.0"
+    else:
+        assert job.state is State.REVERTED, job.detail
+        assert Reason.DEVICE_BUSY in why and controller.runs == b"1.0.0"
