@@ -8,7 +8,7 @@ from typing import Final
 from udsoncan import Request, services
 
 from edged.api import Env
-from edged.errors import Permanent, Reason
+from edged.errors import Permanent, Reason, Transient
 from edged_can.client import NegativeResponse, UdsClient
 from edged_can.config import Security
 from edged_can.refused import RefusedKeys
@@ -52,6 +52,9 @@ class Access:
             raise Permanent(Reason.DEVICE_ERROR, f"{before}; {_CURE}")
         level = settings.level
         seed = await self._client.ask(Request(services.SecurityAccess, level), bytes((level,)))
+        if not seed:
+            text = f"{self._name}: SecurityAccess: the answer has no seed"
+            raise Transient(Reason.PROTOCOL_ERROR, text)
         if not any(seed):
             return
         key = await asyncio.to_thread(key_for, settings.algorithm, seed, secret, level)

@@ -10,31 +10,34 @@ import asyncio
 import hashlib
 import json
 import os
-from typing import Final
+from typing import Any, Final
 
 from edged.api import Env
 from edged.errors import EdgedError
 from edged_can.config import Security
 
 _SALT_BYTES: Final = 16
+_KEPT: Final = 16
+"""Of the secrets that a device refused at one level, the newest."""
 _ROUNDS, _BLOCK = 2**14, 8
 """scrypt's n and r (RFC 7914): 16 MiB, and some 50 ms of a small node, once for each key to a device that refused one."""
 
 
 class RefusedKeys:
-    """Which secret each device refused last, by level. Stored by the device's ``env``, and here for where that fails."""
+    """Which secrets each device refused, by level. Stored by the device's ``env``, and here for where that fails."""
 
     def __init__(self) -> None:
-        self._records: dict[tuple[str, int], str] = {}
+        self._records: dict[tuple[str, int], dict[str, Any]] = {}
 
     async def add(self, env: Env, device: str, settings: Security, secret: bytes, why: str) -> None:
         """``why``: what the device said. What cannot be stored is remembered until the daemon ends, and logged."""
-        salt = os.urandom(_SALT_BYTES)
-        digest = await asyncio.to_thread(_digest, settings, secret, salt)
-        record = json.dumps({"salt": salt.hex(), "digest": digest, "why": why})
-        self._records[device, settings.level] = record
+        known = await self._known(env, device, settings)
+        salt = str(known.get("salt") or os.urandom(_SALT_BYTES).hex())
+        digest = await asyncio.to_thread(_digest, settings, secret, bytes.fromhex(salt))
+        newest = [*known.get("refused", {}).items(), (digest, why)][-_KEPT:]
+        record = self._records[device, settings.level] = {"salt": salt, "refused": dict(newest)}
         try:
-            await env.remember(_key(settings), record)
+            await env.remember(_key(settings), json.dumps(record))
         except EdgedError as error:
             env.log.warning(
                 "a key that the device refused could not be stored: it may be sent once more after a restart",
@@ -43,12 +46,16 @@ class RefusedKeys:
 
     async def why(self, env: Env, device: str, settings: Security, secret: bytes) -> str:
         """What the device said to a key by this secret; empty where it refused none. Errors as :meth:`edged.api.Env.recall`."""
-        text = self._records.get((device, settings.level)) or await env.recall(_key(settings))
-        if not text:
+        known = await self._known(env, device, settings)
+        if not known:
             return ""
-        record = json.loads(text)
-        digest = await asyncio.to_thread(_digest, settings, secret, bytes.fromhex(record["salt"]))
-        return str(record["why"]) if digest == record["digest"] else ""
+        digest = await asyncio.to_thread(_digest, settings, secret, bytes.fromhex(known["salt"]))
+        return str(known["refused"].get(digest, ""))
+
+    async def _known(self, env: Env, device: str, settings: Security) -> dict[str, Any]:
+        """The salt, and by digest what the device said; empty where it refused nothing."""
+        found = self._records.get((device, settings.level))
+        return found or json.loads(await env.recall(_key(settings)) or "{}")
 
 
 def _key(settings: Security) -> str:

@@ -64,7 +64,9 @@ async def connected(
     asked nothing until it has left its programming session by itself, which each request would put off. ``turns``: the bus's.
     """
     now = asyncio.get_running_loop().time
-    await asyncio.sleep(alone_until.pop(device.id, 0.0) - now())
+    await asyncio.sleep(alone_until.get(device.id, 0.0) - now())
+    # who is cancelled in between leaves it to the next
+    alone_until.pop(device.id, None)
     async with AsyncExitStack() as stack:
         transport = await stack.enter_async_context(link.transport(config.peer, config.shape))
         client = UdsClient(transport, Timing(config.answer_s, config.pending_s), device.id)
@@ -196,7 +198,7 @@ class UdsSession:
             raise Permanent(Reason.UNSUPPORTED, f"health check {check.kind!r}; known: property")
         pattern, deadline = re.compile(check.pattern), self._loop.time() + check.timeout_s
         while True:
-            tells, seen = await self._evidence(check.query)
+            tells, seen = await self._evidence_by(deadline, check.query)
             if tells and pattern.search(seen):
                 return Health(True, seen)
             if self._loop.time() >= deadline:
@@ -326,6 +328,15 @@ class UdsSession:
             return text_of(await self._client.read(did))
         except NegativeResponse:
             return None
+
+    async def _evidence_by(self, deadline: float, query: str) -> tuple[bool, str]:
+        """As :meth:`_evidence`; a device that puts its answer off is not waited for beyond the deadline, but for one answer."""
+        left_s = max(deadline - self._loop.time(), 2 * self._config.answer_s)
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._evidence(query)
+        except TimeoutError:
+            return False, f"{query}: no answer, the device asked for more time"
 
     async def _evidence(self, query: str) -> tuple[bool, str]:
         """Whether an identifier or a property says something, and what; else why it does not."""

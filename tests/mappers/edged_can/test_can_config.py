@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import time
 import tomllib
 import traceback
 from collections.abc import Iterator
@@ -14,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from can_kit import LINKS, SPEC, Segments, bus_name, connected, device, on_bus, quiet, secret, soon, verified
+from can_kit import (
+    LINKS,
+    SPEC,
+    Segments,
+    bus_name,
+    connected,
+    device,
+    fresh,
+    on_bus,
+    quiet,
+    secret,
+    soon,
+    verified,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from uds_server import BASE, DEFAULT, SECRET, Controller, make_app
@@ -478,6 +492,95 @@ def test_a_refused_key_that_cannot_be_stored_is_not_sent_again_while_the_daemon_
     assert [record.__dict__["detail"] for record in caplog.records] == ["disk_full: no space left"]
 
 
+def test_none_of_the_keys_that_were_refused_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the one before the last, nor after a restart; the right one is."""
+    name, controller = bus_name(), Controller()
+    to, pool = device(f"can:virtual@{name}"), LinkPool(LINKS)
+
+    async def body() -> None:
+        for key in ("hex:00000001", "hex:00000002", "hex:00000001", f"hex:{SECRET.hex()}"):
+            secret(monkeypatch, tmp_path, key)
+            async with connected(to, pool) as session:
+                if key.startswith("hex:0"):
+                    with pytest.raises(Permanent, match="invalidKey"):
+                        await session.prepare(await verified(make_app("1.2.0")))
+                else:
+                    await session.prepare(await verified(make_app("1.2.0")))
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert controller.counts.wrong_keys == 2 and controller.unlocked == 0
+
+
+def test_an_answer_without_a_seed_unlocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seedless(Controller):
+        def _security(self, data: bytes) -> Iterator[bytes | float]:
+            yield b"\x67" + data[:1]
+
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Seedless()
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}")) as session:
+            with pytest.raises(Transient, match="the answer has no seed") as caught:
+                await session.prepare(await verified(make_app("1.2.0")))
+            assert caught.value.reason is Reason.PROTOCOL_ERROR
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+
+
+def test_a_health_check_ends_when_it_is_to_though_the_device_puts_it_off() -> None:
+    class Slow(Controller):
+        def _read(self, data: bytes) -> Iterator[bytes | float]:
+            yield from self._takes(4, 0x22)
+            yield from super()._read(data)
+
+    name, controller = bus_name(), Slow(pending_every_s=0.1)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=0.3)) as session:
+            began = time.monotonic()
+            health = await session.check_health(HealthCheck("property", "1", "F189", 1.0))
+            assert not health.healthy and "asked for more time" in health.evidence
+            assert time.monotonic() - began < 2
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+
+
+def test_a_device_is_left_alone_also_where_the_first_to_wait_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret(monkeypatch, tmp_path)
+    name, controller, deaf = bus_name(), Controller(), list[bool]()
+    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        return [] if deaf and way == "in" and frame[1:3] == b"\x10\x01" else [frame]
+
+    async def connect() -> None:
+        async with connected(to, pool, spec):
+            pass
+
+    async def body() -> float:
+        async with connected(to, pool, spec) as session:
+            await session.prepare(await verified(make_app("1.2.0")))
+            deaf.append(True)
+        left = time.monotonic()
+        task = asyncio.create_task(connect())
+        await asyncio.sleep(0.3)
+        task.cancel()
+        await asyncio.wait([task])
+        await connect()
+        return time.monotonic() - left
+
+    with on_bus(name, controller, wire=wire):
+        assert asyncio.run(body()) >= 5
+
+
 def test_what_is_stored_of_a_refused_key_does_not_tell_the_secret() -> None:
     """Another credential's name, by which an operator says that the device takes it by now, is another key."""
     pool, guessable = LinkPool({}), b"\x00\x01"
@@ -492,8 +595,9 @@ def test_what_is_stored_of_a_refused_key_does_not_tell_the_secret() -> None:
         assert await fresh.why(env, "ecu", settings, b"\x00\x02") == ""
         assert await fresh.why(device_env("ecu-2", pool), "ecu-2", settings, guessable) == ""
         once = await env.recall("refused-key/1")
-        await RefusedKeys().add(env, "ecu", settings, guessable, "no")
-        return str(once), str(await env.recall("refused-key/1"))
+        other = device_env("ecu-2", pool)
+        await RefusedKeys().add(other, "ecu-2", settings, guessable, "no")
+        return str(once), str(await other.recall("refused-key/1"))
 
     once, again = asyncio.run(body())
     assert once != again, "without a salt, a digest of few bytes is looked up"
