@@ -261,6 +261,11 @@ def check_ports(config: Config) -> Iterator[Finding]:
                 yield Finding(Level.FAIL, "port", text, cure)
             else:
                 yield Finding(Level.WARN, "port", text, "run this command as the daemon's user")
+        elif not path.is_char_device():
+            text = f"{settings.id}: {path} is no serial port"
+            yield Finding(
+                Level.FAIL, "port", text, "correct the address; ls -l /dev/serial/by-id shows what is there"
+            )
         else:
             yield Finding(Level.OK, "port", f"{settings.id}: {path}")
 

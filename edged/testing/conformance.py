@@ -13,6 +13,7 @@ Each check raises ``AssertionError`` with what was expected. The kit drives the 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -47,6 +48,8 @@ HALF_S = 120.0
 """So long may half of an image take."""
 SILENCE_S = 120.0
 """So long may a call take to notice that nobody answers: the default of ``engine.call_s``."""
+CHECK_S = 600.0
+"""So long may a whole check take, on the slowest wire."""
 HELD_S = 1.0
 """For so long nobody may hold the event loop."""
 _WINDOW_BYTES = 16
@@ -451,20 +454,42 @@ async def _expect_busy(subject: Subject, device: Device) -> None:
         assert exc.reason is Reason.LINK_BUSY, f"a wire in use raised {exc.reason}"
 
 
-CHECKS: tuple[Check, ...] = (
-    identity_is_stable,
-    traits_are_honest,
-    stages_what_it_was_given,
-    prepares_without_a_write,
-    stage_is_idempotent,
-    leaves_no_other_image_pending,
-    cancellation_comes_out,
-    goes_on_from_the_device,
-    other_image_starts_again,
-    port_loss_is_transient,
-    silence_is_transient,
-    leaves_the_loop_to_others,
-    no_unverified_byte_is_sent,
-    reports_go_on_around_a_lease,
-    the_link_is_shared_or_refused,
+def _bounded(check: Check) -> Check:
+    """A mapper that waits for ever is told so."""
+
+    @functools.wraps(check)
+    async def bounded(subject: Subject) -> None:
+        limit = asyncio.timeout(CHECK_S)
+        try:
+            async with limit:
+                await check(subject)
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise AssertionError(
+                f"not ended after {CHECK_S:g} s: a call of the mapper waits for ever"
+            ) from exc
+
+    return bounded
+
+
+CHECKS: tuple[Check, ...] = tuple(
+    _bounded(check)
+    for check in (
+        identity_is_stable,
+        traits_are_honest,
+        stages_what_it_was_given,
+        prepares_without_a_write,
+        stage_is_idempotent,
+        leaves_no_other_image_pending,
+        cancellation_comes_out,
+        goes_on_from_the_device,
+        other_image_starts_again,
+        port_loss_is_transient,
+        silence_is_transient,
+        leaves_the_loop_to_others,
+        no_unverified_byte_is_sent,
+        reports_go_on_around_a_lease,
+        the_link_is_shared_or_refused,
+    )
 )

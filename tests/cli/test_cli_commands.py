@@ -431,6 +431,9 @@ def test_the_doctor_of_another_user_blames_no_port(tmp_path: Path, monkeypatch: 
     port.touch()
     serial = f'[[device]]\nid = "plc"\nmodel = "widget"\nmapper = "none"\naddress = "serial:{port}"\n'
     place = Place(tmp_path, extra=DEVICES.partition("[[device]]")[0] + serial).write()
+    assert (
+        f"fail  port      plc: {port} is no serial port; cure: correct the address" in place.run("doctor").out
+    )
     allowed = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != port and allowed(path, mode))
     mine = place.run("doctor").out

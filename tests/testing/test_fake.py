@@ -170,6 +170,14 @@ def test_the_kit_says_what_it_missed(
         asyncio.run(check(subject()))
 
 
+def test_no_check_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conformance, "CHECK_S", 0.3)
+    monkeypatch.setattr(FakeReadBackSession, "identify", _hangs)
+    check = next(one for one in conformance.CHECKS if one.__name__ == "identity_is_stable")
+    with pytest.raises(AssertionError, match=r"not ended after 0.3 s"):
+        asyncio.run(check(subject()))
+
+
 def test_the_kit_notices_that_another_image_is_left_pending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTrialSession, "stage", _looks_at_what_runs_only)
     with pytest.raises(AssertionError, match="another image"):

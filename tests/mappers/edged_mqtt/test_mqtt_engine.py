@@ -79,6 +79,19 @@ def test_an_update_and_the_way_back_cost_one_image_each(plant: Plant, component:
     asyncio.run(run())
 
 
+def test_the_first_update_goes_back_to_what_the_device_says_that_it_ran(plant: Plant) -> None:
+    device = pump(plant, boots=False)
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            job = await deployed(node, "pump@3.0.0")
+            assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail
+            assert job.fallback is not None and job.fallback.release == "pump@1.0.0"
+            assert device.version == "1.0.0"
+
+    asyncio.run(run())
+
+
 def test_a_device_that_reboots_says_what_it_runs_when_it_is_back(plant: Plant) -> None:
     device = pump(plant, reboots=True)
 
