@@ -25,6 +25,7 @@ _PROTECTED_TLV_MAGIC: Final = 0x6908
 
 _NON_BOOTABLE: Final = 0x10
 _ENCRYPTED: Final = 0x04 | 0x08
+_COMPRESSED: Final = 0x200 | 0x400
 
 _KEY_HASH: Final = 0x01
 _HASHES: Final[dict[int, str]] = {0x10: "sha256", 0x11: "sha384", 0x12: "sha512"}
@@ -121,6 +122,8 @@ def parse_header(head: bytes, file_bytes: int) -> McubootHeader:
         raise _invalid(f"it begins with {magic:#010x}, not {_MAGIC:#010x}: was it signed with imgtool?")
     if flags & _NON_BOOTABLE:
         raise _invalid("its flags say that it cannot be booted")
+    if flags & _COMPRESSED:
+        raise _invalid("it is compressed: once it runs, the device tells another hash, and it cannot go back")
     signed = header_bytes + body + protected
     if header_bytes < HEADER_BYTES or signed + _TLV_HEAD.size > file_bytes:
         raise _invalid(
@@ -133,25 +136,29 @@ def parse_header(head: bytes, file_bytes: int) -> McubootHeader:
 def parse_tlvs(header: McubootHeader, tail: bytes) -> McubootImage:
     """The image with the TLVs in ``tail``: the rest of the file from its protected TLVs on. Raises Refused(IMAGE_INVALID)."""
     protected, rest = tail[: header.protected_bytes], tail[header.protected_bytes :]
-    found: dict[int, bytes] = {}
-    if protected:
-        found |= _area(protected, _PROTECTED_TLV_MAGIC)
-    found |= _area(rest, _TLV_MAGIC)
-    kind = next((kind for kind in _HASHES if kind in found), None)
-    if kind is None:
-        raise _invalid("it has no hash")
-    name = _HASHES[kind]
-    if len(found[kind]) != hashlib.new(name).digest_size:
-        raise _invalid(f"its {name} has {len(found[kind])} bytes")
-    return McubootImage(header, found[kind], name, _signature(found), found.get(_KEY_HASH))
+    tlvs = _area(protected, _PROTECTED_TLV_MAGIC) if protected else []
+    tlvs += _area(rest, _TLV_MAGIC)
+    name, digest = _only_hash([(_HASHES[kind], value) for kind, value in tlvs if kind in _HASHES])
+    found = dict(tlvs)
+    return McubootImage(header, digest, name, _signature(found), found.get(_KEY_HASH))
+
+
+def _only_hash(hashes: list[tuple[str, bytes]]) -> tuple[str, bytes]:
+    """Of several, a device tells the kind that it was built for, which nobody knows here."""
+    if len(hashes) != 1:
+        raise _invalid("it has two hashes" if hashes else "it has no hash")
+    name, digest = hashes[0]
+    if len(digest) != hashlib.new(name).digest_size:
+        raise _invalid(f"its {name} has {len(digest)} bytes")
+    return name, digest
 
 
 def _signature(found: Mapping[int, bytes]) -> str | None:
     return next((name for kind, name in _SIGNATURES.items() if kind in found), None)
 
 
-def _area(area: bytes, magic: int) -> dict[int, bytes]:
-    """The TLVs of one area, which fills ``area``, by type (16 bits)."""
+def _area(area: bytes, magic: int) -> list[tuple[int, bytes]]:
+    """The TLVs of one area, which fills ``area``: type (16 bits) and value."""
     if len(area) < _TLV_HEAD.size:
         raise _invalid(f"{len(area)} bytes are too short for a TLV area")
     found_magic, total = _TLV_HEAD.unpack_from(area)
@@ -163,7 +170,7 @@ def _area(area: bytes, magic: int) -> dict[int, bytes]:
         raise _invalid(
             f"{len(area) - total} bytes follow its end: give the file that imgtool makes without --pad and --confirm"
         )
-    found: dict[int, bytes] = {}
+    found: list[tuple[int, bytes]] = []
     at = _TLV_HEAD.size
     while at < total:
         if at + _TLV_HEAD.size > total:
@@ -172,9 +179,7 @@ def _area(area: bytes, magic: int) -> dict[int, bytes]:
         at += _TLV_HEAD.size
         if at + length > total:
             raise _invalid(f"TLV {kind:#x} of {length} bytes goes beyond its area")
-        if kind in _HASHES and kind in found:
-            raise _invalid("it has two hashes")
-        found[kind] = area[at : at + length]
+        found.append((kind, area[at : at + length]))
         at += length
     return found
 

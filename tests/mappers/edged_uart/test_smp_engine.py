@@ -123,6 +123,39 @@ def test_a_device_that_would_keep_the_image_without_a_trial_is_left_alone_to_the
         assert "for good" in job.detail and server.runs == "1.0.0" and server.counts.boots == 1
 
 
+def test_a_server_that_tells_only_what_is_true(tmp_path: Path, server: SmpServer) -> None:
+    """As one built with CONFIG_MCUMGR_GRP_IMG_FRUGAL_LIST: neither flags that are false, nor a status of 0."""
+
+    def frugal(body: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "images": [{k: v for k, v in one.items() if v is not False} for one in normal(body)["images"]]
+        }
+
+    normal = server._do_1_0_r
+    server._do_1_0_r = frugal  # type: ignore[method-assign]
+    images = {"2.0.0": SECOND, "3.0.0": THIRD}
+    node = Node(tmp_path / "node", server.port, images, VERSION_IS)
+    job = asyncio.run(node.deploy("2.0.0"))
+    assert job.state is State.SUCCEEDED and server.confirmed, job.detail
+    job = asyncio.run(node.deploy("3.0.0"))
+    assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail
+    assert server.runs == "2.0.0" and server.confirmed
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_device_with_one_image_in_both_slots(
+    tmp_path: Path, server: SmpServer, version: str, pending: bool
+) -> None:
+    server.slots[1][: len(FACTORY)] = FACTORY
+    server.pending = pending
+    health = attrs.evolve(IS_THE_OLD, pattern=f"^{version}")
+    node = Node(tmp_path / "node", server.port, {"1.0.0": FACTORY, "2.0.0": SECOND}, health)
+    job = asyncio.run(node.deploy(version))
+    assert job.state is State.SUCCEEDED and server.runs == version, job.detail
+    assert server.confirmed and not server.pending
+
+
 IS_THE_OLD = HealthSettings(kind="property", query="image.version", pattern="^1", timeout_s=2)
 
 
