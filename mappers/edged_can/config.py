@@ -43,7 +43,8 @@ SEQUENCE: Final = (
     "fingerprint",
 )
 """What may come before the first erase, in the order in which it usually does. ``functional_``: everyone on the bus is told."""
-FIELDS: Final = ("format", "address", "length", "crc32", "sha256")
+CHECKSUMS: Final = ("crc32", "sha256")
+FIELDS: Final = ("format", "address", "length", *CHECKSUMS)
 TYPES: Final = ("u8", "u16", "u32", "u64", "i8", "i16", "i32", "i64", "f32", "f64", "bool", "text", "hex")
 
 _NAME: Final = r"[A-Za-z_][A-Za-z0-9_.-]{0,63}"
@@ -140,6 +141,7 @@ class UdsConfig:
 
     - ``request_id``, ``response_id``: CAN identifiers to and from it; of 29 bits with ``extended_ids``.
     - ``functional_id``: of requests to all controllers on the bus, for the steps ``functional_...``; false: none are sent.
+      ``functional_address``: their first byte, with extended addressing.
     - ``target_address``, ``source_address``: extended addressing; false: normal addressing.
     - ``fd``, ``frame_bytes``: CAN FD. ``padding``: the byte that fills frames up; false: none.
     - ``block_size``, ``st_min``: what the device is asked to keep to when it answers.
@@ -150,7 +152,10 @@ class UdsConfig:
       ``settle_s``: from its answer to a reset, or to the programming session, to the next request.
     - ``hardware_did``, ``version_did``, ``serial_did``: what identifies it; 0: it has none.
     - ``sequence``: what comes before the first erase. ``precondition_routine``: what ``check_preconditions`` starts.
-    - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload.
+    - ``communication_control``, ``communication_type``: of CommunicationControl. ``dtc_record``: DTCSettingControlOptionRecord
+      of ControlDTCSetting, in hexadecimal digits.
+    - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload. ``exit_parameters``: what RequestTransferExit
+      says of the segment, in order.
     - ``reset``: the ECUReset subfunction after programming.
     - ``erase``, ``check``: the routines before and after a download. ``security``, ``second_security``: SecurityAccess, at one
       level and at another. ``fingerprint``: what the step of that name writes.
@@ -163,6 +168,7 @@ class UdsConfig:
     response_id: int = key(0x7E8, _ID)
     extended_ids: bool = key(False, flag())
     functional_id: int | bool = key(False, whole(1, 0x1FFFFFFF) | False)
+    functional_address: int | bool = key(False, _BYTE_OR_NONE)
     target_address: int | bool = key(False, _BYTE_OR_NONE)
     source_address: int | bool = key(False, _BYTE_OR_NONE)
     fd: bool = key(False, flag())
@@ -190,9 +196,13 @@ class UdsConfig:
         some_of(*SEQUENCE),
     )
     precondition_routine: int = key(0x0203, _DID)
+    communication_control: int = key(3, one_of(1, 2, 3))
+    communication_type: int = key(1, whole(1, 255))
+    dtc_record: str = key("", _HEX)
     address_bytes: int = key(4, whole(1, 5))
     length_bytes: int = key(4, whole(1, 4))
     data_format: int = key(0, whole(0, 255))
+    exit_parameters: tuple[str, ...] = key((), some_of(*CHECKSUMS))
     reset: int = key(1, whole(1, 0x7F))
     erase: Routine = table(Routine(0xFF00, ("format", "address", "length")))
     check: Routine = table(Routine(0xFF01, (), "image", "00"))
@@ -336,10 +346,18 @@ def _functional(config: UdsConfig) -> Iterator[str]:
     most = 0x1FFFFFFF if config.extended_ids else 0x7FF
     if config.functional_id > most:
         yield f"functional_id: found {config.functional_id:#x}; allowed: at most 0x7ff without extended_ids = true"
-    if config.functional_id in (config.request_id, config.response_id):
+    # with extended addressing the address behind an identifier tells who is meant
+    by_address = config.functional_address not in (False, config.target_address)
+    if config.functional_id == config.response_id or (
+        config.functional_id == config.request_id and not by_address
+    ):
         yield f"functional_id: found {config.functional_id:#x}, which is the device's own; allowed: another one"
-    if config.target_address is not False:
-        yield "functional_id: found one with target_address; allowed: normal addressing"
+    if (config.target_address is False) != (config.functional_address is False):
+        yield "functional_address: found one address of two; allowed: with target_address, or neither"
+    one_frame = 5 if config.functional_address is False else 4
+    if len(config.dtc_record) // 2 > one_frame and "functional_dtc_off" in config.sequence:
+        found = f"dtc_record: found {config.dtc_record!r}"
+        yield f"{found}; allowed: at most {one_frame} bytes, where everyone is told in one frame"
 
 
 def _proofs(config: UdsConfig) -> Iterator[str]:

@@ -69,10 +69,11 @@ class Everyone:
                     await self._tell(request)
 
     async def _tell(self, request: Request) -> None:
+        config, padding = self._config, self._config.shape.padding
         payload = request.get_payload(suppress_positive_response=True)
-        data = bytes((len(payload),)) + payload
-        padding = self._config.shape.padding
+        # N_TA comes first, where there is one (ISO 15765-2, 10.3)
+        target = b"" if config.functional_address is False else bytes((int(config.functional_address),))
+        data = target + bytes((len(payload),)) + payload
         if padding is not None:
             data = data.ljust(_FRAME_BYTES, bytes((padding,)))
-        config = self._config
         await self._link.send(Frame(int(config.functional_id), data, config.extended_ids, config.fd))

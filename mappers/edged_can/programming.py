@@ -31,8 +31,6 @@ EXTENDED_SESSION: Final = 3
 _START_ROUTINE: Final = 1
 _REQUEST_RESULTS: Final = 3
 _DTC_OFF: Final = 2
-_NO_NORMAL_MESSAGES: Final = bytes((0x01,))
-_DISABLE_RX_AND_TX: Final = 3
 _HEAD_BYTES: Final = 2
 """Of a TransferData request: service and blockSequenceCounter; maxNumberOfBlockLength counts them (14.3.3)."""
 _STARTS: Final = 4
@@ -81,8 +79,10 @@ class Programming:
             "default_session": lambda: client.session(DEFAULT_SESSION),
             "extended_session": lambda: client.session(EXTENDED_SESSION),
             "check_preconditions": self._check_preconditions,
-            "dtc_off": lambda: self._ask_for(_dtc_off(), _DTC_OFF),
-            "communication_off": lambda: self._ask_for(_communication_off(), _DISABLE_RX_AND_TX),
+            "dtc_off": lambda: self._ask_for(_dtc_off(config), _DTC_OFF),
+            "communication_off": lambda: self._ask_for(
+                _communication_off(config), config.communication_control
+            ),
             "programming_session": self._programming_session,
             "security_access": lambda: access.unlock(config.security),
             "second_security_access": lambda: access.unlock(config.second_security),
@@ -90,8 +90,8 @@ class Programming:
             "functional_extended_session": lambda: everyone.hold(
                 services.DiagnosticSessionControl.make_request(EXTENDED_SESSION)
             ),
-            "functional_dtc_off": lambda: everyone.hold(_dtc_off()),
-            "functional_communication_off": lambda: everyone.hold(_communication_off()),
+            "functional_dtc_off": lambda: everyone.hold(_dtc_off(config)),
+            "functional_communication_off": lambda: everyone.hold(_communication_off(config)),
         }
 
     def check(self, image: Image) -> None:
@@ -224,7 +224,8 @@ class Programming:
 
     async def _download(self, image: Image, number: int, sent: _Sent, progress: Progress) -> None:
         """One segment. Raises :class:`_PlaceLost`."""
-        segment = image.segments[number]
+        segment, exit_parameters = image.segments[number], self._config.exit_parameters
+        own = _Sent("sha256" in exit_parameters)
         done = sum(before.length for before in image.segments[:number])
         size = await self._request_download(segment, self._data_format(image))
         counter = 0
@@ -233,9 +234,12 @@ class Programming:
                 counter = (counter + 1) & 0xFF
                 await self._ask_again(services.TransferData.make_request(counter, data), bytes((counter,)))
                 sent.take(data)
+                if exit_parameters:
+                    own.take(data)
                 done += len(data)
                 progress(Phase.WRITE, done, image.size_bytes)
-        await self._ask_again(Request(services.RequestTransferExit), b"")
+        record = b"".join(_field(name, self._config, segment, own) for name in exit_parameters)
+        await self._ask_again(Request(services.RequestTransferExit, data=record), b"")
 
     def _data_format(self, image: Image) -> DataFormatIdentifier:
         """The signed one, else the configuration's (14.2.2). Raises Refused(FACTS_INVALID)."""
@@ -347,14 +351,15 @@ async def _blocks(image: Image, number: int, size: int) -> AsyncGenerator[bytes,
         await asyncio.gather(reading, return_exceptions=True)
 
 
-def _dtc_off() -> Request:
+def _dtc_off(config: UdsConfig) -> Request:
     """ControlDTCSetting (10.8): no fault codes for what follows."""
-    return Request(services.ControlDTCSetting, _DTC_OFF)
+    return Request(services.ControlDTCSetting, _DTC_OFF, data=bytes.fromhex(config.dtc_record))
 
 
-def _communication_off() -> Request:
-    """CommunicationControl (10.5): normal messages neither sent nor heard."""
-    return Request(services.CommunicationControl, _DISABLE_RX_AND_TX, data=_NO_NORMAL_MESSAGES)
+def _communication_off(config: UdsConfig) -> Request:
+    """CommunicationControl (10.5): unless configured otherwise, normal messages are neither sent nor heard."""
+    kind = bytes((config.communication_type,))
+    return Request(services.CommunicationControl, config.communication_control, data=kind)
 
 
 def fingerprint(settings: Fingerprint, now: datetime) -> bytes:
@@ -398,7 +403,7 @@ def _span(segments: tuple[Segment, ...]) -> Segment:
 
 
 def _field(name: str, config: UdsConfig, segment: Segment | None, sent: _Sent | None) -> bytes:
-    """A parameter of a routine."""
+    """A parameter of a routine, or of RequestTransferExit."""
     if name == "format":
         # addressAndLengthFormatIdentifier: bytes of the length in the high half, of the address in the low one (annex H)
         return bytes((config.length_bytes << 4 | config.address_bytes,))

@@ -70,7 +70,17 @@ FAULTS = [
     ({"functional_id": 0x7E8}, "functional_id: found 0x7e8, which is the device's own"),
     (
         {"functional_id": 0x7DF, "target_address": 1, "source_address": 2},
-        "functional_id: found one with target",
+        "functional_address: found one address of two",
+    ),
+    (
+        {"functional_id": 0x7E0, "target_address": 1, "source_address": 2, "functional_address": 1},
+        "functional_id: found 0x7e0, which is the device's own",
+    ),
+    ({"communication_control": 4}, "communication_control: found 4; allowed: 1 or 2 or 3"),
+    ({"exit_parameters": ["length"]}, "exit_parameters: found"),
+    (
+        {"functional_id": 0x7DF, "sequence": ["functional_dtc_off"], "dtc_record": "00" * 6},
+        "dtc_record: found '000000000000'; allowed: at most 5 bytes",
     ),
     ({"sequence": ["functional_dtc_off"]}, "functional_id: found false; allowed: an identifier"),
     ({"sequence": ["fingerprint"]}, "fingerprint.record: found nothing"),

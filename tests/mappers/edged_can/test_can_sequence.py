@@ -4,9 +4,11 @@ start, other levels of SecurityAccess. The server's side of it is driven by udso
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import threading
 import time
 import tomllib
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -139,6 +141,44 @@ def test_what_everyone_hears_is_one_frame_each(extended: bool, padding: int | bo
     bare = [b"\x02\x10\x83", b"\x02\x85\x82", b"\x03\x28\x83\x01", b"\x02\x10\x81"]
     assert [bytes(frame.data) for frame in frames] == [data.ljust(8, fill) if fill else data for data in bare]
     assert all(frame.is_extended_id is extended for frame in frames)
+
+
+def test_everyone_has_an_address_with_extended_addressing() -> None:
+    """It is the first byte, and the identifier may be the one of all requests."""
+    bus, ecu, neighbour = bus_name(), Controller(), Controller()
+    wirings = [
+        Wiring(receives=0x6F1, sends=0x600 + own, own=own, tester=0xF1, functional=0x6F1, all=0xDF)
+        for own in (0x12, 0x13)
+    ]
+
+    async def body() -> None:
+        table = {**EVERYONE, "functional_id": 0x6F1, "functional_address": 0xDF}
+        async with connected(device(f"can:virtual@{bus}", wiring=wirings[0], **table)) as session:
+            await session.stage(await verified(APP), quiet)
+            await session.activate()
+
+    with on_bus(bus, ecu, wirings[0]), on_bus(bus, neighbour, wirings[1]):
+        asyncio.run(body())
+        asyncio.run(soon(lambda: neighbour.session == 1))
+    assert holds(ecu) and ecu.runs == b"1.2.0" and neighbour.heard == []
+    assert neighbour.heard_by_all == [b"\x10\x83", b"\x85\x82", b"\x28\x83\x01", b"\x10\x81"]
+
+
+def test_what_is_turned_off_and_what_a_transfer_ends_with_are_configured() -> None:
+    bus, ecu = bus_name(), Controller()
+    table: dict[str, Any] = {
+        "communication_control": 1,
+        "communication_type": 3,
+        "dtc_record": "ffffff",
+        "exit_parameters": ["crc32", "sha256"],
+    }
+    with on_bus(bus, ecu):
+        asyncio.run(stage(bus, **table))
+    assert holds(ecu) and ecu.runs == b"1.2.0"
+    assert b"\x85\x02\xff\xff\xff" in ecu.heard and b"\x28\x01\x03" in ecu.heard
+    assert ecu.exits == [
+        zlib.crc32(data).to_bytes(4, "big") + hashlib.sha256(data).digest() for _, data in APP
+    ]
 
 
 def test_everyone_hears_of_a_tester_while_one_is_slow() -> None:

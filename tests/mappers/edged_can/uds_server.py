@@ -137,6 +137,7 @@ class Controller:
     counts: Counts = field(default_factory=Counts)
     heard: list[bytes] = field(default_factory=list)
     heard_by_all: list[bytes] = field(default_factory=list)
+    exits: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.flash:
@@ -494,6 +495,7 @@ class Controller:
         if self.transfer is None or self.transfer[1]:
             raise Negative(0x24)
         self.transfer = None
+        self.exits.append(data)
         yield b"\x77"
 
 
@@ -517,6 +519,7 @@ class Wiring:
     st_min: int = 0
     padding: int | None = 0x55
     functional: int | None = None
+    all: int | None = None  # with extended addressing, the address of everyone
 
 
 class IsoTp:
@@ -716,9 +719,11 @@ class OnBus:
         if message is None or message.is_error_frame:
             return None
         if (message.arbitration_id, message.is_extended_id) == (wiring.functional, wiring.extended):
-            whole = self._isotp.single(bytes(message.data))
-            self._to_all.extend([whole] if whole else [])
-            return None
+            data, address = bytes(message.data), b"" if wiring.all is None else bytes((wiring.all,))
+            if data.startswith(address):
+                whole = self._isotp.single(data[len(address) :])
+                self._to_all.extend([whole] if whole else [])
+                return None
         if (message.arbitration_id, message.is_extended_id) != (wiring.receives, wiring.extended):
             return None
         whole = None
