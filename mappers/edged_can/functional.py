@@ -47,6 +47,7 @@ class Everyone:
         if self._held.is_set():
             self._held.clear()
             await self._tell(services.DiagnosticSessionControl.make_request(_DEFAULT_SESSION))
+            await asyncio.sleep(_P3_S)
 
     @asynccontextmanager
     async def kept_alive(self) -> AsyncIterator[None]:

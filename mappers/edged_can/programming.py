@@ -33,6 +33,8 @@ _REQUEST_RESULTS: Final = 3
 _DTC_OFF: Final = 2
 _HEAD_BYTES: Final = 2
 """Of a TransferData request: service and blockSequenceCounter; maxNumberOfBlockLength counts them (14.3.3)."""
+_ALIGNED_BYTES: Final = 256
+"""A multiple of what most flash is programmed by at once: words of 4 to 32 bytes, pages of 128 or 256."""
 _STARTS: Final = 4
 """From the erase on: the first, and those after a block that had to be repeated and was refused."""
 _SENDS: Final = 3
@@ -253,8 +255,11 @@ class Programming:
         """RequestDownload (14.2); how many bytes of data each TransferData may have."""
         location = _location(segment, self._config)
         request = services.RequestDownload.make_request(location, data_format)
-        longest = _block_length(await self._client.ask(request), self._name)
-        size = min(longest, self._config.block_bytes) - _HEAD_BYTES
+        longest, most = _block_length(await self._client.ask(request), self._name), self._config.block_bytes
+        size = min(longest, most) - _HEAD_BYTES
+        if longest > most and size > _ALIGNED_BYTES:
+            # the device's own length fits its flash, and one that is cut is to begin its blocks at words of it too
+            size -= size % _ALIGNED_BYTES
         if size < 1:
             text = f"{self._name}: maxNumberOfBlockLength is {longest}, which leaves no room for data"
             raise Permanent(Reason.DEVICE_ERROR, text)

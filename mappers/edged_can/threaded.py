@@ -312,6 +312,7 @@ class _ThreadedPeer:
         self._sent: asyncio.Future[None] | None = None
         self._frames: deque[isotp.CanMessage] = deque()
         self._request: TransportLayerLogic.SendRequest | None = None
+        self._under_way: asyncio.Future[None] | None = None  # the thread's own
         self._pace = _Pace(link.load, shape.share, self._in_the_middle)
         self._logic = TransportLayerLogic(
             rxfn=self._next_frame,
@@ -330,11 +331,13 @@ class _ThreadedPeer:
         self._check()
         sent: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._sent = sent
-        self._link.in_thread(lambda: self._logic.send(message))
+        self._link.in_thread(lambda: self._begin(message, sent))
         try:
             await self._link.finished(sent)
         finally:
-            if not sent.done() or sent.cancelled():
+            if not sent.done():
+                # what the thread may be telling of it already is not of the next message
+                sent.cancel()
                 self._link.in_thread(self._logic.stop_sending)
             self._sent = None
 
@@ -372,6 +375,11 @@ class _ThreadedPeer:
         if self._sent is not None:
             _fail(self._sent, error)
 
+    def _fail_of(self, sent: asyncio.Future[None] | None, error: Transient) -> None:
+        """What the thread tells while it was about ``sent``, if that is anybody's still."""
+        if sent is None or not sent.cancelled():
+            self.fail(error)
+
     def _check(self) -> None:
         failure = self._link.lost or self._failure
         if failure is not None:
@@ -382,11 +390,11 @@ class _ThreadedPeer:
         self._arrived.append(message)
         self._more.set()
 
-    def _whole(self) -> None:
-        if self._sent is not None:
-            _settle(self._sent)
-
     # -- in the sending thread
+
+    def _begin(self, message: bytes, sent: asyncio.Future[None]) -> None:
+        self._under_way = sent
+        self._logic.send(message)
 
     def feed(self, message: can.Message) -> None:
         self._frames.append(
@@ -407,13 +415,13 @@ class _ThreadedPeer:
             self._logic.process()
         except Transient as error:
             self._logic.stop_sending()
-            self._link.in_loop(self.fail, error)
+            self._link.in_loop(self._fail_of, self._under_way, error)
             return None
         while (message := self._logic.recv()) is not None:
             self._link.in_loop(self._put, bytes(message))
         if self._request is not None and self._request.complete_event.is_set():
-            if self._request.success:
-                self._link.in_loop(self._whole)
+            if self._request.success and self._under_way is not None:
+                self._link.in_loop(_settle, self._under_way)
             self._request = None
         return self._until_due()
 
@@ -467,7 +475,7 @@ class _ThreadedPeer:
             failure = Transient(Reason.PROTOCOL_ERROR, f"{name}: it cannot take a message of that length")
         else:
             failure = Transient(Reason.PROTOCOL_ERROR, f"{name}: {error}")
-        self._link.in_loop(self.fail, failure)
+        self._link.in_loop(self._fail_of, self._under_way, failure)
 
 
 class _Pace(RateLimiter):

@@ -40,7 +40,7 @@ from edged_can.client import Timing, UdsClient
 from edged_can.frames import Frame, ceiling_bytes_per_s, wire_s
 from edged_can.kernel import KernelLink, _KernelPeer
 from edged_can.load import LONGEST_WAIT_S, BusLoad, gap_s
-from edged_can.threaded import ThreadedLink
+from edged_can.threaded import ThreadedLink, _ThreadedPeer
 from edged_can.transport import Peer, Shape
 
 APP = make_app("1.2.0", (1200, 600))
@@ -716,6 +716,48 @@ def test_a_device_may_say_wait_and_not_for_ever(waits: int) -> None:
         else:
             asyncio.run(body())
     assert len(told) == waits
+
+
+def test_what_became_of_a_message_that_nobody_waits_for_is_not_the_next_ones() -> None:
+    name, watcher = bus_name(), list[bytes]()
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        watcher.append(frame)
+        return [] if way == "out" and frame[0] >> 4 == 3 else [frame]
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=2)) as session:
+            transport = session._client._transport
+            assert isinstance(transport, _ThreadedPeer)
+            sending = asyncio.create_task(transport.send(bytes(100)))
+            await soon(lambda: bool(watcher))
+            stale = transport._under_way
+            sending.cancel()
+            await asyncio.wait([sending])
+            asking = asyncio.create_task(session._client.read(0xF18C))
+            await asyncio.sleep(0)
+            transport._fail_of(stale, Transient(Reason.PROTOCOL_ERROR, "of the message before"))
+            assert await asking == b"SN0001"
+
+    with on_bus(name, Controller(), wire=wire):
+        asyncio.run(body())
+
+
+def test_blocks_that_are_cut_begin_at_words_of_the_flash() -> None:
+    """A device that takes more than one message may have is given whole words, and one that says its length gets that."""
+    app, sizes = make_app("1.2.0", (9000,)), {}
+    for longest in (4098, 1002):
+        name, controller = bus_name(), Controller(longest_block=longest)
+
+        async def body(name: str = name) -> None:
+            async with connected(device(f"can:virtual@{name}")) as session:
+                await session.stage(await verified(app), quiet)
+
+        with on_bus(name, controller):
+            asyncio.run(body())
+        assert all(controller.held(at, len(data)) == data for at, data in app)
+        sizes[longest] = {len(request) - 2 for request in controller.heard[:-1] if request[0] == 0x36}
+    assert sizes == {4098: {3840, 9000 - 2 * 3840}, 1002: {1000}}
 
 
 class Waiting(SlowlyClosed):

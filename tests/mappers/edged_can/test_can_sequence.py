@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import threading
 import time
 import tomllib
@@ -141,6 +142,29 @@ def test_what_everyone_hears_is_one_frame_each(extended: bool, padding: int | bo
     bare = [b"\x02\x10\x83", b"\x02\x85\x82", b"\x03\x28\x83\x01", b"\x02\x10\x81"]
     assert [bytes(frame.data) for frame in frames] == [data.ljust(8, fill) if fill else data for data in bare]
     assert all(frame.is_extended_id is extended for frame in frames)
+
+
+def test_nothing_follows_a_request_to_everyone_at_once() -> None:
+    """P3 client, also from the last one to what the device itself is asked (ISO 14229-2, table 5)."""
+    bus, ecu, neighbour = bus_name(), Controller(), Controller()
+    watcher = virtual(bus)
+
+    async def body() -> None:
+        async with connected(device(f"can:virtual@{bus}", wiring=ECU, **EVERYONE)) as session:
+            await session.prepare(await verified(APP))
+
+    with two(bus, ecu, neighbour):
+        asyncio.run(body())
+    seen = list(iter(lambda: watcher.recv(0.1), None))
+    watcher.shutdown()
+    asked = [frame for frame in seen if frame.arbitration_id in (ALL, ECU.receives)]
+    after = [
+        later.timestamp - earlier.timestamp
+        for earlier, later in itertools.pairwise(asked)
+        if earlier.arbitration_id == ALL
+    ]
+    assert len(after) == 4 and min(after) >= 0.05
+    assert bytes(asked[-1].data).startswith(b"\x02\x10\x01") and ecu.session == 1
 
 
 def test_everyone_has_an_address_with_extended_addressing() -> None:
