@@ -94,6 +94,15 @@ def _described(error_class: int, detail: int) -> str:
     return "the controller was started again" if error_class & _RESTARTED else ""
 
 
+def code_of(error: Exception) -> int | None:
+    """The system's error number, wherever python-can put it."""
+    found = getattr(error, "error_code", None) or getattr(error, "errno", None)
+    cause = error.__cause__
+    if found is None and isinstance(cause, OSError):
+        return cause.errno
+    return found if isinstance(found, int) else None
+
+
 def lost(bus: CanAddress, code: int | None, text: str) -> Transient:
     """A failure of the interface while it was in use."""
     if code in _DOWN:

@@ -299,9 +299,8 @@ def claims(address: str, config: object) -> frozenset[str]:
 
 def _together(config: UdsConfig) -> Iterator[str]:
     """What no single key can tell."""
-    most = 0x1FFFFFFF if config.extended_ids else 0x7FF
-    for name in ("request_id", "response_id"):
-        if getattr(config, name) > most:
+    for name in ("request_id", "response_id", "functional_id"):
+        if getattr(config, name) > (0x1FFFFFFF if config.extended_ids else 0x7FF):
             yield f"{name}: found {getattr(config, name):#x}; allowed: at most 0x7ff without extended_ids = true"
     if config.request_id == config.response_id and config.target_address is False:
         yield f"response_id: found {config.response_id:#x}, which is request_id too; allowed: another one"
@@ -343,9 +342,6 @@ def _functional(config: UdsConfig) -> Iterator[str]:
         if config.tells_everyone:
             yield "functional_id: found false; allowed: an identifier, where the sequence has functional steps"
         return
-    most = 0x1FFFFFFF if config.extended_ids else 0x7FF
-    if config.functional_id > most:
-        yield f"functional_id: found {config.functional_id:#x}; allowed: at most 0x7ff without extended_ids = true"
     # with extended addressing the address behind an identifier tells who is meant
     by_address = config.functional_address not in (False, config.target_address)
     if config.functional_id == config.response_id or (

@@ -24,7 +24,7 @@ import can
 from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
 from edged_can.base import BaseLink
-from edged_can.bus_errors import FULL, lost, not_opened, queue_full
+from edged_can.bus_errors import FULL, code_of, lost, not_opened, queue_full
 from edged_can.frames import Frame, wire_s
 from edged_can.link import CanLink, again
 from edged_can.load import gap_s
@@ -108,7 +108,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
         except (ValueError, TypeError) as error:
             raise Permanent(Reason.CONFIG_INVALID, f"{self.bus}: {error}") from error
         except (can.CanError, OSError) as error:
-            raise not_opened(self.bus, _code(error), str(error)) from error
+            raise not_opened(self.bus, code_of(error), str(error)) from error
         self._heard_changed()
         self._loop.add_reader(self._raw.fileno(), self._on_readable)
 
@@ -152,7 +152,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
         try:
             self._raw.send(message)
         except can.CanError as error:
-            code = _code(error)
+            code = code_of(error)
             # without a number it is python-can's own word for a full queue
             if code in FULL or code is None:
                 return False
@@ -171,7 +171,7 @@ class KernelLink(BaseLink["_KernelPeer"]):
             message = self._raw.recv(0)
         except can.CanError as error:
             self._loop.remove_reader(self._raw.fileno())
-            self.lose(lost(self.bus, _code(error), str(error)))
+            self.lose(lost(self.bus, code_of(error), str(error)))
             return
         # what other sockets of this machine send comes back marked; most of it is ours
         if message is not None and self._arrived(message, own=not message.is_rx):
@@ -376,9 +376,3 @@ class _KernelPeer:
         if known is None:
             return self._link.lose(lost(self._link.bus, error.errno, str(error)))
         return Transient(known[0], self._link.errors.explained(f"{name}: {known[1]}"))
-
-
-def _code(error: Exception) -> int | None:
-    """The system's error number, wherever python-can put it."""
-    found = getattr(error, "error_code", None) or getattr(error, "errno", None)
-    return found if isinstance(found, int) else None

@@ -26,7 +26,7 @@ from isotp.protocol import RateLimiter, TransportLayerLogic
 from edged.errors import Permanent, Reason, Transient
 from edged_can.address import CanAddress
 from edged_can.base import BaseLink
-from edged_can.bus_errors import FULL, lost, not_opened, queue_full
+from edged_can.bus_errors import FULL, code_of, lost, not_opened, queue_full
 from edged_can.frames import Frame
 from edged_can.link import CanLink, again
 from edged_can.load import BusLoad
@@ -184,7 +184,7 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
             if isinstance(error.__cause__, ValueError):
                 # an option that the interface cannot take, in python-can's words
                 raise Permanent(Reason.CONFIG_INVALID, f"{self.bus}: {_first_line(error)}") from error
-            raise not_opened(self.bus, _code(error), _first_line(error)) from error
+            raise not_opened(self.bus, code_of(error), _first_line(error)) from error
         for name, body in (("receive", self._receive), ("send", self._work)):
             thread = threading.Thread(
                 target=self._guarded, args=(body,), name=f"{self.bus} {name}", daemon=True
@@ -233,7 +233,7 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
             try:
                 message = bus.recv(_POLL_S)
             except (can.CanError, OSError) as error:
-                self.lose(lost(self.bus, _code(error), _first_line(error)))
+                self.lose(lost(self.bus, code_of(error), _first_line(error)))
             except (ValueError, LookupError):
                 # a damaged line of a serial adapter: a frame is lost, which ISO-TP notices
                 self.errors.damaged()
@@ -283,7 +283,7 @@ class ThreadedLink(BaseLink["_ThreadedPeer"]):
                 bus.send(message, timeout=self._send_limit_s)
                 break
             except (can.CanError, OSError) as error:
-                code = _code(error)
+                code = code_of(error)
                 if code not in FULL:
                     failure = (
                         queue_full(self.bus, self.errors)
@@ -550,15 +550,6 @@ def _parameters(shape: Shape) -> dict[str, Any]:
         "max_frame_size": MESSAGE_BYTES,
         "wait_func": _no_wait,
     }
-
-
-def _code(error: Exception) -> int | None:
-    """The system's error number, wherever python-can put it."""
-    found = getattr(error, "error_code", None) or getattr(error, "errno", None)
-    cause = error.__cause__
-    if found is None and isinstance(cause, OSError):
-        return cause.errno
-    return found if isinstance(found, int) else None
 
 
 def _is_full(error: Exception) -> bool:
