@@ -449,19 +449,20 @@ class SmpSession:
         )
 
     async def _known_state(self) -> State:
-        """The state, of an application that runs from one of two slots."""
-        try:
-            state = await self._state()
-        except ErrorAnswer as error:
-            if not error.not_offered:
-                raise
-            raise Permanent(
-                Reason.UNSUPPORTED, f"{self._device.id} does not tell the state of its images: {error.detail}"
-            ) from error
-        if state.active is None or not (state.of_application or await self._tells_of_itself()):
-            await self._leave_recovery()
-        self._is_application = True
-        return state
+        """The state, of an application that runs from one of two slots. One that seems to be none is asked once more: what
+        follows is a reset, or the end of the job."""
+        for _ in range(2):
+            try:
+                state = await self._state()
+            except ErrorAnswer as error:
+                if not error.not_offered:
+                    raise
+                text = f"{self._device.id} does not tell the state of its images: {error.detail}"
+                raise Permanent(Reason.UNSUPPORTED, text) from error
+            if state.active is not None and (state.of_application or await self._tells_of_itself()):
+                self._is_application = True
+                return state
+        await self._leave_recovery()
 
     async def _tells_of_itself(self) -> bool:
         """Does it offer what an application may and a boot loader in serial recovery does not?"""

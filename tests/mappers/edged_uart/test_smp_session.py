@@ -590,7 +590,8 @@ def test_what_a_busy_server_refuses_is_asked_again_or_later(
             return 0, code
 
         server._do = refusing  # type: ignore[method-assign]
-        on(server, work)
+        # an answer that is late would be taken for a reset that was not heard
+        on(server, work, answer_s=5)
 
 
 def test_a_property_for_which_the_server_has_no_room_is_left_out_and_the_others_are_told(
@@ -803,6 +804,24 @@ def test_serial_recovery_is_not_flashed(tmp_path: Path, tells_states: bool) -> N
             await session.slots()
         assert "recovery" in caught.value.detail
         assert not uploads(server)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        on(server, work)
+
+
+def test_an_application_that_once_tells_no_active_image_is_not_reset(tmp_path: Path) -> None:
+    async def work(session: SmpSession) -> None:
+        await session.slots()
+        normal, told = server._do_1_0_r, 0
+
+        def once(body: dict[str, Any]) -> dict[str, Any]:
+            nonlocal told
+            told += 1
+            return {"images": []} if told == 1 else normal(body)
+
+        server._do_1_0_r = once  # type: ignore[method-assign]
+        assert (await session.slots()).slots[0].runs == identifies_as(FACTORY)
+        assert told == 2 and server.counts.boots == 1
 
     with SmpServer(tmp_path, FACTORY) as server:
         on(server, work)

@@ -380,7 +380,9 @@ def test_a_terminal_server_that_is_not_there_or_goes_away_is_told() -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             rest = f"127.0.0.1:{listener.getsockname()[1]}"
             async with LINKS["socket"].open(rest, device_env("x", LinkPool(LINKS))) as link:
-                assert isinstance(link, SerialLink) and link.address == f"socket:{rest}"
+                assert isinstance(link, socket_link.SocketLink) and link.address == f"socket:{rest}"
+                assert link._socket is not None
+                assert link._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
                 other, _ = listener.accept()
                 with other:
                     await link.set_baud(9600)
