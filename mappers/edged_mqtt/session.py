@@ -391,18 +391,28 @@ class MqttSession:
         what it was offered last and that it failed to install it. So long it is awaited, too,
         where it says that it may run something else any time: a word that was late is followed by another.
 
-        Raises Transient(DEVICE_ABSENT).
+        Raises Transient(DEVICE_ABSENT), also where it says so still: it has ``install_s`` from when it said so first. The first
+        look of a session, by which it is attached, is not put off for so long.
         """
         self._require()
         if self._told.is_booting or (self._told.version is None and not self._asked_version):
             await self._until_told()
             self._asked_version = True
             self._require()
+            if self._proved[1] is not None:
+                self._require_booted()
         told, title = self._told, self._config.title
         self._proved = told.title, told.version
         name = None if title and told.title in (None, title) else told.title
         runs = None if told.contradicts else told.version
         return Slots((Slot(name="firmware", active=True, runs=runs, runs_name=name),))
+
+    def _require_booted(self) -> None:
+        told, install_s = self._told, self._config.install_s
+        since = told.boots_since
+        if since is not None and told.state in tb.BOOTING and self._loop.time() < since + install_s:
+            text = f"it says {told.state}; what it runs then is awaited for {install_s:g} s"
+            raise Transient(Reason.DEVICE_ABSENT, f"{self._device.id}: {text}")
 
     async def stage(self, image: Image, progress: Progress) -> None:
         """Offer ``image`` and serve it, until the device says that it runs it.

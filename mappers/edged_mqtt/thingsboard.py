@@ -245,7 +245,8 @@ class Told:
     each report; ``awaits`` is the version of an image that it was given whole: it may boot that without another word.
     ``failures`` counts how often it said FAILED, ``error`` is why it did so last. ``since``: from that time on (of the loop's
     clock) what it says is the word of what it runs. ``names_version``: its last word on its state came with the version.
-    ``offered_version``: of the image that it was offered last, which is the one that it says FAILED of."""
+    ``offered_version``: of the image that it was offered last, which is the one that it says FAILED of. ``boots_since``: when
+    it said first that it may boot any time; None: it does not say so."""
 
     title: str | None = None
     version: str | None = None
@@ -257,6 +258,7 @@ class Told:
     since: float = 0.0
     names_version: bool = True
     offered_version: str | None = None
+    boots_since: float | None = None
     _arrived_at: float | None = None
 
     def take(self, component: str, values: Mapping[str, JsonValue], now: float) -> bool:
@@ -286,6 +288,10 @@ class Told:
             self._arrived_at = None
         for key in found.keys() - {"error"}:
             setattr(self, key, found[key])
+        if self.state not in BOOTING:
+            self.boots_since = None
+        elif self.boots_since is None:
+            self.boots_since = now
         self.names_version = "version" in found or (self.names_version and "state" not in found)
         if self.state in (UPDATED, FAILED) or self.version == self.awaits:
             self.awaits = None

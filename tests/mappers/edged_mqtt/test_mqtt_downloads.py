@@ -219,3 +219,24 @@ def test_after_a_cut_what_is_left_may_come_in_any_order() -> None:
                 await staging
 
     asyncio.run(run())
+
+
+def test_a_device_that_is_about_to_boot_has_its_time_before_it_is_believed_to_run_the_old_version() -> None:
+    """It may take longer to check and to install than to say what it runs."""
+
+    async def run() -> None:
+        async with talking(report_s=0.2, install_s=1.2) as (client, session, _):
+            says(client, **_OLD, fw_state="UPDATING")
+            assert (await session.slots()).slots[0].runs == "1.0.0"  # type: ignore[attr-defined]
+            for _ in range(2):
+                says(client, **_OLD, fw_state="UPDATING")
+                with pytest.raises(Transient, match="says UPDATING; .* awaited for 1.2 s") as caught:
+                    await session.slots()  # type: ignore[attr-defined]
+                assert caught.value.reason is Reason.DEVICE_ABSENT
+            await asyncio.sleep(1.2)
+            assert (await session.slots()).slots[0].runs == "1.0.0"  # type: ignore[attr-defined]
+            says(client, **_NEW)
+            await until(lambda: session._told.version == "2.0.0")  # type: ignore[attr-defined]
+            assert (await session.slots()).slots[0].runs == "2.0.0"  # type: ignore[attr-defined]
+
+    asyncio.run(run())
