@@ -449,6 +449,7 @@ class MqttSession:
             raise
         finally:
             self._transfer = None
+            transfer.close()
             if not is_given:
                 self._withdraw(offer, is_tried_again=is_tried_again)
 

@@ -180,19 +180,20 @@ class Transfer:
     async def run(self) -> None:
         """Until the device runs the image. Raises as :meth:`edged_mqtt.session.MqttSession.stage`."""
         self._progress(Phase.WRITE, self._download.acknowledged_bytes, self.offer.size_bytes)
-        try:
-            while not self._is_done():
-                if self._fault is not None:
-                    raise self._fault
-                if self._requests:
-                    await self._answer_first()
-                elif self._ahead is not None:
-                    await self._read_ahead(*self._ahead)
-                else:
-                    await self._wait()
-        finally:
-            self._requests.clear()
-            self._make_room()
+        while not self._is_done():
+            if self._fault is not None:
+                raise self._fault
+            if self._requests:
+                await self._answer_first()
+            elif self._ahead is not None:
+                await self._read_ahead(*self._ahead)
+            else:
+                await self._wait()
+
+    def close(self) -> None:
+        """It ends, also before it has begun: what the device asked for is not answered, and it is read again."""
+        self._requests.clear()
+        self._make_room()
 
     def _make_room(self) -> None:
         if self._resting and not self._requests:

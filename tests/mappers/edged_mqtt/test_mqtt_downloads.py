@@ -14,6 +14,7 @@ from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking, until
 
 from edged.api import Image, Phase, Progress, Session
 from edged.errors import Reason, Transient
+from edged_mqtt.transfer import MOST_REQUESTS
 
 
 @pytest.fixture(autouse=True)
@@ -155,6 +156,29 @@ def _narrow(client: Raw, session: Any) -> None:
     theirs = client.writer.transport.get_extra_info("socket")
     theirs.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.reader._limit = 4096  # type: ignore[attr-defined]
+
+
+def test_a_device_that_asks_for_much_before_its_offer_is_out_is_read_again_where_the_job_is_cancelled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def never(topic: str, payload: bytes) -> None:
+        await asyncio.get_running_loop().create_future()
+
+    async def run() -> None:
+        image = await image_of(bytes(40 * 4096))
+        async with talking() as (client, session, _):
+            monkeypatch.setattr(session.seat, "send", never)  # type: ignore[attr-defined]
+            staging = asyncio.create_task(session.stage(image, quiet))  # type: ignore[attr-defined]
+            await until(lambda: session._transfer)  # type: ignore[attr-defined]
+            for chunk in range(MOST_REQUESTS):
+                client.publish(f"v2/fw/request/1/chunk/{chunk}", b"4096")
+            await until(lambda: session._transfer._resting)  # type: ignore[attr-defined]
+            staging.cancel()
+            await asyncio.wait([staging])
+            says(client, **_NEW)
+            await until(lambda: session._told.version == "2.0.0")  # type: ignore[attr-defined]
+
+    asyncio.run(run())
 
 
 # -- a device that comes and goes
