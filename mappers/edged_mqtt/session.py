@@ -313,7 +313,7 @@ class MqttSession:
 
     async def apply(self, desired: Desired) -> Reported:
         """Give a shared attribute. What the device reports under the same name within ``confirm_s`` is what it has; one that
-        does not answer has what it was given.
+        does not answer has what it was given. One that is taken back is deleted, and what the device said last is what it has.
 
         Raises Transient(DEVICE_ERROR) where it says what it said before: it may not have heard, or not want it;
         Permanent(REQUEST_INVALID) for one that would offer it an image.
@@ -323,6 +323,10 @@ class MqttSession:
             raise Permanent(Reason.REQUEST_INVALID, text)
         self._require()
         name, begun = desired.name, self._loop.time()
+        if desired.value is None:
+            self._memory.shared.pop(name, None)
+            await self.seat.send(tb.ATTRIBUTES, tb.deleted(name))
+            return Reported(name, self._values.get(name), self._config.units.get(name))
         before = self._values.get(name, _NOTHING)
         self._memory.shared[name] = desired.value
         await self.seat.send(tb.ATTRIBUTES, tb.encoded({name: desired.value}))

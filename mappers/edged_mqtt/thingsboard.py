@@ -151,7 +151,12 @@ def tells_of_an_image(name: str) -> bool:
 
 def withdrawal(component: str) -> bytes:
     """The message that an image is not offered any more."""
-    return encoded({"deleted": list(names(component))})
+    return deleted(*names(component))
+
+
+def deleted(*attributes: str) -> bytes:
+    """The message that these shared attributes are there no more."""
+    return encoded({"deleted": list(attributes)})
 
 
 @dataclass(slots=True)

@@ -288,6 +288,26 @@ def test_what_a_device_says_is_in_its_twin_and_what_it_is_given_it_gets(plant: P
     asyncio.run(run())
 
 
+def test_a_wish_that_is_taken_back_is_a_shared_attribute_that_is_deleted(plant: Plant) -> None:
+    device = pump(plant)
+
+    async def run() -> None:
+        async with running(plant, device) as node:
+            for value in (30, None):
+                await node.store.write(
+                    lambda tx, value=value: twins.set_desired(tx, "pump-1", "interval", value, "operator")
+                )
+                node.sessions["pump-1"].refresh()
+                if value is not None:
+                    await _until(node, "interval", value)
+            async with asyncio.timeout(20):
+                while "interval" not in device.deleted:
+                    await asyncio.sleep(0.02)
+            assert device.shared["interval"] == 30, "it was given null for a value"
+
+    asyncio.run(run())
+
+
 async def _until(node: TestNode, name: str, value: object) -> None:
     async with asyncio.timeout(20):
         while await node.reported("pump-1", name) != value:
