@@ -151,6 +151,8 @@ def subject(server: OnBus, to: Device, neighbour: Device, wire: Unpluggable) -> 
         unit_bytes=server.controller.longest_block - 2,
         unplug=unplug,
         plug=plug,
+        mute=unplug,
+        unmute=plug,
         neighbour=neighbour,
     )
 

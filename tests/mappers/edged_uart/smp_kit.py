@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine_kit import QUICK, Publisher
-from smp_server import SmpServer, body_of, make_image
+from smp_server import SmpServer, body_of, make_image, untouched
 from uart_kit import LINKS, MAPPERS
 
 from edged.api import Device, Image
@@ -80,6 +80,12 @@ def subject(server: SmpServer, **config: object) -> Subject:
     async def plug() -> None:
         server.plug()
 
+    async def mute() -> None:
+        server.from_device = lambda data: b""
+
+    async def unmute() -> None:
+        server.from_device = untouched
+
     async def mark_other() -> None:
         server.pending = True
 
@@ -99,6 +105,8 @@ def subject(server: SmpServer, **config: object) -> Subject:
         unplug=unplug,
         plug=plug,
         mark_other=mark_other,
+        mute=mute,
+        unmute=unmute,
     )
 
 

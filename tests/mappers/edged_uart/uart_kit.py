@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -75,6 +77,12 @@ def subject(avr: SimulatedAvr) -> Subject:
     async def plug() -> None:
         await asyncio.to_thread(avr.plug)
 
+    async def mute() -> None:
+        os.kill(avr.pid, signal.SIGSTOP)
+
+    async def unmute() -> None:
+        os.kill(avr.pid, signal.SIGCONT)
+
     def holds(address: int, length: int) -> bytes:
         return avr.flash()[address : address + length]
 
@@ -90,6 +98,8 @@ def subject(avr: SimulatedAvr) -> Subject:
         unit_bytes=avr.board.page_bytes,
         unplug=unplug,
         plug=plug,
+        mute=mute,
+        unmute=unmute,
     )
 
 
