@@ -328,6 +328,9 @@ class SerialLink:
             return self._lose(error)
         if error.errno in _BUSY:
             return Transient(Reason.LINK_BUSY, f"{self.path} is used by another program")
+        if isinstance(error.__context__, termios.error):
+            # pyserial opened it, and could set no rate: a file, or a device of another kind
+            return Transient(Reason.DEVICE_ABSENT, f"{self.path} is no serial port")
         hint = (
             ": is the daemon's user in the port's group, usually dialout?"
             if error.errno in _FORBIDDEN

@@ -224,8 +224,10 @@ def test_a_port_that_may_not_be_opened_names_the_group(monkeypatch: pytest.Monke
 
 def test_what_is_no_port_is_no_port(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    error = opening(str(tmp_path / "file"))
-    assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
+    for path in (str(tmp_path / "file"), "/dev/null"):
+        error = opening(path)
+        assert isinstance(error, Transient) and error.reason is Reason.DEVICE_ABSENT
+        assert error.detail == f"{path} is no serial port"
 
 
 def test_a_port_in_use_is_busy_and_free_again_after_the_close(peer: Peer) -> None:
