@@ -328,7 +328,8 @@ class SerialLink:
             return self._lose(error)
         if error.errno in _BUSY:
             return Transient(Reason.LINK_BUSY, f"{self.path} is used by another program")
-        if isinstance(error.__context__, termios.error):
+        cause = error.__context__
+        if isinstance(cause, termios.error) and cause.args[0] == errno.ENOTTY:
             # pyserial opened it, and could set no rate: a file, or a device of another kind
             return Transient(Reason.DEVICE_ABSENT, f"{self.path} is no serial port")
         hint = (
