@@ -439,39 +439,42 @@ class Transfer:
             raise self._cut()
         elif self._left_at is None:
             self._left_at = self._loop.time()
-        deadline = self._deadline()
+        deadline, _ = self._limit()
+        if await self._wake.wait(deadline):
+            return
+        later, end = self._limit()
         # chunks that were given meanwhile are no news, and put the deadline off
-        if not await self._wake.wait(deadline) and self._deadline() <= deadline:
-            self._give_up()
+        if later <= deadline:
+            raise end()
 
-    def _deadline(self) -> float:
+    def _limit(self) -> tuple[float, Callable[[], EdgedError]]:
+        """How long is waited, of the loop's clock, and what it ends with then."""
+        config = self._config
         if self._left_at is not None:
-            return self._left_at + BOOT_S
+            return self._left_at + BOOT_S, self._is_away
         if self._failed_at is not None:
-            return self._failed_at + min(AFTER_FAILURE_S, self._config.silence_s)
+            return self._failed_at + min(AFTER_FAILURE_S, config.silence_s), self._broken
         if self._updated_at is not None:
-            return self._updated_at + self._config.report_s
+            return self._updated_at + config.report_s, self._is_wrong
         if self._whole_at is not None:
-            return self._whole_at + self._config.install_s
-        return self._moved_at + self._config.silence_s
+            return self._whole_at + config.install_s, self._is_as_before
+        return self._moved_at + config.silence_s, self._is_silent
 
-    def _give_up(self) -> None:
-        if self._left_at is not None:
-            text = "it has the image whole, left, and is not back yet"
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
-        if self._failed_at is not None:
-            raise self._broken()
-        if self._updated_at is not None:
-            raise self._is_wrong()
-        if self._whole_at is not None:
-            runs = f"{self._told.title} {self._told.version}"
-            text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted_name} whole"
-            raise Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}")
+    def _is_away(self) -> Transient:
+        text = "it has the image whole, left, and is not back yet"
+        return Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: {text}")
+
+    def _is_as_before(self) -> Permanent:
+        runs = f"{self._told.title} {self._told.version}"
+        text = f"it runs {runs} still {self._config.install_s:g} s after it had {self._wanted_name} whole"
+        return Permanent(Reason.DEVICE_REVERTED, f"{self._peer.id}: {text}")
+
+    def _is_silent(self) -> Transient:
         self._peer.count("silent")
         if not self._download.is_begun:
             # one that sleeps and one that is not interested look alike, on any wire
-            raise Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: it does not ask for what it is offered")
+            return Transient(Reason.DEVICE_ABSENT, f"{self._peer.id}: it does not ask for what it is offered")
         at = self._download.acknowledged_bytes
         self._show(at, self._loop.time())
         text = f"silent for {self._config.silence_s:g} s, with {at} of {self.offer.size_bytes} bytes"
-        raise Transient(Reason.NO_RESPONSE, f"{self._peer.id}: {text}")
+        return Transient(Reason.NO_RESPONSE, f"{self._peer.id}: {text}")
