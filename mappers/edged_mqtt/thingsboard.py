@@ -424,10 +424,9 @@ class Download:
         if self._stray > STRAY:
             raise Misbehaved("stray_requests", f"it asked {self._stray} times for {why}", "NOT_FOUND")
 
-    def sent(self, offset: int, length: int, *, is_counted: bool = False) -> None:
-        """It was sent what it wanted. ``is_counted``: and that is in ``sent_bytes`` already, part by part."""
-        if not is_counted:
-            self.sent_bytes += length
+    def sent(self, offset: int, length: int) -> None:
+        """It was sent what it wanted."""
+        self.sent_bytes += length
         if length:
             self._sent.add(offset, offset + length)
 

@@ -297,9 +297,8 @@ class Transfer:
         offset, length, size = extent
         self._ask(offset, length, self._loop.time())
         arrivals, seat, topic = self._arrivals, self._seat, request.answer_topic
-        in_parts = length > STREAM_BYTES
         try:
-            if in_parts:
+            if length > STREAM_BYTES:
                 await seat.stream(topic, length, self._parts(offset, length))
             else:
                 part = self._part(offset, length) or await self._load(offset, length, size)
@@ -314,7 +313,10 @@ class Transfer:
             raise
         if self._arrivals == arrivals and seat.present:
             # where it left meanwhile, nobody knows what it read
-            self._account(offset, length, self._loop.time(), is_counted=in_parts)
+            if length > STREAM_BYTES:
+                # each part was counted when it went out
+                self._download.sent_bytes -= length
+            self._account(offset, length, self._loop.time())
 
     def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
         """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as
@@ -352,10 +354,10 @@ class Transfer:
         self._progress_bytes, self._progress_at = done_bytes, now
         self._progress(Phase.WRITE, done_bytes, self.offer.size_bytes)
 
-    def _account(self, offset: int, length: int, now: float, *, is_counted: bool = False) -> None:
+    def _account(self, offset: int, length: int, now: float) -> None:
         """The device was sent ``length`` bytes."""
         self._moved_at = now
-        self._download.sent(offset, length, is_counted=is_counted)
+        self._download.sent(offset, length)
         if self._whole_at is None and self._download.is_whole:
             self._whole_at = self._moved_at
             self._told.awaits = self.offer.version
@@ -423,7 +425,7 @@ class Transfer:
         had_bytes = self._download.acknowledged_bytes
         for at in range(offset, offset + length, STREAM_BYTES):
             part = await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
-            # also where it is the last one that the device gets
+            # counted at once: it may be the last one that the device gets
             self._download.sent_bytes += len(part)
             yield part
             self._moved_at = self._loop.time()

@@ -55,6 +55,7 @@ def test_a_request_without_a_size_is_for_the_whole_image(size: bytes) -> None:
         async with talking() as (client, session, _):
             staging = await offered(client, session, image)
             assert await fetched(client, 0, size) == data
+            assert session._memory.download.sent_bytes == len(data)  # type: ignore[attr-defined]
             says(client, current_fw_title="pump", current_fw_version="2.0.0")
             await staging
 
@@ -123,6 +124,7 @@ def test_a_whole_image_that_is_read_slowly_is_progress_all_the_time() -> None:
             staging = await offered(client, session, image, progress)
             client.publish("v2/fw/request/1/chunk/0", b"")
             await client.packet(takes_s=2.0)
+            assert session._memory.download.sent_bytes == size  # type: ignore[attr-defined]
             assert len(set(told)) > 20 and told == sorted(told) and told[-1] < size
             says(client, **_NEW)
             await staging
@@ -219,6 +221,22 @@ def test_a_device_that_goes_on_where_it_was_may_come_and_go_as_often_as_it_likes
                     says(client, **_NEW)
                     await staging
         assert not counted
+
+    asyncio.run(run())
+
+
+def test_what_was_sent_of_a_message_that_broke_off_counts_too() -> None:
+    """Or a device that asks for the whole at once, and always leaves in the middle, would be sent it for ever."""
+    size, port = 24 * 1024 * 1024, free_port()
+
+    async def run() -> None:
+        image = await image_of(bytes(size))
+        async with talking(port) as (client, session, _):
+            staging = await offered(client, session, image)
+            client.publish("v2/fw/request/1/chunk/0", b"")
+            await client.reader.readexactly(size // 4)
+            await _cut(client, staging)
+            assert size // 4 < session._memory.download.sent_bytes < size  # type: ignore[attr-defined]
 
     asyncio.run(run())
 
