@@ -20,6 +20,7 @@ from edged_mqtt.config import (
     ListenAddress,
     ListenConfig,
     MqttConfig,
+    claims,
     longest_call_s,
     parse_address,
     parse_config,
@@ -53,6 +54,7 @@ def edged_mappers() -> Iterable[MapperSpec]:
             schemes=frozenset({SCHEME}),
             probe_disturbs=False,
             longest_call_s=longest_call_s,
+            claims=claims,
         )
     ]
 

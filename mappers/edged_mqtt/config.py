@@ -217,6 +217,17 @@ class MqttConfig:
     units: Mapping[str, str] = named_values(_ATTRIBUTE, _UNIT, "names and UCUM codes")
 
 
+def claims(address: str, config: object) -> frozenset[str]:
+    """See :attr:`edged.api.MapperSpec.claims`: its place on the wire, and the token that it is known by there. A user name is
+    the place; on a broker it is the broker that knows devices."""
+    assert isinstance(config, MqttConfig)
+    found = parse_device(address.partition(":")[2])
+    own = {f"{found.place} at {found.link}"}
+    if isinstance(found.wire, ListenAddress) and config.proof == "token":
+        own.add(f"the token {config.credential or found.place!r} at {found.link}")
+    return frozenset(own)
+
+
 def longest_call_s(config: object) -> float:
     """See :attr:`edged.api.MapperSpec.longest_call_s`: a device is asked who it is and what it runs, or takes a property."""
     return max(config.report_s, config.confirm_s) if isinstance(config, MqttConfig) else 0.0

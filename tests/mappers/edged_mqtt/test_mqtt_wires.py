@@ -437,3 +437,39 @@ def test_check_config_tells_of_a_wire_that_would_need_a_table(tmp_path: Path, de
             "address: mqtt:listen@0.0.0.0:1883 has no [[link]] table; config.certificate: found none"
             in answer.stderr
         )
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "text"),
+    [
+        (
+            "listen@127.0.0.1:1883/pump-1",
+            "listen@127.0.0.1:1883/pump-1",
+            "pump-1 at mqtt:listen@127.0.0.1:1883",
+        ),
+        (
+            'listen@127.0.0.1:1883/pump-1"\nconfig.credential = "key',
+            'listen@127.0.0.1:1883/pump-2"\nconfig.credential = "key',
+            "the token 'key' at mqtt:listen@127.0.0.1:1883",
+        ),
+        ("127.0.0.1:1883/a/pump-1", "127.0.0.1:1883/a/pump-1", "a/pump-1 at mqtt:127.0.0.1:1883"),
+        ("listen@127.0.0.1:1883/pump-1", "listen@127.0.0.1:1884/pump-1", ""),
+        ("127.0.0.1:1883/a/pump", "127.0.0.1:1883/b/pump", ""),
+    ],
+)
+def test_check_config_tells_of_two_devices_that_are_one(
+    tmp_path: Path, first: str, second: str, text: str
+) -> None:
+    devices = [
+        f'[[device]]\nid = "{name}"\nmodel = "pump"\nmapper = "{SPEC.name}"\naddress = "mqtt:{address}"\n'
+        for name, address in (("one", first), ("other", second))
+    ]
+    config = tmp_path / "edged.toml"
+    config.write_text('[[model]]\nid = "pump"\n' + "".join(devices))
+    answer = CliRunner().invoke(main, ["--config", str(config), "check-config"])
+    if text:
+        assert answer.exit_code == 2 and f"config: found {text}, as device 'one' has" in answer.stderr, (
+            answer.output
+        )
+    else:
+        assert answer.exit_code == 0, answer.output
