@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -364,7 +365,8 @@ def modem_library(cache: Path) -> Path:
     """The shared object of ``modem.c``, built where it is missing or older. Raises GuestError."""
     source, library = Path(__file__).with_name("modem.c"), cache / "modem.so"
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
-        made = library.with_suffix(f".{os.getpid()}")
+        # two machines of one process may start at the same moment
+        made = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
         run("gcc", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", str(made), str(source), "-ldl")
         made.rename(library)
     return library
