@@ -21,7 +21,7 @@ from bench.figures import Figure, at_least, at_most
 from edged_firmware.chunks import ChunkIndex, default_chunk_size
 
 _CHUNK: Final = 4096
-_ROUNDS: Final = 21
+_ROUNDS: Final = 41
 _ROUNDS_ACKED: Final = 7
 """Single pairs lie far apart, since a round takes half a second: a median of few says little."""
 
