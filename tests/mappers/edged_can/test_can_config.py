@@ -622,6 +622,12 @@ def _plug_in(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.setattr(security, "entry_points", installed)
 
 
+async def staged(to: Device) -> None:
+    """One image, by a session of its own."""
+    async with connected(to) as session:
+        await session.stage(await verified(make_app("1.2.0")), quiet)
+
+
 def acme(seed: bytes, secret_: bytes, level: int) -> bytes:
     """The plug-in of these tests: the server's own rule, and the level in its secret."""
     assert level == 1
@@ -634,12 +640,8 @@ def test_a_plug_ins_algorithm_unlocks(monkeypatch: pytest.MonkeyPatch, tmp_path:
     name, controller = bus_name(), Controller()
     to = device(f"can:virtual@{name}", security={"algorithm": "acme", "credential": "ecu"})
 
-    async def body() -> None:
-        async with connected(to) as session:
-            await session.stage(await verified(make_app("1.2.0")), quiet)
-
     with on_bus(name, controller):
-        asyncio.run(body())
+        asyncio.run(staged(to))
     assert controller.counts.seeds == 1 and controller.counts.wrong_keys == 0
 
 
@@ -656,12 +658,8 @@ def test_what_a_plug_in_raises_does_not_tell_the_secret(
     name, controller = bus_name(), Controller()
     to = device(f"can:virtual@{name}", security={"algorithm": "acme", "credential": "ecu"})
 
-    async def body() -> None:
-        async with connected(to) as session:
-            await session.stage(await verified(make_app("1.2.0")), quiet)
-
     with on_bus(name, controller), pytest.raises(Permanent, match="'acme' raised KeyError") as caught:
-        asyncio.run(body())
+        asyncio.run(staged(to))
     assert caught.value.reason is Reason.PLUGIN_FAILED and controller.counts.erased == 0
     told = "".join(traceback.format_exception(caught.value)) + caplog.text
     assert SECRET.hex() not in told

@@ -33,7 +33,7 @@ from can_kit import (
 )
 from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, reasons, settle, update
 from engine_kit import Publisher
-from uds_server import BASE, Controller, OnBus, Wiring, make_app
+from uds_server import BASE, Controller, OnBus, Wire, Wiring, make_app
 
 from edged.domain.job import Job, State
 from edged.errors import EdgedError, Permanent, Reason, Transient
@@ -117,6 +117,18 @@ FLIPS: dict[str, Flip] = {
 in a sequence number's byte: it is then of another kind."""
 
 
+def updated(site: Site, controller: Controller, wire: Wire | None = None) -> Job:
+    """How a job for 2.0.0 ends on a node that knows the release that runs."""
+
+    async def body() -> Job:
+        async with life(site.config, site.plugins) as node:
+            await settle(node)
+            return await update(node, "2.0.0")
+
+    with alive(site, controller, wire):
+        return asyncio.run(body())
+
+
 @pytest.mark.parametrize("where", FLIPS)
 def test_a_flipped_bit_has_its_end(tmp_path: Path, releases: Publisher, where: str) -> None:
     """In the image's bytes the check finds it, and the old image goes back; a wrong key is not sent again, and nothing was
@@ -134,13 +146,7 @@ def test_a_flipped_bit_has_its_end(tmp_path: Path, releases: Publisher, where: s
         flips += 1
         return [frame[:at] + bytes((frame[at] ^ 0x10,)) + frame[at + 1 :]]
 
-    async def body() -> Job:
-        async with life(site.config, site.plugins) as node:
-            await settle(node)
-            return await update(node, "2.0.0")
-
-    with alive(site, controller, flip):
-        job = asyncio.run(body())
+    job = updated(site, controller, flip)
     state, reason, runs = {
         "data": (State.REVERTED, Reason.VERIFY_FAILED, "1.0.0"),
         "key": (State.FAILED, Reason.DEVICE_ERROR, "1.0.0"),
@@ -252,13 +258,7 @@ def test_a_boot_loader_has_not_all_services_of_its_application(
             controller.boot()
         return [frame]
 
-    async def body() -> Job:
-        async with life(site.config, site.plugins) as node:
-            await settle(node)
-            return await update(node, "2.0.0")
-
-    with alive(site, controller, dip):
-        job = asyncio.run(body())
+    job = updated(site, controller, dip)
     assert dips == 1 and job.state is State.SUCCEEDED, job.detail
     assert controller.runs == b"2.0.0"
 
@@ -285,13 +285,7 @@ def test_a_flash_that_takes_nothing_ends_the_job(tmp_path: Path, releases: Publi
     site = Site(tmp_path / "state", releases)
     controller = site.controller(bad_blocks=1000)
 
-    async def body() -> Job:
-        async with life(site.config, site.plugins) as node:
-            await settle(node)
-            return await update(node, "2.0.0")
-
-    with alive(site, controller):
-        job = asyncio.run(body())
+    job = updated(site, controller)
     assert (job.state, job.reason) == (State.FAILED, Reason.REVERT_FAILED)
     assert "generalProgrammingFailure (0x72)" in str(job.detail)
 
@@ -307,13 +301,7 @@ def test_a_reset_in_the_middle_is_begun_anew(tmp_path: Path, releases: Publisher
             controller.boot()
         return [frame]
 
-    async def body() -> Job:
-        async with life(site.config, site.plugins) as node:
-            await settle(node)
-            return await update(node, "2.0.0")
-
-    with alive(site, controller, wire):
-        job = asyncio.run(body())
+    job = updated(site, controller, wire)
     assert booted.is_set()
     assert job.state is State.SUCCEEDED, job.detail
     assert controller.counts.written <= 2 * IMAGE_BYTES and controller.runs == b"2.0.0"
