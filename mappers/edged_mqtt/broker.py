@@ -461,7 +461,10 @@ class BrokerSeat:
         # a chunk that is lost is asked for again, or the offer is made anew; one that comes twice confuses devices
         await self._broker.publish(f"{self._prefix}/{topic}", bytes(payload), 0)
 
-    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
+    def packed(self, topic: str, payload: bytes | memoryview) -> bytes:
+        raise NotImplementedError("the broker's client packs what it sends")
+
+    def send_now(self, message: bytes) -> None:
         raise Transient(Reason.LINK_LOST, f"{self._prefix} is not reached at once")
 
     def foresee(self, topic: str, payload: bytes, meaning: object) -> None:

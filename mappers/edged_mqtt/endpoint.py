@@ -84,6 +84,9 @@ MOST_REFUSALS: Final = 8
 REFUSED_S: Final = 600.0
 """So many, and so long, are known who were not let in."""
 
+INBOX_BYTES: Final = 64 * 1024
+"""So much is received at once."""
+
 _BYTES_ACKED: Final = slice(120, 128)
 """``tcpi_bytes_acked`` of the kernel's ``struct tcp_info`` (linux/tcp.h)."""
 _BUSY: Final = frozenset({errno.EADDRINUSE})
@@ -132,6 +135,9 @@ class Endpoint:
         self.count = count
         self.log = log
         self.longest_silence_s = config.longest_silence_s
+        self.inbox: Final = memoryview(bytearray(INBOX_BYTES))
+        """Where what a client sends is received, and taken from at once: new memory for each packet costs more than all else
+        that is done with it."""
         self._most = config.connections
         self._asks_for_certificates = bool(config.client_ca)
         self._seats: dict[str, EndpointSeat] = {}
@@ -466,8 +472,11 @@ class EndpointSeat:
         connection.publish(topic, payload)
         await connection.drained(self.silence_s)
 
-    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
-        self._required().publish(topic, payload)
+    def packed(self, topic: str, payload: bytes | memoryview) -> bytes:
+        return self._required().packed(topic, payload)
+
+    def send_now(self, message: bytes) -> None:
+        self._required().send(message)
 
     def foresee(self, topic: str, payload: bytes, meaning: object) -> None:
         if self._connection is not None:
@@ -534,7 +543,7 @@ class _Foreseen(NamedTuple):
     meaning: object
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection of a client. Everything happens in the loop's callbacks; a client that does not read, or that sends more
     than its session takes, stops only itself."""
 
@@ -569,7 +578,7 @@ class Connection(asyncio.Protocol):
         self._owed = b""
         """A PUBACK that goes out together with what follows from the message, or after that."""
 
-    # -- asyncio.Protocol
+    # -- asyncio.BufferedProtocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -606,7 +615,11 @@ class Connection(asyncio.Protocol):
         self._room = None
         self.go_on_soon()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._endpoint.inbox
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data = bytes(self._endpoint.inbox[:nbytes])
         self._heard_at = self._loop.time()
         foreseen = self._foreseen
         if (
@@ -652,14 +665,21 @@ class Connection(asyncio.Protocol):
             data, self._owed = self._owed + data, b""
         self._transport.write(data)
 
-    def publish(self, topic: str, payload: bytes | memoryview) -> None:
+    def packed(self, topic: str, payload: bytes | memoryview) -> bytes:
         """A message with QoS 0: on one connection nothing is lost, and what a lost connection held is asked for again."""
-        head = packets.publish_head(topic.encode(), len(payload), self.version)
-        if len(head) + len(payload) > self.largest_bytes:
+        return b"".join((packets.publish_head(topic.encode(), len(payload), self.version), payload))
+
+    def send(self, message: bytes) -> None:
+        """What was :meth:`packed`. Raises as :meth:`write`."""
+        if len(message) > self.largest_bytes:
             # as if it had been sent, v5 3.1.2.11.4
             self._endpoint.count("too_large_for_it")
-            return
-        self.write(b"".join((head, payload)))
+        else:
+            self.write(message)
+
+    def publish(self, topic: str, payload: bytes | memoryview) -> None:
+        """A message at once. Raises as :meth:`write`."""
+        self.send(self.packed(topic, payload))
 
     def publish_soon(self, topic: str, payload: bytes) -> bool:
         """:meth:`publish`, at once or when the client has read what it was sent before. False where too much waits."""

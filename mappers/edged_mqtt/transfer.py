@@ -11,7 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from edged.api import Image, Phase, Progress
 from edged.errors import EdgedError, Permanent, Reason, Refused, Transient
@@ -67,6 +67,15 @@ class _Piece:
         return None
 
 
+class _Answer(NamedTuple):
+    """To a request: what of the image it is, and the message as the seat packed it."""
+
+    request: ChunkRequest
+    offset: int
+    length: int
+    message: bytes
+
+
 class Transfer:
     """See above. :meth:`run` is the task; the other public methods are called by the device's session, at once.
 
@@ -94,6 +103,8 @@ class Transfer:
         self._download = download
         self._requests = deque(early)
         self._resting = False
+        self._next: _Answer | None = None
+        """To what the device will most likely ask next."""
         self._pieces: tuple[_Piece, ...] = ()
         self._ahead: tuple[int, int] | None = None
         self._arrivals = 0
@@ -258,25 +269,39 @@ class Transfer:
 
     def _at_once(self, request: ChunkRequest) -> bool:
         """Whether the request is dealt with, from what is in memory. Raises :class:`Misbehaved`."""
+        answer, self._next = self._next, None
         if not self._seat.ready:
             return False
-        extent = self._extent(request)
-        if extent is None:
-            return True
-        offset, length, _ = extent
-        # of a larger one it is to be seen that the device takes it, however slowly
+        if answer is None or answer.request is not request:
+            extent = self._extent(request)
+            if extent is None:
+                return True
+            answer = self._at_hand(request, extent[0], extent[1])
+            if answer is None:
+                return False
+        now = self._loop.time()
+        self._ask(answer.offset, answer.length, now)
+        self._seat.send_now(answer.message)
+        self._account(answer.offset, answer.length, now)
+        self._foresee(answer)
+        return True
+
+    def _at_hand(self, request: ChunkRequest, offset: int, length: int) -> _Answer | None:
+        """What is asked for, where it is in memory. Of a larger one it is to be seen that the device takes it, however
+        slowly."""
         part = self._part(offset, length) if length <= WINDOW_BYTES else None
         if part is None:
-            return False
-        now = self._loop.time()
-        self._ask(offset, length, now)
-        self._seat.send_now(request.answer_topic, part)
-        self._account(offset, length, now)
-        if offset + length < self.offer.size_bytes:
-            # most devices ask for the chunks in order: the time to prepare is while this one is on its way
-            following = request.following
-            self._seat.foresee(following.topic, following.payload, following)
-        return True
+            return None
+        return _Answer(request, offset, length, self._seat.packed(request.answer_topic, part))
+
+    def _foresee(self, answer: _Answer) -> None:
+        """Most devices ask for the chunks in order: the time to prepare is while ``answer`` is on its way."""
+        offset, length = answer.offset + answer.length, answer.length
+        left = self.offer.size_bytes - offset
+        if left > 0:
+            request = answer.request.following
+            self._next = self._at_hand(request, offset, min(length, left))
+            self._seat.foresee(request.topic, request.payload, request)
 
     async def _answer_first(self) -> None:
         """What has to be waited for. The request is first in line meanwhile: those that come later wait behind it."""

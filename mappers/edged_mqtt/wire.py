@@ -97,7 +97,7 @@ class Seat(Protocol):
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`send_now` may be called: the device is there, and nothing has to be waited for."""
+        """Whether :meth:`packed` and :meth:`send_now` may be called: the device is there, and nothing has to be waited for."""
         ...
 
     async def send(self, topic: str, payload: bytes | memoryview) -> None:
@@ -105,8 +105,12 @@ class Seat(Protocol):
         and was cut off for that."""
         ...
 
-    def send_now(self, topic: str, payload: bytes | memoryview) -> None:
-        """:meth:`send` at once; only where the seat is ``ready``."""
+    def packed(self, topic: str, payload: bytes | memoryview) -> bytes:
+        """A message as it goes over the device's present connection, for :meth:`send_now`."""
+        ...
+
+    def send_now(self, message: bytes) -> None:
+        """:meth:`send` at once what was :meth:`packed`; only where the seat is ``ready``."""
         ...
 
     def foresee(self, topic: str, payload: bytes, meaning: object) -> None:

@@ -1178,7 +1178,7 @@ def test_what_waits_to_be_told_comes_before_what_is_sent_later(tmp_path: Path, s
             _narrow(endpoint)
             client.writer.transport.pause_reading()  # type: ignore[attr-defined]
             while seat.ready:
-                seat.send_now("x", bytes(65536))
+                seat.send_now(seat.packed("x", bytes(65536)))
             seat.tell("y", b"told")
             later = seat.stream("z", 5, parts()) if streams else seat.send("z", b"later")
             sending = asyncio.create_task(later)
