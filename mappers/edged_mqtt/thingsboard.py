@@ -426,7 +426,15 @@ class Download:
 
     def sent(self, offset: int, length: int) -> None:
         """It was sent what it wanted."""
+        self.spent(length)
+        self.holds(offset, length)
+
+    def spent(self, length: int) -> None:
+        """So many bytes went out to it, perhaps not all of what it wanted."""
         self.sent_bytes += length
+
+    def holds(self, offset: int, length: int) -> None:
+        """All of what it wanted went out."""
         if length:
             self._sent.add(offset, offset + length)
 

@@ -282,7 +282,8 @@ class Transfer:
         now = self._loop.time()
         self._ask(answer.offset, answer.length, now)
         self._seat.send_now(answer.message)
-        self._account(answer.offset, answer.length, now)
+        self._download.sent(answer.offset, answer.length)
+        self._given(now)
         self._foresee(answer)
         return True
 
@@ -337,11 +338,10 @@ class Transfer:
                 self._peer.count("silent")
             raise
         if self._arrivals == arrivals and seat.present:
-            # where it left meanwhile, nobody knows what it read
-            if length > STREAM_BYTES:
-                # each part was counted when it went out
-                self._download.sent_bytes -= length
-            self._account(offset, length, self._loop.time())
+            # where it left meanwhile, nobody knows what it read; of a stream each part was counted when it went out
+            account = self._download.holds if length > STREAM_BYTES else self._download.sent
+            account(offset, length)
+            self._given(self._loop.time())
 
     def _extent(self, request: ChunkRequest) -> tuple[int, int, int] | None:
         """Offset and length of what is asked for, and the size of the chunks that are asked for under the request's number: as
@@ -379,10 +379,9 @@ class Transfer:
         self._progress_bytes, self._progress_at = done_bytes, now
         self._progress(Phase.WRITE, done_bytes, self.offer.size_bytes)
 
-    def _account(self, offset: int, length: int, now: float) -> None:
-        """The device was sent ``length`` bytes."""
+    def _given(self, now: float) -> None:
+        """The device was sent what it asked for."""
         self._moved_at = now
-        self._download.sent(offset, length)
         if self._whole_at is None and self._download.is_whole:
             self._whole_at = self._moved_at
             self._told.awaits = self.offer.version
@@ -451,7 +450,7 @@ class Transfer:
         for at in range(offset, offset + length, STREAM_BYTES):
             part = await self._image.read(0, at, min(STREAM_BYTES, offset + length - at))
             # counted at once: it may be the last one that the device gets
-            self._download.sent_bytes += len(part)
+            self._download.spent(len(part))
             yield part
             self._moved_at = self._loop.time()
             self._show(min(had_bytes + at - offset, self.offer.size_bytes), self._moved_at)

@@ -34,10 +34,10 @@ async def offered(
     return staging
 
 
-async def fetched(client: Raw, chunk: int, size: bytes) -> bytes:
-    client.publish(f"v2/fw/request/1/chunk/{chunk}", size)
+async def fetched(client: Raw, chunk: int, size: bytes, number: int = 1) -> bytes:
+    client.publish(f"v2/fw/request/{number}/chunk/{chunk}", size)
     answer = await client.packet()
-    topic = f"v2/fw/response/1/chunk/{chunk}".encode()
+    topic = f"v2/fw/response/{number}/chunk/{chunk}".encode()
     assert answer[2 : 2 + len(topic)] == topic, answer[:80]
     return answer[2 + len(topic) :]
 
@@ -88,6 +88,33 @@ def test_samples_of_one_message_say_what_they_would_say_one_by_one(
             async with asyncio.timeout(2):
                 await staging
             assert (await session.slots()).slots[0].runs == "2.0.0"  # type: ignore[attr-defined]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_device_that_changes_its_mind_gets_what_it_asks_for_last(seed: int) -> None:
+    """The chunk that follows is packed before it is asked for: not under another number, and not of another size."""
+    chance = random.Random(seed)
+    data = chance.randbytes(512 * 1024)
+
+    async def run() -> None:
+        image = await image_of(data)
+        async with talking() as (client, session, _):
+            await offered(client, session, image)
+            sizes = {1: 1024, 2: 2048}
+            for number, size in sizes.items():
+                await fetched(client, 1, b"%d" % size, number)
+            number, chunk, payload = 1, 1, b""
+            for _ in range(200):
+                if chance.random() < 0.6:
+                    chunk += 1
+                else:
+                    number, chunk = chance.choice((1, 2)), chance.randrange(1, 100)
+                    payload = chance.choice((b"", b"1024", b"2048", b"4096"))
+                sizes[number] = int(payload or sizes[number])
+                begin = chunk * sizes[number]
+                assert await fetched(client, chunk, payload, number) == data[begin : begin + sizes[number]]
 
     asyncio.run(run())
 
