@@ -156,6 +156,8 @@ class UdsConfig:
       of ControlDTCSetting, in hexadecimal digits.
     - ``address_bytes``, ``length_bytes``, ``data_format``: of RequestDownload. ``exit_parameters``: what RequestTransferExit
       says of the segment, in order.
+    - ``sector_bytes``: its flash is erased in sectors of so many bytes at most, which begin at multiples of that; 0: nobody
+      knows, and to erase one segment may take any other.
     - ``reset``: the ECUReset subfunction after programming.
     - ``erase``, ``check``: the routines before and after a download. ``security``, ``second_security``: SecurityAccess, at one
       level and at another. ``fingerprint``: what the step of that name writes.
@@ -203,6 +205,7 @@ class UdsConfig:
     length_bytes: int = key(4, whole(1, 4))
     data_format: int = key(0, whole(0, 255))
     exit_parameters: tuple[str, ...] = key((), some_of(*CHECKSUMS))
+    sector_bytes: int = key(0, whole(0, 0x10000000))
     reset: int = key(1, whole(1, 0x7F))
     erase: Routine = table(Routine(0xFF00, ("format", "address", "length")))
     check: Routine = table(Routine(0xFF01, (), "image", "00"))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from datetime import datetime
+from itertools import pairwise
 from typing import Final
 
 from udsoncan import DataFormatIdentifier, MemoryLocation, Request, services
@@ -36,7 +37,7 @@ _HEAD_BYTES: Final = 2
 _ALIGNED_BYTES: Final = 256
 """A multiple of what most flash is programmed by at once: words of 4 to 32 bytes, pages of 128 or 256."""
 _STARTS: Final = 4
-"""From the erase on: the first, and those after a block that had to be repeated and was refused."""
+"""Of segments that are erased together: the first, and those after a block that had to be repeated and was refused."""
 _SENDS: Final = 3
 """Of one block: the server acknowledges a repeated one and writes it once (14.5.2.3), or refuses it."""
 _COURTESIES: Final = frozenset({"extended_session", "dtc_off", "communication_off"})
@@ -115,18 +116,13 @@ class Programming:
             await self._step(step)
 
     async def write(self, image: Image, progress: Progress) -> None:
-        """Erase, download and check every segment; all of it anew where the server lost its place.
+        """Erase, download and check every segment; where the server lost its place, that one anew, with those that its erase
+        may take.
 
         Raises NegativeResponse; Permanent(VERIFY_FAILED) where a routine says that what is in the flash is not good; Transient.
         """
         try:
-            for start in range(1, _STARTS + 1):
-                try:
-                    await self._write(image, progress)
-                    return
-                except _PlaceLost as lost:
-                    if start == _STARTS:
-                        raise lost.refusal from None
+            await self._write(image, progress)
         except RefusedForGood as error:
             if error.code in _CURED_BY_ERASE:
                 raise Transient(error.reason, error.detail) from error
@@ -135,26 +131,50 @@ class Programming:
             raise Transient(error.reason, f"{error.detail}: was it reset since it was unlocked?") from error
 
     async def _write(self, image: Image, progress: Progress) -> None:
-        await self._erase(image, progress)
+        await self._erase(image, range(len(image.segments)), progress)
         check = self._config.check
         sent = _Sent("sha256" in check.parameters)
-        for number, segment in enumerate(image.segments):
-            if check.per == "segment":
-                sent = _Sent("sha256" in check.parameters)
-            await self._download(image, number, sent, progress)
-            if check.per == "segment":
-                await self._run(check, "check", segment, sent)
+        for together in erased_together(image.segments, self._config):
+            sent = await self._write_some(image, together, sent, progress)
         if check.per == "image":
             await self._run(check, "check", _span(image.segments), sent)
 
-    async def _erase(self, image: Image, progress: Progress) -> None:
-        """Everything, before anything is written: whole sectors are erased, and two segments may share one."""
+    async def _write_some(self, image: Image, numbers: range, before: _Sent, progress: Progress) -> _Sent:
+        """Segments that are erased; all of them again where the server loses its place. What was sent with them. Raises as
+        :meth:`write`."""
+        start = 1
+        while True:
+            sent = before.copy()
+            try:
+                for number in numbers:
+                    sent = await self._write_one(image, number, sent, progress)
+                return sent
+            except _PlaceLost as lost:
+                if start == _STARTS:
+                    raise lost.refusal from None
+            start += 1
+            await self._erase(image, numbers, progress)
+
+    async def _write_one(self, image: Image, number: int, sent: _Sent, progress: Progress) -> _Sent:
+        """One segment, checked where each is. What the next check is about, so far. Raises :class:`_PlaceLost`."""
+        check = self._config.check
+        if check.per == "segment":
+            sent = _Sent("sha256" in check.parameters)
+        await self._download(image, number, sent, progress)
+        if check.per == "segment":
+            await self._run(check, "check", image.segments[number], sent)
+        return sent
+
+    async def _erase(self, image: Image, numbers: range, progress: Progress) -> None:
+        """All of it before anything is written: whole sectors are erased, and two segments may share one."""
         erase, done = self._config.erase, 0
-        progress(Phase.ERASE, 0, image.size_bytes)
-        for segment in image.segments if erase.per == "segment" else (_span(image.segments),):
+        segments = image.segments[numbers.start : numbers.stop]
+        total = sum(segment.length for segment in segments)
+        progress(Phase.ERASE, 0, total)
+        for segment in segments if erase.per == "segment" else (_span(segments),):
             await self._run(erase, "erase", segment)
-            done = min(done + segment.length, image.size_bytes)
-            progress(Phase.ERASE, done, image.size_bytes)
+            done = min(done + segment.length, total)
+            progress(Phase.ERASE, done, total)
 
     async def reset(self) -> None:
         """ECUReset (10.3), acknowledged before it happens."""
@@ -331,6 +351,13 @@ class _Sent:
         self.crc32 = 0
         self._hash = hashlib.sha256() if wants_hash else None
 
+    def copy(self) -> _Sent:
+        """The same so far, to go on from."""
+        twin = _Sent(wants_hash=False)
+        twin.crc32 = self.crc32
+        twin._hash = None if self._hash is None else self._hash.copy()
+        return twin
+
     def take(self, data: bytes) -> None:
         self.crc32 = zlib.crc32(data, self.crc32)
         if self._hash is not None:
@@ -399,6 +426,26 @@ def _location(segment: Segment, config: UdsConfig) -> MemoryLocation:
         if value >= 256**size:
             raise Permanent(Reason.IMAGE_TOO_LARGE, f"the {what} {value:#x} does not fit into {size} bytes")
     return MemoryLocation(segment.address, segment.length, config.address_bytes * 8, config.length_bytes * 8)
+
+
+def erased_together(segments: Sequence[Segment], config: UdsConfig) -> list[range]:
+    """The numbers of the sorted ``segments``, in runs: to erase one of a run may take the others of it.
+
+    Where the device has no erase routine, RequestDownload takes what it is about and no more. Else two that share a sector go
+    together, all of them where nobody said how large sectors are.
+    """
+    erase, sector = config.erase, config.sector_bytes
+    if erase.per == "image" or (erase.per == "segment" and not sector):
+        return [range(len(segments))]
+    firsts = [
+        number
+        for number, segment in enumerate(segments)
+        if number == 0
+        or erase.per == "never"
+        or (segments[number - 1].address + segments[number - 1].length - 1) // sector
+        < segment.address // sector
+    ]
+    return [range(first, after) for first, after in pairwise([*firsts, len(segments)])]
 
 
 def _span(segments: tuple[Segment, ...]) -> Segment:

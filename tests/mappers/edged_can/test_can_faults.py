@@ -35,6 +35,7 @@ from can_node import IMAGE_BYTES, IMAGES, Site, alive, published, reasons, settl
 from engine_kit import Publisher
 from uds_server import BASE, Controller, OnBus, Wire, Wiring, make_app
 
+from edged.api import Phase
 from edged.domain.job import Job, State
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
@@ -213,16 +214,24 @@ def test_a_lost_answer_costs_a_repeated_block_or_that_segment(
     controller = server.controller
     assert lost == [4]
     assert all(controller.held(at, len(data)) == data for at, data in APP)
-    # block 4 of the first segment: 4 x 256 bytes are sent again where the server lost its place, and nothing of the other
+    # block 4 of the first segment: 4 x 256 bytes are sent again where the server lost its place
     assert (controller.counts.downloads, controller.counts.written) == (downloads, written)
     assert seen[-1] == 1800
 
 
-def test_segments_of_one_sector_are_erased_before_either_is_written() -> None:
-    """Its boot loader erases whole sectors; a transfer that it dropped in its middle is begun anew for both."""
-    near = [(BASE, bytes(range(256)) * 3), (BASE + 0x800, b"\xa5" * 700)]
+@pytest.mark.parametrize(
+    ("distance", "told_bytes", "again"),
+    [(0x800, 0, 2), (0x800, 0x1000, 2), (0x1000, 0, 2), (0x1000, 0x1000, 1)],
+    ids=["one sector, not told", "one sector", "two sectors, not told", "two sectors"],
+)
+def test_a_segment_that_is_begun_anew_takes_with_it_what_shares_its_sector(
+    distance: int, told_bytes: int, again: int
+) -> None:
+    """Its boot loader erases whole sectors: all are erased before any is written, and again before it is written anew."""
+    parts = [(BASE, bytes(range(256)) * 3), (BASE + distance, b"\xa5" * 700)]
     bus = bus_name()
     lost: list[bytes] = []
+    seen: list[tuple[Phase, int]] = []
 
     def wire(way: str, frame: bytes) -> list[bytes]:
         """Loses the answer to the second block of the second segment."""
@@ -232,14 +241,17 @@ def test_segments_of_one_sector_are_erased_before_either_is_written() -> None:
         return [frame]
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus}")) as session:
-            await session.stage(await verified(near), quiet)
+        async with connected(device(f"can:virtual@{bus}", sector_bytes=told_bytes)) as session:
+            await session.stage(await verified(parts), lambda phase, done, total: seen.append((phase, done)))
 
     controller = Controller(sector_bytes=0x1000, refuses_repeats=True)
     with on_bus(bus, controller, wire=wire):
         asyncio.run(body())
-    assert len(lost) == 1 and controller.counts.downloads == 4
-    assert all(controller.held(at, len(data)) == data for at, data in near)
+    assert len(lost) == 1 and controller.counts.downloads == 2 + again
+    assert controller.counts.erased == 1468 + (1468 if again == 2 else 700)
+    assert controller.counts.written == 768 + 512 + (1468 if again == 2 else 700)
+    assert all(controller.held(at, len(data)) == data for at, data in parts)
+    assert seen[-1] == (Phase.WRITE, 1468)
 
 
 @pytest.mark.parametrize("service", [0x85, 0x28])

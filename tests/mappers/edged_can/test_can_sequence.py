@@ -40,12 +40,12 @@ from udsoncan.client import Client
 from udsoncan.connections import PythonIsoTpConnection
 from udsoncan.exceptions import NegativeResponseException
 
-from edged.api import Phase
+from edged.api import Phase, Segment
 from edged.clock import SystemClock
 from edged.errors import Permanent, Reason, Transient
 from edged.links import LinkPool
-from edged_can.config import Fingerprint
-from edged_can.programming import fingerprint
+from edged_can.config import Fingerprint, Routine, UdsConfig
+from edged_can.programming import erased_together, fingerprint
 
 APP = make_app("1.2.0", (1200, 600))
 ALL = 0x7DF
@@ -570,3 +570,24 @@ def test_a_long_message_to_everyone_is_not_heard() -> None:
         assert other.recv(0.1) is None
     other.shutdown()
     assert ecu.heard_by_all == [b"\x3e\x80"] and server.aborted == 0
+
+
+@pytest.mark.parametrize(
+    ("per", "sector_bytes", "runs"),
+    [
+        ("segment", 0, [(0, 4)]),
+        ("segment", 0x100, [(0, 2), (2, 3), (3, 4)]),
+        ("segment", 0x200, [(0, 3), (3, 4)]),
+        ("segment", 0x1000, [(0, 4)]),
+        ("image", 0x100, [(0, 4)]),
+        ("never", 0, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+    ],
+)
+def test_which_segments_an_erase_may_take_together(
+    per: str, sector_bytes: int, runs: list[tuple[int, int]]
+) -> None:
+    """The first two share a sector of 256 bytes, the third one of 512 with them; the last begins right behind."""
+    segments = [Segment(0x1000, 0x10), Segment(0x10F0, 0x10), Segment(0x1100, 0x100), Segment(0x1200, 1)]
+    config = UdsConfig(erase=Routine(0xFF00, (), per), sector_bytes=sector_bytes)
+    found = erased_together(segments, config)
+    assert [(run.start, run.stop) for run in found] == runs
