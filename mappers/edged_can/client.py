@@ -202,7 +202,7 @@ class UdsClient:
         while True:
             message = await self._transport.receive(max(0.0, answer_by - self._loop.time()))
             self._asked_at = self._loop.time()
-            if message is None and self._transport.is_receiving():
+            if message is None and self._transport.is_receiving() and self._asked_at < deadline:
                 # the time of an answer ends with its first frame (ISO 14229-2, P2 client); the transport minds the others
                 answer_by = self._asked_at + N_CR_S
                 continue

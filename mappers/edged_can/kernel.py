@@ -29,7 +29,7 @@ from edged_can.frames import Frame, wire_s
 from edged_can.link import CanLink, again
 from edged_can.load import gap_s
 from edged_can.messages import to_message
-from edged_can.transport import N_AS_S, WAIT_FRAMES, Peer, Shape, Transport
+from edged_can.transport import N_AS_S, N_CR_S, WAIT_FRAMES, Peer, Shape, Transport
 
 _EXTENDED_ID: Final = 0x80000000
 
@@ -46,9 +46,11 @@ _FD_MTU: Final = 72
 _BRS: Final = 0x01
 _LONGEST: Final = 8300
 _FULL_WAIT_S: Final = 0.002
-_FIRST: Final = 1
+_CLOSE_S: Final = 5.0
+"""So long is waited for a message that nobody wants to be sent any more."""
+_FIRST, _CONSECUTIVE = 1, 2
 _CONTINUE, _WAIT = 0x30, 0x31
-"""How a FirstFrame begins, and all that a FlowControl begins with (ISO 15765-2, 9.6)."""
+"""How frames of a message begin, and all that a FlowControl begins with (ISO 15765-2, 9.6)."""
 _NOBODY: Final = [{"can_id": 0, "can_mask": 0x1FFFFFFF, "extended": True}]
 
 _MEANINGS: Final = {
@@ -130,10 +132,13 @@ class KernelLink(BaseLink["_KernelPeer"]):
             port.open(0.0)
             yield port
         finally:
-            self._peers.remove(port)
             self._measured -= shape.share < 1
-            self._heard_changed()
-            await asyncio.shield(port.end())
+            try:
+                # its flow control is heard until then
+                await asyncio.shield(port.end())
+            finally:
+                self._peers.remove(port)
+                self._heard_changed()
 
     async def send(self, frame: Frame) -> None:
         """As :class:`~edged_can.link.CanLink`."""
@@ -201,7 +206,7 @@ class _KernelPeer:
         self._executor = ThreadPoolExecutor(1, f"{link.bus} {peer.request_id:#x}")
         self._sending: asyncio.Future[Any] | None = None
         self._waits = 0
-        self._receiving = False
+        self._receiving_until = 0.0
         self._given_up: Transient | None = None
         self.key = peer.response_id, peer.extended_ids
         self._waiting: asyncio.Task[Any] | None = None
@@ -221,9 +226,11 @@ class _KernelPeer:
 
     async def close(self) -> None:
         """In the thread: the kernel waits for the end of what is being sent, and for its readers."""
-        opened, self._socket = self._socket, None
-        if self._sending is not None:
-            await asyncio.wait([self._sending])
+        opened, self._socket, sending = self._socket, None, self._sending
+        if sending is not None:
+            await asyncio.wait([sending], timeout=_CLOSE_S)
+            if not sending.done():
+                self._give_up("it is slow to take a message that is not wanted any more")
         if opened is not None and self._given_up is None:
             await self._loop.run_in_executor(self._executor, opened.close)
         elif opened is not None:
@@ -285,14 +292,18 @@ class _KernelPeer:
         if not frame.startswith(source) or len(frame) == len(source):
             return
         kind = frame[len(source)]
-        self._receiving |= kind >> 4 == _FIRST
+        if kind >> 4 == _FIRST or (kind >> 4 == _CONSECUTIVE and self.is_receiving()):
+            # the kernel drops some first frames without a word, and what comes after them
+            self._receiving_until = self._loop.time() + N_CR_S
         if kind in (_CONTINUE, _WAIT):
             self._waits = self._waits + 1 if kind == _WAIT else 0
         if self._sending is not None and self._waits > WAIT_FRAMES:
-            name = f"{self._link.bus}: {self._peer.request_id:#x}"
-            text = self._link.errors.explained(f"{name}: nobody takes the message: it says wait without end")
-            self._given_up = Transient(Reason.NO_RESPONSE, text)
+            self._give_up("nobody takes the message: it says wait without end")
             self._sending.cancel()
+
+    def _give_up(self, why: str) -> None:
+        text = self._link.errors.explained(f"{self._link.bus}: {self._peer.request_id:#x}: {why}")
+        self._given_up = Transient(Reason.NO_RESPONSE, text)
 
     async def receive(self, timeout_s: float) -> bytes | None:
         """As :class:`~edged_can.transport.Transport`."""
@@ -304,7 +315,7 @@ class _KernelPeer:
             if not self._waiting.done():
                 return None
             # the whole message, or why there is none
-            self._receiving = False
+            self._receiving_until = 0.0
             if self._waiting.cancelled():
                 self._check()
                 return None
@@ -318,11 +329,11 @@ class _KernelPeer:
 
     def is_receiving(self) -> bool:
         """As :class:`~edged_can.transport.Transport`."""
-        return self._receiving
+        return self._loop.time() < self._receiving_until
 
     def drop_input(self) -> None:
         """As :class:`~edged_can.transport.Transport`."""
-        self._receiving = False
+        self._receiving_until = 0.0
         while self._socket is not None:
             try:
                 self._socket.recv(_LONGEST)

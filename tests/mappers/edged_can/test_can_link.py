@@ -633,6 +633,40 @@ def test_an_answer_of_many_frames_has_begun_when_its_first_came(
             asyncio.run(threaded())
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["once", "for ever"])
+def test_a_first_frame_that_the_kernel_drops_is_no_answer(
+    again: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too short, or of a message that is too long: it says nothing of them, and no message comes."""
+    took = 0.0
+
+    async def body() -> None:
+        nonlocal took
+        link, near, far = KernelLink(parse_address("can0")), *socket.socketpair(type=socket.SOCK_SEQPACKET)
+        sockets = Sockets(full=0)
+        near.setblocking(False)
+        monkeypatch.setattr(sockets, "socket", lambda *_: Pair(near))
+        with monkeypatch.context() as patch, far:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
+                assert isinstance(transport, _KernelPeer)
+                client = UdsClient(transport, Timing(answer_s=0.2, pending_s=1.5), "ecu")
+                asking = asyncio.create_task(client.read(0xF191))
+                await asyncio.to_thread(far.recv, 100)
+                began = time.monotonic()
+                transport.heard(b"\x10\x14")
+                while again and not asking.done():
+                    await asyncio.sleep(0.1)
+                    transport.heard(b"\x10\x14")
+                with pytest.raises(Transient, match="no answer within 0.2 s") as caught:
+                    await asking
+                took = time.monotonic() - began
+                assert caught.value.reason is Reason.NO_RESPONSE
+
+    asyncio.run(body())
+    assert 1.0 <= took < (5.0 if again else 3.0)
+
+
 class Pair:
     """A socket of the kernel's ISO-TP whose device is the other end of a pair."""
 
@@ -811,6 +845,39 @@ def test_a_receiver_that_says_wait_without_end_ends_its_session_and_holds_up_no_
 
     asyncio.run(body())
     assert sockets.sent == [bytes(300)]
+
+
+@pytest.mark.parametrize("says_wait", [True, False])
+def test_a_session_ends_also_while_a_message_is_on_its_way_that_nobody_wants(
+    monkeypatch: pytest.MonkeyPatch, says_wait: bool
+) -> None:
+    """Cancelled in its middle: the receiver says wait on and on, or wants its frames far apart."""
+    sockets = Waiting()
+    monkeypatch.setattr("edged_can.kernel._CLOSE_S", 60.0 if says_wait else 0.2)
+
+    async def one(link: KernelLink) -> None:
+        async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
+            await transport.send(bytes(300))
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        with monkeypatch.context() as patch:
+            patch.setattr("edged_can.kernel.socket", sockets)
+            session = asyncio.create_task(one(link))
+            await soon(lambda: bool(sockets.sent))
+            (peer,) = link._peers
+            session.cancel()
+            await asyncio.sleep(0.05)
+            assert not session.done(), "it waits for the message that is on its way"
+            for _ in range(26 if says_wait else 0):
+                peer.heard(b"\x31\x00\x00")
+            await soon(session.done)
+        assert session.cancelled() and not link._peers
+        assert sockets.open == 1, "the call that is under way still has it"
+        sockets.go_on.set()
+        await soon(lambda: sockets.open == 0)
+
+    asyncio.run(body())
 
 
 def test_slow_messages_hold_up_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
