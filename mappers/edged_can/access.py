@@ -42,9 +42,9 @@ class Access:
     async def unlock(self, settings: Security) -> None:
         """Nothing is sent for a seed of zeros: it says that the server is unlocked already.
 
-        Raises NegativeResponse, Transient; Permanent: DEVICE_ERROR for a key that the device refuses, or refused before,
-        CONFIG_INVALID for a secret that cannot be used, PLUGIN_FAILED for an algorithm that fails, STORAGE_FAILED where nobody
-        knows what it refused.
+        Raises NegativeResponse, Transient; Permanent: DEVICE_ERROR for a key that the device refuses, or refused before, or
+        may have, CONFIG_INVALID for a secret that cannot be used, PLUGIN_FAILED for an algorithm that fails, STORAGE_FAILED
+        where nobody knows what it refused.
         """
         secret = await self._secret_of(settings)
         before = await self._refused.why(self._env, self._name, settings, secret)
@@ -58,14 +58,27 @@ class Access:
         if not any(seed):
             return
         key = await asyncio.to_thread(key_for, settings.algorithm, seed, secret, level)
+        await self._send(settings, secret, key)
+
+    async def _send(self, settings: Security, secret: bytes, key: bytes) -> None:
+        """Whether it is taken is known when the device has answered."""
+        request = Request(services.SecurityAccess, settings.level + 1, data=key)
+        self._refused.sending(self._name, settings, secret)
         try:
-            await self._client.ask(Request(services.SecurityAccess, level + 1, data=key), bytes((level + 1,)))
+            await self._client.ask(request, bytes((settings.level + 1,)))
         except NegativeResponse as error:
-            if error.code not in _REFUSED:
-                raise
-            await self._refused.add(self._env, self._name, settings, secret, error.detail)
-            # a key that is wrong is wrong the next time, and the device is locked for longer
-            raise Permanent(error.reason, f"{error.detail}; {_CURE}") from error
+            if error.code in _REFUSED:
+                await self._refused.add(self._env, self._name, settings, secret, error.detail)
+                # a key that is wrong is wrong the next time, and the device is locked for longer
+                raise Permanent(error.reason, f"{error.detail}; {_CURE}") from error
+            self._refused.answered(self._name, settings)
+            raise
+        except Transient as error:
+            if error.reason is not Reason.NO_RESPONSE:
+                # the bus is gone, and the key did not get there
+                self._refused.answered(self._name, settings)
+            raise
+        self._refused.answered(self._name, settings)
 
     async def _secret_of(self, settings: Security) -> bytes:
         text = await self._env.credential(settings.credential) if settings.credential else ""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
+import threading
 import time
 import tomllib
 import traceback
@@ -500,6 +502,123 @@ def test_a_refused_key_that_cannot_be_stored_is_not_sent_again_while_the_daemon_
         asyncio.run(body())
     assert controller.counts.wrong_keys == 1
     assert [record.__dict__["detail"] for record in caplog.records] == ["disk_full: no space left"]
+
+
+@pytest.mark.parametrize("cancels", [False, True], ids=["late", "cancelled"])
+def test_a_key_that_may_have_been_refused_is_not_sent_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancels: bool
+) -> None:
+    """The device answers later than anybody waits, or nobody waits: most lock themselves after three."""
+    heard = 0
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        nonlocal heard
+        heard += way == "out" and frame[1:4] == b"\x7f\x27\x35"
+        return [] if frame[1:4] == b"\x7f\x27\x35" else [frame]
+
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    name, controller = bus_name(), Controller()
+    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+
+    async def attempt() -> None:
+        async with connected(to, pool, spec) as session:
+            await session.prepare(await verified(make_app("1.2.0")))
+
+    async def body() -> None:
+        for number in range(2):
+            attempting = asyncio.create_task(attempt())
+            if cancels:
+                while heard == number:
+                    await asyncio.sleep(0.005)
+                attempting.cancel()
+            with pytest.raises((Transient, asyncio.CancelledError)):
+                await attempting
+        with pytest.raises(
+            Permanent, match="2 keys had no answer, and may have been refused; that key is"
+        ) as e:
+            await attempt()
+        assert e.value.reason is Reason.DEVICE_ERROR
+        assert controller.counts.wrong_keys == heard == 2
+        secret(monkeypatch, tmp_path, f"hex:{SECRET.hex()}")
+        await attempt()
+
+    with on_bus(name, controller, wire=wire):
+        asyncio.run(body())
+
+
+def test_a_key_whose_answer_was_lost_once_is_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[bytes] = []
+
+    def wire(way: str, frame: bytes) -> list[bytes]:
+        """Loses every other answer to a key."""
+        if way == "out" and frame[1:3] == b"\x67\x02":
+            lost.append(frame)
+            return [] if len(lost) % 2 else [frame]
+        return [frame]
+
+    secret(monkeypatch, tmp_path)
+    name, controller = bus_name(), Controller()
+    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+
+    async def attempt() -> None:
+        async with connected(to, pool, spec) as session:
+            await session.prepare(await verified(make_app("1.2.0")))
+
+    async def body() -> None:
+        for _ in range(3):
+            with pytest.raises(Transient):
+                await attempt()
+            await attempt()
+
+    with on_bus(name, controller, wire=wire):
+        asyncio.run(body())
+    assert len(lost) == 6
+
+
+def test_a_refusal_is_stored_though_nobody_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret(monkeypatch, tmp_path, "hex:00000001")
+    name, controller = bus_name(), Controller()
+    to, pool = device(f"can:virtual@{name}"), LinkPool(LINKS)
+
+    async def attempt() -> None:
+        async with connected(to, pool, fresh()) as session:
+            await session.prepare(await verified(make_app("1.2.0")))
+
+    async def body() -> None:
+        digests, going = _held_digests(monkeypatch)
+        attempting = asyncio.create_task(attempt())
+        assert await asyncio.to_thread(digests.wait, 5)
+        attempting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await attempting
+        going.set()
+        async with asyncio.timeout(5):
+            while await device_env("ecu", pool).recall("refused-key/1") is None:
+                await asyncio.sleep(0.01)
+        with pytest.raises(Permanent, match="invalidKey"):
+            await attempt()
+
+    with on_bus(name, controller):
+        asyncio.run(body())
+    assert controller.counts.wrong_keys == 1
+
+
+def _held_digests(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """The slow digest waits: it has begun, and it may go on."""
+    begun, going = threading.Event(), threading.Event()
+    scrypt = hashlib.scrypt
+
+    def held(*args: Any, **kwargs: Any) -> bytes:
+        begun.set()
+        assert going.wait(10)
+        return scrypt(*args, **kwargs)
+
+    monkeypatch.setattr("edged_can.refused.hashlib.scrypt", held)
+    return begun, going
 
 
 def test_none_of_the_keys_that_were_refused_is_sent_again(
