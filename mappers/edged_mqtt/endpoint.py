@@ -536,6 +536,7 @@ class EndpointSeat:
 class _Foreseen(NamedTuple):
     """The packet of a message that a device is likely to send next, with QoS 1 around its identifier, and what is in it."""
 
+    qos: int
     begin: bytes
     end: bytes
     topic: str
@@ -627,6 +628,7 @@ class Connection(asyncio.BufferedProtocol):
             and (number := self._number_in(data, foreseen)) >= 0
             and not (self._buffer or self._over or self._waits)
         ):
+            self._asks_qos = foreseen.qos
             self._heard(number, foreseen.topic, foreseen.payload, foreseen.meaning)
             return
         self._buffer += data
@@ -637,7 +639,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _number_in(self, data: bytes, foreseen: _Foreseen) -> int:
         """The identifier of the packet that was foreseen, 0 without one; -1: it is another."""
-        if not self._asks_qos:
+        if not foreseen.qos:
             return 0 if data == foreseen.begin else -1
         at = len(foreseen.begin)
         fits = len(data) == at + 2 + len(foreseen.end)
@@ -655,7 +657,7 @@ class Connection(asyncio.BufferedProtocol):
             end = between + payload
         else:
             begin, end = packets.publish_head(topic.encode(), len(payload), self.version) + payload, b""
-        self._foreseen = _Foreseen(begin, end, topic, payload, meaning)
+        self._foreseen = _Foreseen(self._asks_qos, begin, end, topic, payload, meaning)
 
     def write(self, data: bytes) -> None:
         """Raises ``Transient(LINK_LOST)`` where the connection is over."""

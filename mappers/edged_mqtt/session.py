@@ -44,7 +44,8 @@ MESSAGES_PER_S: Final = 50.0
 MESSAGES_AT_ONCE: Final = 500.0
 """Messages of a device that are no requests for chunks."""
 MESSAGE_BYTES: Final = 4096
-"""A larger one counts once more for each of these."""
+MESSAGE_VALUES: Final = 100
+"""A larger one, or one of more values, counts once more for each of these."""
 EARLY_S: Final = 5.0
 """So long is an image awaited for a device that asks for chunks of none: after a cut it may go on before anybody looked."""
 _EVIDENCE_CHARS: Final = 200
@@ -156,6 +157,7 @@ class MqttSession:
 
     def heard(self, topic: str, payload: bytes, meaning: object = None) -> bool:
         """See :class:`~edged_mqtt.wire.Guest`."""
+        values = 0
         try:
             request = meaning if isinstance(meaning, ChunkRequest) else tb.chunk_request(topic, payload)
             if request is not None:
@@ -163,12 +165,12 @@ class MqttSession:
                 if transfer is None or transfer.is_over:
                     return self._not_offered(request)
                 return transfer.wanted(request)
-            self._said(topic, payload)
+            values = self._said(topic, payload)
         except Misbehaved as exc:
             self._stop(exc)
         except ValueError:
             self._env.count("unreadable")
-        return self._has_room(len(topic) + len(payload))
+        return self._has_room(len(topic) + len(payload), values)
 
     def _wake(self) -> None:
         self._news.set()
@@ -206,12 +208,14 @@ class MqttSession:
             self._early_timer.cancel()
             self._early_timer = None
 
-    def _said(self, topic: str, payload: bytes) -> None:
-        """A message that is no request for a chunk. Raises ValueError where it cannot be read."""
+    def _said(self, topic: str, payload: bytes) -> int:
+        """A message that is no request for a chunk: how many values it reported. Raises ValueError where it cannot be read."""
         if topic in (tb.TELEMETRY, tb.ATTRIBUTES):
-            for values in tb.reported(payload):
+            samples = tb.reported(payload)
+            for values in samples:
                 self._reported(values, is_attribute=topic == tb.ATTRIBUTES)
             self._wake()
+            return sum(map(len, samples))
         elif (number := tb.request_number(topic, tb.ATTRIBUTES_REQUEST)) is not None:
             offered = self._transfer.offer.attributes if self._transfer else {}
             client = {name: self._values[name] for name in self._memory.client}
@@ -219,6 +223,7 @@ class MqttSession:
             self.seat.tell(tb.ATTRIBUTES_RESPONSE + number, answer)
         elif (number := tb.request_number(topic, tb.RPC_REQUEST)) is not None:
             self.seat.tell(tb.RPC_RESPONSE + number, tb.rpc_answer(payload))
+        return 0
 
     def _reported(self, values: Mapping[str, JsonValue], *, is_attribute: bool) -> None:
         now = self._loop.time()
@@ -234,9 +239,10 @@ class MqttSession:
             if is_attribute:
                 self._memory.client.add(name)
 
-    def _has_room(self, size: int) -> bool:
-        """Whether the device may send more at once after ``size`` bytes; where not, it is read again when it may."""
-        now, cost = self._loop.time(), 1 + size // MESSAGE_BYTES
+    def _has_room(self, size: int, values: int = 0) -> bool:
+        """Whether the device may send more at once after a message of ``size`` bytes, which reported so many ``values``; where
+        not, it is read again when it may."""
+        now, cost = self._loop.time(), 1 + size // MESSAGE_BYTES + values // MESSAGE_VALUES
         self._tokens = min(MESSAGES_AT_ONCE, self._tokens + (now - self._filled_at) * MESSAGES_PER_S) - cost
         self._filled_at = now
         if self._tokens >= 0:

@@ -41,7 +41,8 @@ SESSION_LIMITS: Final[dict[str, JsonValue]] = {
     "maxInflightMessages": 100,
     "rateLimits": {"messages": "", "telemetryMessages": "", "telemetryDataPoints": ""},
 }
-"""The answer to ``getSessionLimits``: an empty text is no limit."""
+"""The answer to ``getSessionLimits``: an empty text is no limit. What is too much is read later and not lost, and a client that
+kept to a rate would ask for chunks at that."""
 
 PAST_THE_END: Final = 8
 """So often may a client ask for what is behind the image's end."""
@@ -577,17 +578,17 @@ def request_number(topic: str, prefix: str) -> str | None:
     return number if topic.startswith(prefix) and _NUMBER.fullmatch(number) else None
 
 
-def wanted_keys(payload: bytes) -> tuple[list[str], list[str]]:
+def wanted_keys(payload: bytes) -> tuple[frozenset[str], frozenset[str]]:
     """The client's and the shared attributes that a request names; both empty: it wants all. Raises ValueError."""
     found = _decoded(payload) if payload else {}
     if not isinstance(found, dict):
         raise ValueError("no object of keys")
     client, shared = found.get("clientKeys", ""), found.get("sharedKeys", "")
-    return [_keys(text) for text in (client, shared)]  # type: ignore[return-value]
+    return _keys(client), _keys(shared)
 
 
-def _keys(text: object) -> list[str]:
-    return [key for key in text.split(",") if key] if isinstance(text, str) else []
+def _keys(text: object) -> frozenset[str]:
+    return frozenset(text.split(",")) - {""} if isinstance(text, str) else frozenset()
 
 
 def attributes_answer(

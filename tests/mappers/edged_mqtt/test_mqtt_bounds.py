@@ -57,6 +57,33 @@ def test_a_value_or_a_name_that_is_too_large_is_not_kept_and_is_counted() -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [
+        (
+            "getSessionLimits",
+            {
+                "maxPayloadSize": 65536,
+                "maxInflightMessages": 100,
+                "rateLimits": {"messages": "", "telemetryMessages": "", "telemetryDataPoints": ""},
+            },
+        ),
+        ("getCurrentTime", {"error": "UNSUPPORTED"}),
+    ],
+)
+def test_a_device_that_asks_for_its_limits_is_answered(method: str, answer: object) -> None:
+    async def run() -> None:
+        async with talking() as (client, _, counted):
+            call = {"method": method, "params": {"timeout": 5000}}
+            client.publish("v1/devices/me/rpc/request/7", json.dumps(call).encode())
+            packet, topic = await client.packet(), b"v1/devices/me/rpc/response/7"
+            assert packet[2 : 2 + len(topic)] == topic
+            assert json.loads(packet[2 + len(topic) :]) == answer
+            assert not counted
+
+    asyncio.run(run())
+
+
 def test_names_and_values_of_one_device_are_bounded_in_all() -> None:
     async def run() -> None:
         async with talking() as (client, session, counted):
@@ -80,6 +107,22 @@ def test_many_large_messages_are_too_many_long_before_they_are_too_many_small_on
                 client.publish(TELEMETRY, b'{"a":"%b"}' % (b"x" * 100_000))
             await until(lambda: counted["slowed_down"])
             assert counted["too_large"] <= 25, "all of them were read"
+
+    asyncio.run(run())
+
+
+def test_many_samples_in_few_messages_are_too_many_too() -> None:
+    """Each costs the node as much as a message of its own does, but for the parsing."""
+
+    async def run() -> None:
+        async with talking() as (client, session, counted):
+            for number in range(40):
+                samples = ",".join(
+                    f'{{"n":{sample}}}' for sample in range(5000 * number, 5000 * number + 5000)
+                )
+                client.publish(TELEMETRY, f"[{samples}]".encode())
+            await until(lambda: counted["slowed_down"])
+            assert int(str(session._values["n"])) < 5000 * 15, "all of them were read"  # type: ignore[attr-defined]
 
     asyncio.run(run())
 

@@ -972,6 +972,52 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
     asyncio.run(run())
 
 
+def test_a_message_of_another_quality_does_not_hide_what_was_foreseen(tmp_path: Path) -> None:
+    """Its bytes were foreseen with the quality of the one before, and not of what came in between."""
+
+    def packet(payload: bytes, number: int = 0) -> bytes:
+        if not number:
+            return packets.publish_head(b"a", len(payload), packets.V3) + payload
+        begin, between = packets.acked_publish(b"a", len(payload), packets.V3)
+        return begin + number.to_bytes(2, "big") + between + payload
+
+    async def run() -> None:
+        async with listening(tmp_path) as (endpoint, _, port):
+            guest = Guest()
+
+            async def said(data: bytes) -> None:
+                known = len(guest.messages)
+                client.writer.write(data)
+                async with asyncio.timeout(10):
+                    while len(guest.messages) == known:
+                        await asyncio.sleep(0.01)
+
+            async with endpoint.seat("pump-1", TOKEN, guest) as seat:
+                client = await dial(port)
+                client.writer.write(connect_packet())
+                assert (await client.read(4))[0] == 0x20
+                await said(packet(b"1"))
+                seat.foresee("a", b"2", "two")
+                await said(packet(b"t", 7))
+                assert await client.read(4) == packets.puback(7)
+                # a PINGREQ is no packet identifier
+                await said(packet(b"2") + b"\xc0\0")
+                assert await client.read(2) == packets.PINGRESP
+                await said(packet(b"3", 8))
+                assert await client.read(4) == packets.puback(8)
+                seat.foresee("a", b"4", "four")
+                await said(packet(b"t"))
+                cut = packet(b"4", 9)
+                client.writer.write(cut[:-3])
+                await asyncio.sleep(0.1)
+                await said(cut[-3:])
+                assert await client.read(4) == packets.puback(9)
+            assert [payload for _, payload in guest.messages] == [b"1", b"t", b"2", b"3", b"t", b"4"]
+            assert set(guest.meanings) == {None}
+
+    asyncio.run(run())
+
+
 def test_a_client_that_does_not_read_fills_no_memory(tmp_path: Path) -> None:
     async def run() -> None:
         async with (

@@ -44,5 +44,9 @@ def test_the_vendors_client_goes_over_tls_to_updated(plant: Plant, tmp_path: Pat
                 f"received 200000 {digest} 2.0.0"
             )
             assert await client.until(lambda line: line.startswith("updated")) == "updated pump 2.0.0"
+            # it keeps to four fifths of what getSessionLimits says
+            assert [line for line in client.lines if line.startswith("limits")] == [
+                "limits 52428 False False"
+            ]
 
     asyncio.run(run())

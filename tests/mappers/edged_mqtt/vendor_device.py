@@ -51,6 +51,14 @@ device = TBDeviceMqttClient(
     chunk_size=settings["chunk"],
     client_id=settings.get("client_id", ""),
 )
+
+
+def limits(request: object, answer: object, *rest: object) -> None:
+    device.on_service_configuration(request, answer, *rest)
+    say("limits", device.max_payload_size, device._messages_rate_limit.has_limit(), "error" in answer)
+
+
+device.service_configuration_callback = limits
 device.current_firmware_info["current_fw_title"] = settings.get("title", "pump")
 device.current_firmware_info["current_fw_version"] = settings["version"]
 device.set_on_firmware_received_callback(received)
