@@ -207,13 +207,14 @@ def cut_at_each(
     """One cut at each of the effects ``names``, in a world of its own, before it and after it, and in its middle where it is
     one of ``torn``; how many cuts there were to be, and how many fell on the effect that they were for.
 
-    ``begin`` makes a world of that name. ``tries``: worlds for each cut, where a run may have an effect less or more before it.
+    ``begin`` makes a world of that name. ``tries``: worlds for each cut, where a run may have an effect of its name less.
     """
 
     def falls(cut: tuple[int, str, When]) -> bool:
         number, effect, when = cut
         worlds = (begin(f"{number}-{when}-{attempt}") for attempt in range(tries))
-        return any(cut_and_end(world, Faults(number, when)) == effect for world in worlds)
+        of_its_name = names[:number].count(effect)
+        return any(cut_and_end(world, Faults(of_its_name, when, effect)) == effect for world in worlds)
 
     hit = at_once(falls, list(moments(names, torn, step)))
     return len(hit), sum(hit)

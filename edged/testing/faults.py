@@ -33,10 +33,15 @@ class When(StrEnum):
 
 @dataclass(slots=True)
 class Faults:
-    """Cut at effect number ``at`` (1 is the first); 0: never, only count. ``fired`` names the effect that was cut."""
+    """Cut at effect number ``at`` (1 is the first), of those named ``of``, empty: of all; 0: never, only count. ``fired`` names
+    the effect that was cut.
+
+    Which effect of its name one is does not depend on how a device's effects and the node's fall among each other.
+    """
 
     at: int = 0
     when: When = When.BEFORE
+    of: str = ""
     count: int = 0
     fired: str = ""
     names: list[str] = field(default_factory=list)
@@ -70,8 +75,10 @@ class Faults:
     def _enter(self, name: str) -> bool:
         if self.dead:
             raise PowerCut(f"{name}, after {self.fired}")
-        self.count += 1
         self.names.append(name)
+        if self.of not in ("", name):
+            return False
+        self.count += 1
         if self.count == self.at:
             self.fired = name
             return True
