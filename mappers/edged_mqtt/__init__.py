@@ -96,6 +96,7 @@ async def _connect(device: Device, env: Env) -> AsyncIterator[Session]:
     async with env.link(address.link) as link:
         wire = cast(Wire, link)
         session = MqttSession(device, address.place, config, wire, env)
+        await session.recall()
         async with wire.seat(address.place, credential, session):
             try:
                 await session.awaited()

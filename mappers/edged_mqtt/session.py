@@ -49,6 +49,8 @@ MESSAGE_VALUES: Final = 100
 EARLY_S: Final = 5.0
 """So long is an image awaited for a device that asks for chunks of none: after a cut it may go on before anybody looked."""
 _EVIDENCE_CHARS: Final = 200
+_BEGUN: Final = "begun"
+"""Under which its note is kept over restarts."""
 _NOTHING: Final = object()
 """No JSON value is equal to it."""
 
@@ -60,7 +62,7 @@ class Memory:
     ``values``: what it reported; ``client``: the names of those that were attributes; ``shared``: what it was given;
     ``numbers``: of its requests; ``early``: requests that came while nothing was offered; ``withdrawn``: the component of an
     offer that came to nothing, which it was not told yet; ``offer``, ``download``: what it is offered until that ends for
-    good, and what it has had of it.
+    good, and what it has had of it. ``note``: what is kept of that over restarts; None: nobody has looked.
     """
 
     told: Told = field(default_factory=Told)
@@ -72,6 +74,7 @@ class Memory:
     withdrawn: str = ""
     offer: Offer | None = None
     download: Download | None = None
+    note: str | None = None
 
     def download_of(self, offer: Offer, rounds: int) -> Download:
         """Of what it is offered from now on."""
@@ -473,7 +476,30 @@ class MqttSession:
             self._memory.numbers,
             self._env.count,
             self._stop,
+            self._note,
         )
+
+    async def recall(self) -> None:
+        """What the device was in the middle of before this node was started, once."""
+        if self._memory.note is not None:
+            return
+        self._memory.note = ""
+        try:
+            if note := await self._env.recall(_BEGUN):
+                self._memory.note = note
+                self._memory.numbers.recall(note)
+        except EdgedError as error:
+            self._env.log.warning("what the device has begun is not known", extra={"detail": str(error)})
+
+    async def _note(self, note: str) -> None:
+        if note == self._memory.note:
+            return
+        self._memory.note = note
+        try:
+            await self._env.remember(_BEGUN, note)
+        except EdgedError as error:
+            text = "after a restart of this node the device has to begin anew"
+            self._env.log.warning(text, extra={"detail": str(error)})
 
     def _early_of(self, offer: Offer) -> list[ChunkRequest]:
         """What the device asked for that is in the middle of this image: a new offer would make it begin anew, and take the

@@ -13,7 +13,7 @@ import zlib
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from hashlib import md5, sha256, sha384, sha512
 from operator import itemgetter
 from typing import Any, Final, NamedTuple, Protocol
@@ -162,10 +162,12 @@ def deleted(*attributes: str) -> bytes:
 
 @dataclass(slots=True)
 class _Meaning:
-    """Of a number: the image, and the size of chunks that was named under it last; 0: the image's; None: none was."""
+    """Of a number: the image, and the size of chunks that was named under it last; 0: the image's; None: none was.
+    ``is_recalled``: from before this node was started."""
 
     offer: Offer
     size_bytes: int | None = None
+    is_recalled: bool = False
 
 
 class Numbers:
@@ -199,6 +201,16 @@ class Numbers:
             meaning.size_bytes = size_bytes
         return meaning.size_bytes
 
+    def recall(self, note: str) -> None:
+        """What a device had begun before this node was started, as :func:`note_of` wrote it."""
+        number, size_bytes, *offer = json.loads(note)
+        _keep(self._former, number, _Meaning(Offer(*offer), size_bytes, is_recalled=True))
+
+    def is_recalled(self, number: str) -> bool:
+        """Whether what the device began under ``number`` was counted in another life of this node."""
+        former = self._former.get(number)
+        return former is not None and former.is_recalled
+
     def reconnected(self) -> None:
         """It is another connection. One that ended before anything was asked takes nothing away."""
         for number, meaning in self._known.items():
@@ -209,6 +221,11 @@ class Numbers:
         """The device knows that what it began is not offered any more."""
         self._known.clear()
         self._former.clear()
+
+
+def note_of(number: str, size_bytes: int, offer: Offer) -> str:
+    """What is kept over restarts: under which number a device asks for which image, in chunks of which size."""
+    return json.dumps([number, size_bytes, *astuple(offer)])
 
 
 def _keep(kept: OrderedDict[str, _Meaning], number: str, meaning: _Meaning) -> None:
@@ -448,6 +465,11 @@ class Download:
     def is_whole(self) -> bool:
         """Whether every byte was sent in this round."""
         return self._sent.total_bytes >= self.size_bytes
+
+    def goes_on_at(self, offset: int) -> None:
+        """It has what is before ``offset``, from a life of this node in which that was counted."""
+        self.holds(0, offset)
+        self.acknowledged_bytes = offset
 
     def began(self, *, anew: bool) -> None:
         """It is offered the image ``anew``, or goes on where it was. What it had cost is not forgotten."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -25,6 +25,8 @@ STREAM_BYTES: Final = 256 * 1024
 """A chunk that is larger goes out in parts, so that it is never in memory whole."""
 WINDOW_BYTES: Final = 64 * 1024
 """So much is read at once, and again ahead of that; a block of the verified reader, which it gives without a copy."""
+MOST_NOTES: Final = 8
+"""So often is kept over restarts what the device asks by, in one transfer: each is a write to the disk."""
 MOST_REQUESTS: Final = 32
 """Requests for chunks that wait; a device that sends more is not read until some are answered."""
 PROGRESS_STEPS: Final = 100
@@ -41,7 +43,8 @@ _EVIDENCE_CHARS: Final = 200
 @dataclass(frozen=True, slots=True)
 class Peer:
     """The device that an image goes to: who it is, where it is reached, what it said, what the numbers of its requests stand
-    for. ``count`` and ``stop`` are told what it does wrong; ``stop`` ends its connection, and the transfer."""
+    for. ``count`` and ``stop`` are told what it does wrong; ``stop`` ends its connection, and the transfer. ``note`` keeps a
+    text over restarts."""
 
     id: str
     config: MqttConfig
@@ -50,6 +53,7 @@ class Peer:
     numbers: Numbers
     count: Callable[[str], None]
     stop: Callable[[Misbehaved], None]
+    note: Callable[[str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Transfer:
         self._download = download
         self._requests = deque(early)
         self._resting = False
+        self._notes: set[tuple[str, int]] = set()
         self._next: _Answer | None = None
         """To what the device will most likely ask next."""
         self._pieces: tuple[_Piece, ...] = ()
@@ -122,6 +127,9 @@ class Transfer:
         self._left_at: float | None = None
         self._updated_at: float | None = None
         download.began(anew=not early)
+        if early and not download.is_begun and peer.numbers.is_recalled(early[0].number):
+            extent = self._extent(early[0])
+            download.goes_on_at(extent[0] if extent else 0)
 
     # -- for the session
 
@@ -276,7 +284,8 @@ class Transfer:
             extent = self._extent(request)
             if extent is None:
                 return True
-            answer = self._at_hand(request, extent[0], extent[1])
+            offset, length, size = extent
+            answer = None if self._is_news(request.number, size) else self._at_hand(request, offset, length)
             if answer is None:
                 return False
         now = self._loop.time()
@@ -323,6 +332,9 @@ class Transfer:
         offset, length, size = extent
         self._ask(offset, length, self._loop.time())
         arrivals, seat, topic = self._arrivals, self._seat, request.answer_topic
+        if self._is_news(request.number, size):
+            self._notes.add((request.number, size))
+            await self._peer.note(tb.note_of(request.number, size, self.offer))
         try:
             if length > STREAM_BYTES:
                 await seat.stream(topic, length, self._parts(offset, length))
@@ -357,6 +369,10 @@ class Transfer:
         offset = request.chunk * size
         left = offer.size_bytes - offset
         return offset, size if left >= size else max(0, left), size
+
+    def _is_news(self, number: str, size: int) -> bool:
+        """Whether the device asks by what it would not be known by after a restart of the node."""
+        return (number, size) not in self._notes and len(self._notes) < MOST_NOTES
 
     def _ask(self, offset: int, length: int, now: float) -> None:
         """The device wants that, and has what it was given before. Raises :class:`Misbehaved`."""

@@ -425,10 +425,14 @@ async def listening(pool: LinkPool, port: int) -> AsyncIterator[Endpoint]:
 
 
 @asynccontextmanager
-async def talking(port: int | None = None, **config: Any) -> AsyncIterator[tuple[Raw, Session, Counter[str]]]:
-    """A device and its session, and what was counted."""
+async def talking(
+    port: int | None = None, begun: str = "", **config: Any
+) -> AsyncIterator[tuple[Raw, Session, Counter[str]]]:
+    """A device and its session, and what was counted. ``begun``: its note from before the node was started."""
     counted: Counter[str] = Counter()
     port, pool = port or free_port(), LinkPool(LINKS, count=lambda _, event: counted.update([event]))
+    if begun:
+        await device_env("pump-1", pool).remember("begun", begun)
 
     async def connected() -> Session:
         return await manager.__aenter__()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import random
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking, until
 
 from edged.api import Image, Phase, Progress, Session
 from edged.errors import Reason, Transient
+from edged_mqtt.thingsboard import Offer, note_of
 from edged_mqtt.transfer import MOST_REQUESTS
 
 
@@ -248,6 +251,41 @@ def test_a_device_that_goes_on_where_it_was_may_come_and_go_as_often_as_it_likes
                     says(client, **_NEW)
                     await staging
         assert not counted
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_another", [False, True])
+def test_a_device_in_the_middle_of_an_image_goes_on_after_a_restart_where_it_is_that_image(
+    is_another: bool,
+) -> None:
+    data, told = random.Random(1).randbytes(20 * 4096), list[int]()
+    offer = Offer("fw", "pump", "2.0.0", len(data), hashlib.sha256(data).hexdigest(), "SHA256")
+    begun = replace(offer, checksum="0" * 64) if is_another else offer
+
+    def tell(phase: Phase, done_bytes: int, total_bytes: int) -> None:
+        told.append(done_bytes)
+
+    async def run() -> None:
+        image = await image_of(data)
+        async with talking(begun=note_of("1", 4096, begun)) as (client, session, _):
+            client.publish("v2/fw/request/1/chunk/12", b"")
+            await until(lambda: session._memory.early)  # type: ignore[attr-defined]
+            staging = asyncio.create_task(session.stage(image, tell))  # type: ignore[attr-defined]
+            answer = await client.packet()
+            if is_another:
+                assert answer == b"\0\x0bv2/fw/errorNOT_FOUND"
+                assert b'"fw_version":"2.0.0"' in await client.packet()
+                assert await fetched(client, 0, b"4096", 2) == data[:4096] and told[0] == 0
+            else:
+                assert answer.endswith(data[12 * 4096 : 13 * 4096]) and b"response/1/chunk/12" in answer[:40]
+                assert told[0] == 12 * 4096
+                for chunk in range(13, 20):
+                    assert await fetched(client, chunk, b"") == data[chunk * 4096 : chunk * 4096 + 4096]
+                assert session._memory.download.sent_bytes == 8 * 4096  # type: ignore[attr-defined]
+                await until(lambda: session._told.awaits == "2.0.0")  # type: ignore[attr-defined]
+            says(client, **_NEW)
+            await staging
 
     asyncio.run(run())
 

@@ -34,7 +34,7 @@ from edged.api import Device, HealthCheck, Phase, SupportsFirmware, SupportsHeal
 from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
-from edged.testing.node import TestNode
+from edged.testing.node import TestNode, life
 from edged_mqtt import endpoint, transfer
 from edged_mqtt.endpoint import Endpoint
 
@@ -109,6 +109,42 @@ def test_a_device_that_asks_once_after_a_cut_has_its_chunk_and_begins_nothing_an
             assert device.written <= IMAGE_BYTES + 2 * 4096
 
     asyncio.run(run())
+
+
+def test_a_device_goes_on_where_it_is_after_a_restart_of_the_node(plant: Plant) -> None:
+    """By itself, under the number and in the chunks that it had, which it does not name again."""
+    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False, delay_s=0.01)
+    say = device.say
+
+    def resume(state: str | None = None, **more: Any) -> None:
+        say(state, **more)
+        if state is None and 0 < len(device.flash) < IMAGE_BYTES:
+            device.chunk_bytes = 0
+            device.ask()
+            device.chunk_bytes = 4096
+
+    device.say = resume  # type: ignore[method-assign]
+
+    async def first() -> None:
+        async with running(plant, device) as node:
+            await node.want("pump-1", "pump@2.0.0")
+            await until(lambda: device._chunk >= 20)
+
+    async def second() -> Job:
+        async with life(plant.config, plant.plugins) as node:
+            device.start()
+            try:
+                return await node.ended("pump-1", 60)
+            finally:
+                await device.stop()
+
+    asyncio.run(first())
+    job = asyncio.run(second())
+    assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+    assert bytes(device.flash) == image_bytes("2.0.0")
+    assert device.log.count("connected") == 2 and device.log.count("DOWNLOADING") == 1
+    # what was on its way comes twice
+    assert device.written <= IMAGE_BYTES + 4096
 
 
 def test_a_job_that_is_cancelled_in_the_middle_of_a_message_is_withdrawn_on_the_next_connection(
