@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -368,6 +369,20 @@ def test_a_fault_at_one_message_does_not_end_the_connection_of_all(tmp_path: Pat
     with Mosquitto(tmp_path).running() as broker:
         asyncio.run(run())
     assert [str(context["exception"]) for context in broken] == ["a fault of the guest"]
+
+
+def test_what_goes_to_the_broker_does_not_wait_for_more(tmp_path: Path) -> None:
+    """Nagle's algorithm would keep an answer back until the one before was acknowledged."""
+
+    async def run() -> None:
+        async with connected(broker.port) as (link, _):
+            assert link._client is not None
+            held = link._client._client.socket()
+            assert isinstance(held, socket.socket) and held.getpeername()[1] == broker.port
+            assert held.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    with Mosquitto(tmp_path).running() as broker:
+        asyncio.run(run())
 
 
 def test_levels_of_a_prefix_may_look_like_those_of_the_protocol(tmp_path: Path) -> None:
