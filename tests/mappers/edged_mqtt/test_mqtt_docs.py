@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import hashlib
 import json
 import re
 import ssl
@@ -17,10 +18,10 @@ import pytest
 from broker_kit import Mosquitto
 from click.testing import CliRunner
 from mqtt_kit import PullingDevice
-from mqtt_node import Authority, Plant, deployed, image_bytes
+from mqtt_node import Authority, Plant, awaited, deployed, image_bytes, vendor_device
 
 from edged.cli import main
-from edged.config import examine
+from edged.config import LinkSettings, examine
 from edged.domain.job import State
 from edged.plugins import discover
 from edged.testing.node import life
@@ -298,3 +299,53 @@ def test_one_device_cannot_cross_into_another_s_topics(broker: Mosquitto) -> Non
     )
     assert ears["pump-2"].heard() == ["devices/pump-2/v2/fw/response/1/chunk/0 x"]
     assert ears["pump-1"].heard() == ["devices/pump-1/v1/devices/me/attributes x"]
+
+
+def test_the_vendors_client_needs_no_more_than_the_list_allows(
+    broker: Mosquitto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It and its bridge with a password each; what the bridge says of itself below $SYS shows that the list holds."""
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "")
+    plant, folder = Plant(tmp_path / "plant"), tmp_path / "pump"
+    plant.publish("1.0.0", "2.0.0", size=20_000)
+    plant.secret("broker", "edged-secret\n")
+    link = f"mqtt:127.0.0.1:{broker.port}"
+    plant.device(address=f"{link}/devices/pump-1")
+    plant.links.append(LinkSettings(address=link, config={"user": "edged", "credential": "broker"}))
+    folder.mkdir()
+    bridge = Mosquitto(
+        folder,
+        f"password_file {tmp_path / 'passwords'}",
+        bridge=f"connection node\naddress 127.0.0.1:{broker.port}\nremote_username pump-1\n"
+        'remote_password pump-1-secret\ntopic # both 1 "" devices/pump-1/\ntry_private true',
+    )
+
+    async def run() -> None:
+        async with life(plant.config, plant.plugins) as node:
+            await awaited(node)
+            login = {"username": "pump-1", "password": "pump-1-secret"}
+            async with vendor_device(bridge.port, subscribe=True, **login) as client:
+                for release in ("pump@1.0.0", "pump@2.0.0"):
+                    job = await deployed(node, release)
+                    assert job.state is State.SUCCEEDED, job.detail
+                digest = hashlib.sha256(image_bytes("2.0.0", 20_000)).hexdigest()
+                received = await client.until(lambda line: line.startswith("received"))
+                assert received == f"received 20000 {digest} 2.0.0"
+                # all that it asks for was answered
+                assert (
+                    await client.until(lambda line: line.startswith("limits")) == "limits 52428 False False"
+                )
+                client.tell("telemetry", {"temperature": 21})
+                client.tell("attributes", {"serial": "P1"})
+                async with asyncio.timeout(20):
+                    while await node.reported("pump-1", "temperature") != 21:
+                        await asyncio.sleep(0.02)
+                    while await node.reported("pump-1", "serial") != "P1":
+                        await asyncio.sleep(0.02)
+
+    with bridge.running():
+        asyncio.run(run())
+    log = (tmp_path / "mosquitto.log").read_text(errors="replace")
+    assert "u'pump-1'" in log and "u'edged'" in log
+    denied = re.findall(r"Denied PUBLISH from .* '(.*?)', \.\.\.", log)
+    assert denied and all(topic.startswith("$SYS/") for topic in denied), denied
