@@ -76,7 +76,8 @@ class PullingDevice:
     carried. ``every_s``: it reports ``values`` so often;
     ``repeats``: and what it runs. ``naive``: as the vendor's client it takes whatever comes for the next chunk.
     ``on_whole``: what it does with a whole image in place of installing it. ``retains``: the broker is to keep what it says.
-    ``tries_again``: it asks anew after a failure. ``hello_s``: it says so late who it is.
+    ``tries_again``: it asks anew after a failure. ``resumes``: after a cut it goes on by itself with the next chunk, and asks
+    for no offer. ``hello_s``: it says so late who it is.
     ``next_chunk``: which one it asks for in place of the next. ``effects``: where it loses its power; ``revives``: and
     comes back with its flash as it is, ``falls`` times so far; False: it stays dark.
     """
@@ -110,6 +111,7 @@ class PullingDevice:
     repeats: bool = False
     naive: bool = False
     tries_again: bool = False
+    resumes: bool = False
     hello_s: float = 0.0
     retains: bool = False
     next_chunk: Callable[[int], int] = lambda chunk: chunk
@@ -184,6 +186,9 @@ class PullingDevice:
             self._subscribe(self.prefix + topic)
         self.report(**self.values)
         self.say()
+        if self.resumes and len(self.flash) < self._offer.get("size", 0):
+            self.ask()
+            await self._listen(reader)
         if self._round and not self.asks_again:
             await self._listen(reader)
         keys = ("title", "version", "size", "checksum", "checksum_algorithm")

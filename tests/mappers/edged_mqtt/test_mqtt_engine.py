@@ -203,8 +203,9 @@ async def _waiting(node: TestNode, found: Callable[[Job], bool]) -> Job:
             await asyncio.sleep(0.01)
 
 
-def test_a_device_that_sleeps_in_the_middle_goes_on_when_it_wakes(plant: Plant) -> None:
-    device = pump(plant)
+@pytest.mark.parametrize("resumes", [True, False], ids=["where it was", "from the beginning"])
+def test_a_device_that_sleeps_in_the_middle_goes_on_when_it_wakes(plant: Plant, resumes: bool) -> None:
+    device = pump(plant, resumes=resumes)
     sleeping: list[asyncio.Future[None]] = []
     naps = iter([5, 9, 20])
     nap = [next(naps)]
@@ -222,10 +223,14 @@ def test_a_device_that_sleeps_in_the_middle_goes_on_when_it_wakes(plant: Plant) 
             await _first(node)
             job = await deployed(node, "pump@2.0.0")
             assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
+            assert bytes(device.flash) == image_bytes("2.0.0")
             assert device.log.count("connected") >= 4 and len(sleeping) == 3, "it did not sleep"
             assert job.attempts == 0
-            # this device begins anew each time
-            assert device.written <= IMAGE_BYTES + (5 + 9 + 20 + 3) * 4096
+            begun, again = (1, 0) if resumes else (4, 5 + 9 + 20)
+            assert device.log.count("DOWNLOADING") == begun
+            # what was on its way at each nap is lost, or comes twice
+            assert device.written <= IMAGE_BYTES + (again + 3) * 4096
+            assert len(device.chunks) <= IMAGE_BYTES + (again + 3) * 4096
 
     asyncio.run(run())
 

@@ -600,9 +600,8 @@ def test_a_chunk_that_nobody_offered_is_not_given(plant: Plant) -> None:
 
 def test_a_device_that_goes_on_by_itself_after_a_cut_is_let_in(plant: Plant) -> None:
     counting = Counting()
-    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False)
+    device = PullingDevice(plant.port, "token-of-pump-1", resumes=True)
     cuts: list[int] = []
-    say = device.say
 
     def cut(chunk: int) -> None:
         if chunk == 20 and not cuts:
@@ -610,20 +609,16 @@ def test_a_device_that_goes_on_by_itself_after_a_cut_is_let_in(plant: Plant) -> 
             assert device._writer is not None
             device._writer.transport.abort()
 
-    def resume(state: str | None = None, **more: Any) -> None:
-        say(state, **more)
-        if cuts and state is None and len(device.flash) < IMAGE_BYTES:
-            device.ask()
-
-    device.on_chunk, device.say = cut, resume  # type: ignore[method-assign]
+    device.on_chunk = cut
 
     async def run() -> None:
         async with running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0")
-            assert cuts, "the connection did not break"
+            assert cuts and device.log.count("connected") == 2, "the connection did not break"
             assert job.state is State.SUCCEEDED, job.detail
             right(job, device)
-            assert not counting.events["not_offered"]
+            assert not counting.events["not_offered"] and not counting.events["stray_request"]
+            assert device.log.count("DOWNLOADING") == 1 and device.written <= IMAGE_BYTES + 4096
 
     asyncio.run(run())
 

@@ -81,9 +81,8 @@ def test_a_device_that_falls_silent_is_offered_the_image_again_where_it_is(plant
 
 def test_a_device_that_asks_once_after_a_cut_has_its_chunk_and_begins_nothing_anew(plant: Plant) -> None:
     """At once, before anybody can have looked at it; and it would take no answer but the next chunk."""
-    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False)
+    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False, resumes=True)
     cuts = [20, 33]
-    say = device.say
 
     def cut(chunk: int) -> None:
         if cuts and chunk == cuts[0]:
@@ -91,12 +90,7 @@ def test_a_device_that_asks_once_after_a_cut_has_its_chunk_and_begins_nothing_an
             assert device._writer is not None
             device._writer.transport.abort()
 
-    def resume(state: str | None = None, **more: Any) -> None:
-        say(state, **more)
-        if len(cuts) < 2 and state is None and len(device.flash) < IMAGE_BYTES:
-            device.ask()
-
-    device.on_chunk, device.say = cut, resume  # type: ignore[method-assign]
+    device.on_chunk = cut
 
     async def run() -> None:
         async with running(plant, device) as node:
