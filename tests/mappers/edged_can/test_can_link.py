@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -488,6 +489,7 @@ class Sockets:
     """In place of the kernel's ISO-TP, which not every machine has: a device whose queue is full so many times.
 
     It passes can_send's ENOBUFS on, where that is for the first frame of a message (net/can/isotp.c, isotp_sendmsg).
+    ``bound``: the pause in ns (frame_txtime of linux/can/isotp.h) and the address of each socket, as it was bound.
     """
 
     AF_CAN = SOCK_DGRAM = CAN_ISOTP = 0
@@ -496,13 +498,22 @@ class Sockets:
         self.full = full
         self.refused = 0
         self.sent: list[bytes] = []
+        self.bound: list[tuple[int, object]] = []
+        self._pause_ns = 0
 
     def socket(self, *_: int) -> Sockets:
+        self._pause_ns = 50_000
         return self
 
     def setblocking(self, _: bool) -> None: ...
-    def setsockopt(self, *_: object) -> None: ...
-    def bind(self, _: object) -> None: ...
+
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        if (level, option) == (106, 1):
+            _, self._pause_ns, *_ = struct.unpack("=IIBBBB", value)
+
+    def bind(self, address: object) -> None:
+        self.bound.append((self._pause_ns, address))
+
     def close(self) -> None: ...
 
     def send(self, message: bytes) -> None:
@@ -535,6 +546,48 @@ def test_a_full_queue_is_waited_for_and_ends_one_session_where_it_stays(
 
     asyncio.run(body())
     assert sockets.refused >= 2 and sockets.sent == ([] if stays else [b"\x3e\x00"])
+
+
+def paused(peer: Peer, share: float, *others: float) -> list[tuple[int, object]]:
+    """The sockets of one session that were bound, where ``others`` use so much of the bus before each message."""
+    sockets, clock = Sockets(full=0), Clock()
+
+    async def body() -> None:
+        link = KernelLink(parse_address("can0"))
+        async with link.transport(peer, Shape(share=share)) as transport:
+            for part in others:
+                clock.now += 10
+                link.load = BusLoad(clock)
+                link.load.saw(part / 2, own=False)
+                assert link.load.used_by_others() == pytest.approx(part)
+                await transport.send(b"\x3e\x00")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edged_can.kernel.socket", sockets)
+        asyncio.run(body())
+    assert len(sockets.sent) == len(others)
+    return sockets.bound
+
+
+NORMAL, EXTENDED = Peer(0x7E0, 0x7E8), Peer(0x18DA10F1, 0x18DAF110, extended_ids=True)
+NO_PAUSE = 0xFFFFFFFF
+"""CAN_ISOTP_FRAME_TXTIME_ZERO; 0 stands for the kernel's own pause."""
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [(NORMAL, ("can0", 0x7E8, 0x7E0)), (EXTENDED, ("can0", 0x98DAF110, 0x98DA10F1))],
+    ids=["11 bits", "29 bits"],
+)
+def test_the_kernel_is_told_the_pause_that_keeps_to_the_share(peer: Peer, address: object) -> None:
+    """A frame and its pause take 1 / (share - others) of the frame's time, or 50 ms where the others leave less."""
+    frame_ns = wire_s(8, BUS, extended=peer.extended_ids, fd=False) * 1e9
+    assert paused(peer, 1, 0.0, 0.7) == [(NO_PAUSE, address)]
+    bound = paused(peer, 0.5, 0.0, 0.25, 0.25, 0.5, 0.9, 0.1)
+    assert [name for _, name in bound] == [address] * 5
+    assert bound[0][0] == NO_PAUSE, "nothing was sent through that one"
+    expected = [frame_ns, 3 * frame_ns, LONGEST_WAIT_S * 1e9, 1.5 * frame_ns]
+    assert [pause for pause, _ in bound[1:]] == pytest.approx(expected, abs=2)
 
 
 class SlowlyClosed:
