@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import math
 import threading
 import time
-import tomllib
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
@@ -896,48 +894,3 @@ def test_an_image_that_does_not_fit_erases_nothing(
         asyncio.run(body())
     assert caught.value.reason is reason
     assert controller.counts.erased == controller.counts.written == 0
-
-
-# -- the page
-
-
-def _fences(text: str) -> Iterator[dict[str, Any]]:
-    for block in text.split("```toml\n")[1:]:
-        yield tomllib.loads(block.split("```")[0])
-
-
-def test_the_example_of_the_page_flashes_a_controller(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = (Path(__file__).parents[3] / "docs" / "can.md").read_text()
-    found = list(_fences(page))
-    (model,) = next(table["model"] for table in found if "model" in table)
-    (settings,) = next(table["device"] for table in found if "device" in table)
-    (tmp_path / "edged_drive").write_text(f"hex:{SECRET.hex().upper()}")
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
-    assert f"hex:{SECRET.hex().upper()}" in page
-    name, controller = bus_name(), Controller()
-    to = Device(
-        id=settings["id"],
-        model=model["id"],
-        mapper=settings["mapper"],
-        address=f"can:virtual@{name}",
-        hardware_ids=tuple(model["hardware_ids"]),
-        flash_base=model["flash_base"],
-        flash_size_bytes=model["flash_size"],
-        config=parse({**model["config"], **settings["config"]}),
-    )
-
-    async def body() -> None:
-        async with connected(to) as session:
-            assert (await session.identify()).hardware_id in to.hardware_ids
-            await session.stage(await verified(make_app("1.2.0")), quiet)
-            await session.activate()
-            check = HealthCheck("property", model["health"]["pattern"].format(identifies_as="1.2.0"), "F189")
-            assert (await session.check_health(check)).healthy
-            assert (await session.apply(Desired("enabled", True, 1))).value is True
-
-    with on_bus(name, controller):
-        asyncio.run(body())
-    logging.getLogger(__name__).debug("flashed %s", controller.runs)
-    assert controller.runs == b"1.2.0"
