@@ -31,7 +31,8 @@ class Mosquitto:
         self.folder = folder
         self.port = free_port()
         self.ports = {name: free_port() for name in listeners}
-        text = f"user root\nset_tcp_nodelay true\nper_listener_settings true\nmax_queued_messages 100\nlistener {self.port} 127.0.0.1\n{lines}\n"
+        text = "user root\nset_tcp_nodelay true\nper_listener_settings true\nmax_queued_messages 100\n"
+        text += f"listener {self.port} 127.0.0.1\n{lines}\n"
         for name, more in listeners.items():
             text += f"{more}\n" if name == "bridge" else f"listener {self.ports[name]} 127.0.0.1\n{more}\n"
         self.ports.pop("bridge", None)
