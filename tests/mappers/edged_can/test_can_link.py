@@ -29,9 +29,10 @@ from can_kit import (
     verified,
     virtual,
 )
+from cli_kit import Place
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from uds_server import BASE, Controller, Wiring, make_app
+from uds_server import BASE, DEFAULT, Controller, Counts, Wiring, make_app
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
@@ -1040,6 +1041,34 @@ def test_the_probe_names_everybody_on_the_bus() -> None:
         asyncio.run(body())
     services = {request[0] for controller in (first, second) for request in controller.heard}
     assert services == {0x3E, 0x22}, "the probe did more than ask"
+
+
+def test_the_command_that_names_a_bus_prints_who_is_there_and_touches_nothing(tmp_path: Path) -> None:
+    """By a daemon of its own, so that the bus is behind a serial adapter; ``virtual`` stays in one process."""
+    name, place = bus_name(), Place(tmp_path / "node", extra="").write()
+    first, second = Controller(), Controller(hardware=b"ECU-9", serial=b"SN7")
+    first.install(APP)
+    held = [(bytes(one.flash), dict(one.properties)) for one in (first, second)]
+    with (
+        SlcanAdapter(name) as adapter,
+        on_bus(name, first),
+        on_bus(name, second, Wiring(receives=0x7E3, sends=0x7EB)),
+        place.daemon(fake=False),
+    ):
+        answer = place.run("mapper", "probe", f"can:slcan@{adapter.port}@500000")
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.splitlines() == [
+            "mapper    can-uds",
+            "hardware  uds:ECU-7",
+            "serial    SN0001",
+            "protocol  uds",
+            "0x7e0     uds:ECU-7, runs 1.2.0",
+            "0x7e3     uds:ECU-9, tells no version",
+        ]
+    for one in (first, second):
+        assert {request[0] for request in one.heard} == {0x3E, 0x22} and not one.heard_by_all
+        assert one.counts == Counts(testers=1) and one.session == DEFAULT
+    assert [(bytes(one.flash), one.properties) for one in (first, second)] == held
 
 
 def test_the_probe_of_an_empty_bus_finds_nobody() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from broker_kit import Mosquitto
+from cli_kit import Place, eventually
 from click.testing import CliRunner
 from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device, until
 from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
@@ -131,6 +132,51 @@ def test_a_probe_tells_what_a_device_said_and_sends_nothing(plant: Plant) -> Non
             await SPEC.probe("mqtt:nowhere", device_env("probe", pool))
 
     asyncio.run(run())
+
+
+def test_the_command_that_names_an_endpoint_prints_who_is_there_and_touches_nothing(plant: Plant) -> None:
+    plant.device()
+    address = plant.devices[0].address
+    tables = f"""
+[[model]]
+id = "pump"
+[[device]]
+id = "pump-1"
+model = "pump"
+mapper = "mqtt-thingsboard"
+address = "{address}"
+"""
+    place = Place(plant.folder / "node", extra=tables).write()
+    device = PullingDevice(plant.port, "token-of-pump-1")
+
+    def is_told() -> bool:
+        return "current_fw_version" in place.run("twin", "get", "pump-1").out
+
+    async def run() -> None:
+        device.start()
+        await asyncio.to_thread(eventually, is_told)
+        await asyncio.sleep(0.3)  # what the device asked for is answered by then
+        before = bytes(device.received)
+        answer = await asyncio.to_thread(place.run, "mapper", "probe", address)
+        await asyncio.sleep(0.1)
+        log = [*device.log]
+        await device.stop()
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.splitlines() == [
+            "mapper    mqtt-thingsboard",
+            "hardware  credential:pump-1",
+            "serial    pump-1",
+            "protocol  thingsboard",
+            "title     pump",
+            "version   1.0.0",
+        ]
+        assert before and bytes(device.received) == before
+        # the endpoint may not have been open at its first try
+        assert (log.count("connected"), log[-1]) == (1, "connected")
+        assert (device.requests, device.flash, device.shared) == (0, b"", {})
+
+    with place.daemon(fake=False, CREDENTIALS_DIRECTORY=str(plant.secrets)):
+        asyncio.run(run())
 
 
 def test_a_probe_tells_who_is_refused_at_the_endpoint_and_no_secret(plant: Plant) -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_kit import Place
 from peer_kit import peer_python
 from smp_kit import FACTORY, SECOND, SPEC, BadWire, connected, device, identifies_as, opaque
-from smp_server import HANGS, SmpServer, body_of, make_image
+from smp_server import HANGS, Counts, SmpServer, body_of, make_image
 from uart_kit import LINKS, Watched
 
 from edged.api import Desired, Health, HealthCheck, Identity, Phase, Reported
@@ -341,6 +342,33 @@ def test_a_probe_asks_at_the_rate_that_the_address_names_and_at_no_other(tmp_pat
         assert found is not None and found.detail["baud"] == "38400"
         assert probed(f"serial:{server.port}@19200") is None
         assert seen == {termios.B38400, termios.B19200}
+
+
+def test_the_command_that_names_a_port_prints_who_is_there_and_touches_nothing(tmp_path: Path) -> None:
+    place = Place(tmp_path / "node", extra="").write()
+    with SmpServer(tmp_path, FACTORY, framing="raw") as server, place.daemon(fake=False):
+        server.slots[1][: len(SECOND)] = SECOND
+        held = [bytes(slot) for slot in server.slots]
+        answer = place.run("mapper", "probe", f"serial:{server.port}")
+        assert (answer.code, answer.err) == (0, "")
+        assert answer.out.splitlines() == [
+            "mapper    uart-smp",
+            "hardware  smp:simulated/edged",
+            "protocol  smp",
+            "framing   raw",
+            "baud      115200",
+            "header_version 2",
+            "buffers   4 of 384 bytes",
+            "kernel    Simulated 1.0",
+            "boot_mode 1",
+            f"slot 0    1.0.0 {identifies_as(FACTORY)[:16]} active confirmed",
+            f"slot 1    2.0.0 {identifies_as(SECOND)[:16]}",
+        ]
+        assert server.counts == Counts(boots=1, messages=len(server.log))
+        # all of them read, of the operating system's group and the images'
+        assert {(op, group) for op, group, _, _ in server.log} == {(0, 0), (0, 1)}
+        assert [bytes(slot) for slot in server.slots] == held
+        assert (server.pending, server.confirmed) == (False, True)
 
 
 @pytest.mark.slow
