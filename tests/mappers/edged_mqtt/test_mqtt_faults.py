@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import itertools
-import json
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -328,16 +328,94 @@ def test_a_device_that_only_says_again_what_it_runs_is_silent_in_its_download(pl
     asyncio.run(run())
 
 
-class Obedient(PullingDevice):
-    """Does what its shared attributes say, where it can read them, and reports it."""
+class Patient(PullingDevice):
+    """Passes over what it cannot read."""
 
     async def _message(self, first: int, body: bytes) -> None:
-        with contextlib.suppress(json.JSONDecodeError):
+        with contextlib.suppress(ValueError, KeyError):
             await super()._message(first, body)
+
+
+class Obedient(Patient):
+    """Does what its shared attributes say, where it can read them, and reports it."""
 
     def _given(self, shared: dict[str, Any]) -> None:
         super()._given(shared)
         self.values |= {name: shared[name] for name in self.values.keys() & shared.keys()}
+
+
+def turn(before: bytes, after: bytes, *which: int) -> Fault:
+    """One bit of ``before``, in the messages ``which``: of all where there are none."""
+    assert sum((a ^ b).bit_count() for a, b in zip(before, after, strict=True)) == 1
+
+    def fault(number: int, packet: bytes) -> list[bytes]:
+        if which and number not in which:
+            return [packet]
+        assert packet.count(before) == 1, packet
+        return [packet.replace(before, after)]
+
+    return fault
+
+
+DIGEST = hashlib.sha256(image_bytes("2.0.0")).hexdigest().encode()
+OTHER_DIGEST = bytes([DIGEST[0] ^ 1]) + DIGEST[1:]
+
+# what is hit, and how the job ends where that is not well: why, and a part of what it says
+TURNED: dict[str, tuple[Callable[[bytes], bool], Fault, Reason | None, str]] = {
+    "request: chunk": (is_request, turn(b"/chunk/5", b"/chunk/7", 6), None, ""),
+    "request: number": (is_request, turn(b"/request/1/", b"/request/3/", 6), None, ""),
+    "request: component": (is_request, turn(b"v2/fw/", b"v2/gw/", 6), None, ""),
+    "request: size": (is_request, turn(b"4096", b"4097", 6), None, ""),
+    "request: no size": (is_request, turn(b"4096", b"4p96", 6), Reason.DEVICE_ERROR, "b'4p96' is no number"),
+    "offer: size": (is_offer, turn(b":200000,", b":220000,", 1), None, ""),
+    "offer: checksum": (is_offer, turn(DIGEST, OTHER_DIGEST, 1), Reason.VERIFY_FAILED, "'checksum', 3 times"),
+    "offer: version": (
+        is_offer,
+        turn(b'"2.0.0"', b'"2.0.1"', 1),
+        Reason.DEVICE_REVERTED,
+        "runs pump 2.0.1, not pump 2.0.0",
+    ),
+    "offer: title": (
+        is_offer,
+        turn(b'"pump"', b'"qump"', 1),
+        Reason.DEVICE_REVERTED,
+        "runs qump 2.0.0, not pump 2.0.0",
+    ),
+    "offer: key": (is_offer, turn(b"fw_version", b"fw_wersion", 1), None, ""),
+    "offer: JSON": (is_offer, turn(b'"SHA256"}', b'"SHA256"|', 1), None, ""),
+    "DOWNLOADING": (is_state, turn(b'"DOWNLOADING"', b'"DOWNLOADINF"', 1), None, ""),
+    "DOWNLOADED": (is_state, turn(b'"DOWNLOADED"', b'"DOWNLOADEE"', 2), None, ""),
+    "UPDATED": (is_state, turn(b'"UPDATED"', b'"UPDATEE"', 5), None, ""),
+    "UPDATED: JSON": (is_state, turn(b'"UPDATED"}', b'"UPDATED"|', 5), None, ""),
+    "UPDATED: version": (
+        is_state,
+        turn(b'"2.0.0"', b'"2.0.1"', 5),
+        Reason.DEVICE_REVERTED,
+        "runs pump 2.0.1, not pump 2.0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_bit_that_is_turned_ends_with_the_right_image_or_a_reason(plant: Plant, name: str) -> None:
+    """In what the device asks for, in what it is offered, and in what it says of its firmware."""
+    on, fault, reason, text = TURNED[name]
+    wire, counting = Wire(plant.port, fault, on=on), Counting()
+    # one whose last word was lost says again what it runs
+    device = Patient(
+        wire.port, "token-of-pump-1", tries_again=True, every_s=0.3, repeats=name == "UPDATED: JSON"
+    )
+
+    async def run() -> None:
+        async with wire.up(), running(plant, device, observer=counting) as node:
+            job = await deployed(node, "pump@2.0.0")
+            assert wire.fired == 1, "the fault did not fire"
+            assert (job.state is State.SUCCEEDED, job.reason) == (reason is None, reason), job.detail
+            assert text in (job.detail or "")
+            right(job, device)
+            assert device.written <= 4 * IMAGE_BYTES
+
+    asyncio.run(run())
 
 
 def flip_last(which: int) -> Fault:
@@ -467,30 +545,70 @@ def test_a_connection_that_breaks_anywhere_ends_right(plant: Plant, way: tuple[i
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_a_wire_with_many_faults_never_makes_a_wrong_image_good(plant: Plant, seed: int) -> None:
-    dice = random.Random(seed)
+# of each kind of message, how many are hit of the first ones
+KINDS: dict[str, tuple[Callable[[bytes], bool], int, int]] = {
+    "chunk": (is_chunk, 3, 40),
+    "request": (is_request, 3, 40),
+    "offer": (is_offer, 1, 1),
+    "state": (is_state, 2, 4),
+}
 
-    def fault(number: int, packet: bytes) -> list[bytes]:
-        match dice.randrange(60):
+
+class Many:
+    """Faults on every kind of message, where ``seed`` says; ``hit`` counts them by kind, and which were "flipped"."""
+
+    def __init__(self, seed: int) -> None:
+        self.hit: Counter[str] = Counter()
+        self._dice = {kind: random.Random(f"{seed} {kind}") for kind in KINDS}
+        self._at = {
+            kind: self._dice[kind].sample(range(1, most + 1), count)
+            for kind, (_, count, most) in KINDS.items()
+        }
+        self._seen: Counter[str] = Counter()
+        self._kept: dict[str, bytes] = {}
+
+    def __call__(self, number: int, packet: bytes) -> list[bytes]:
+        kind = next((kind for kind, (on, _, _) in KINDS.items() if on(packet)), "")
+        self._seen[kind] += 1
+        if self._seen[kind] in self._at.get(kind, ()):
+            self.hit[kind] += 1
+            return self._spoilt(kind, packet)
+        kept = self._kept.pop(kind, b"")
+        return [packet, kept] if kept else [packet]
+
+    def _spoilt(self, kind: str, packet: bytes) -> list[bytes]:
+        dice = self._dice[kind]
+        match dice.randrange(6):
             case 0:
                 return []
             case 1:
                 return [packet, packet]
             case 2:
-                at = dice.randrange(40, len(packet)) if len(packet) > 41 else len(packet) - 1
-                return [packet[:at] + bytes([packet[at] ^ 1 << dice.randrange(8)]) + packet[at + 1 :]]
+                self._kept[kind] = packet
+                return []
             case _:
-                return [packet]
+                self.hit["flipped"] += 1
+                # anywhere behind the length of it all, which is the wire's own
+                at = dice.randrange(2 + (packet[1] > 127), len(packet))
+                return [packet[:at] + bytes([packet[at] ^ 1 << dice.randrange(8)]) + packet[at + 1 :]]
 
-    wire, counting = Wire(plant.port, fault), Counting()
-    device = PullingDevice(wire.port, "token-of-pump-1", tries_again=True, naive=bool(seed % 2))
+
+# 2 breaks a message's frame, 3 and 4 a request for good; 5 and 7 make a wrong image, which the device sees
+@pytest.mark.parametrize("seed", [2, 3, 4, 5, 7])
+def test_a_wire_with_many_faults_never_makes_a_wrong_image_good(plant: Plant, seed: int) -> None:
+    many = Many(seed)
+    wire, counting = Wire(plant.port, many, on=lambda packet: packet[0] >> 4 == 3), Counting()
+    device = Patient(
+        wire.port, "token-of-pump-1", tries_again=True, naive=bool(seed % 2), every_s=0.3, repeats=True
+    )
 
     async def run() -> None:
         async with wire.up(), running(plant, device, observer=counting) as node:
             job = await deployed(node, "pump@2.0.0", timeout_s=120)
-            assert wire.fired, "no fault fired"
+            assert many.hit["offer"] and many.hit["request"] and many.hit["chunk"], "not all were hit"
+            assert many.hit["flipped"], "nothing was flipped"
             right(job, device)
+            assert device.written <= 4 * IMAGE_BYTES
 
     asyncio.run(run())
 
