@@ -5,6 +5,8 @@ BIN := .venv/bin
 AT_A_TIME := -n 3 --dist loadfile
 # guests are at work all the time
 GUESTS_AT_A_TIME := -n 2 --dist loadfile
+# where the time goes
+SLOWEST := --durations=20 --durations-min=10
 # tests sync what they write as often as the daemon does, and ask nothing of the disk: it goes to memory where that is large enough
 SCRATCH := $(shell [ "$$(df -k --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000000 ] 2>/dev/null && echo /dev/shm || echo "$${TMPDIR:-/tmp}")
 # a skipped test shows nothing: what setup installs is all that they need, but for one that mounts a disk, as root
@@ -34,12 +36,12 @@ demo:
 
 test:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --floors
-	TMPDIR=$(SCRATCH) $(BIN)/python -m pytest $(INSIST) $(AT_A_TIME)
+	TMPDIR=$(SCRATCH) $(BIN)/python -m pytest $(INSIST) $(AT_A_TIME) $(SLOWEST)
 	TMPDIR=$(SCRATCH) .venv-floors/bin/python -m pytest -q $(INSIST) $(AT_A_TIME) -p no:cacheprovider -m "not slow" $(NOT_THEIRS)
 
 test-node:
 	@PYTHON=$(PYTHON) packaging/setup-dev.sh --deb --node
-	$(BIN)/python -m pytest $(INSIST) $(GUESTS_AT_A_TIME) --no-loadscope-reorder tests/node
+	$(BIN)/python -m pytest $(INSIST) $(GUESTS_AT_A_TIME) $(SLOWEST) --no-loadscope-reorder tests/node
 
 lint: setup
 	$(BIN)/ruff check .
