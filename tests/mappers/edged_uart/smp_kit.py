@@ -150,6 +150,7 @@ class Node:
     config: dict[str, object] = field(default_factory=dict)
     watch: bool = False
     engine: EngineSettings = QUICK
+    scheme: str = "serial"
     publisher: Publisher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -173,7 +174,7 @@ class Node:
                     id="dev-1",
                     model="node",
                     mapper=SPEC.name,
-                    address=f"serial:{self.port}",
+                    address=f"{self.scheme}:{self.port}",
                     watch=self.watch,
                     config={**BRISK, **self.config},
                 ),
