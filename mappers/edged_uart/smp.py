@@ -123,6 +123,11 @@ class ErrorAnswer(Permanent):
         return (self.group, self.code) == (Group.IMAGE, _IMAGE_TOO_LARGE)
 
     @property
+    def is_overrun(self) -> bool:
+        """The piece goes beyond the end of what is uploaded."""
+        return (self.group, self.code) == (Group.IMAGE, _IMAGE_DATA_OVERRUN)
+
+    @property
     def is_of_version(self) -> bool:
         """The server does not know the version of the header."""
         return self.group is None and self.code in (_TOO_OLD, _TOO_NEW)
@@ -186,6 +191,7 @@ _EBUSY: Final = 10
 _TOO_OLD: Final = 12
 _TOO_NEW: Final = 13
 _IMAGE_TOO_LARGE: Final = 30
+_IMAGE_DATA_OVERRUN: Final = 31
 _SAVE_NOT_SUPPORTED: Final = 8
 
 _COMMON: Final = {

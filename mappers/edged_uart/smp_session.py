@@ -245,7 +245,8 @@ class SmpSession:
 
         Raises, before a byte is sent: Refused(IMAGE_INVALID), Refused(HASH_MISMATCH), Refused(IMAGE_TOO_LARGE),
         Permanent(UNSUPPORTED). Afterwards: Permanent(VERIFY_FAILED) where the device does not list the image,
-        Permanent(DEVICE_ERROR) where it refuses, Transient where it or the line does not answer.
+        Permanent(DEVICE_ERROR) where it refuses, Transient where it or the line does not answer, Transient(DEVICE_ERROR) where
+        somebody else writes to the slot.
         """
         inspected = await self._inspect(image, progress)
         await self._check_device(image.size_bytes)
@@ -257,6 +258,8 @@ class SmpSession:
             await self._upload(image, inspected, progress)
             state = await self._known_state()
         if not state.holds(inspected.hash):
+            if state.spare is not None and state.spare.hash:
+                raise self._another(state.spare, inspected.hash)
             raise Permanent(
                 Reason.VERIFY_FAILED,
                 f"{self._device.id} took all of image {inspected.hash[:16]} and lists it in no slot: "
@@ -279,7 +282,7 @@ class SmpSession:
                 await self._settle()
             return
         if self._staged is None or state.spare is None or state.spare.hash != self._staged:
-            raise self._another(state.spare)
+            raise self._another(state.spare, self._staged)
         self._check_trial(state)
         if state.active.confirmed:
             await self._env.remember(_TRIAL, f"{self._staged} {state.active.hash}")
@@ -289,9 +292,9 @@ class SmpSession:
         if not state.holds(self._staged) and await self._boot_mode() != _DIRECT_XIP:
             raise self._thrown_away()
 
-    def _another(self, spare: ImageState | None) -> Transient:
+    def _another(self, spare: ImageState | None, staged: str | None) -> Transient:
         held = f"image {spare.hash[:16]}" if spare is not None else "nothing"
-        wanted = f"image {self._staged[:16]}" if self._staged else "one that this session staged"
+        wanted = f"image {staged[:16]}" if staged else "one that this session staged"
         return Transient(
             Reason.DEVICE_ERROR,
             f"{self._device.id} has {held} in the slot in which {wanted} should be: somebody else writes to it",

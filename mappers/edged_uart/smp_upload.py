@@ -2,7 +2,8 @@
 
 The server keeps the offset of what it has, and tells it in each answer; a piece from any other offset it drops. So whatever
 was lost, doubled or forgotten on the way, the next piece begins where the server says (go back N). The first request carries
-the SHA-256 of the whole file: a server that has a part of that file already answers with the end of it.
+the SHA-256 of the whole file: a server that has a part of that file already answers with the end of it. So it tells, too, whose
+upload the server's is, where that is at an offset to which this one has not brought it: another's is ended by it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ _STRIKES: Final = 8
 _RESTARTS: Final = 3
 _FIRST_RUN: Final = 8
 _LONGEST_RUN: Final = 1024
+
+
+class Disturbed(Transient):
+    """Somebody else uploads, too, again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Reason.DEVICE_ERROR,
+            f"somebody else uploads to the device, too: this upload was ended {_RESTARTS} times",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +95,7 @@ async def upload(
     """Bring ``content`` to the server, from the offset on that it names; ``progress`` is told that offset.
 
     Returns what the server says of the whole (``match``), None where it says nothing. Raises ErrorAnswer (a Permanent),
-    Transient(NO_RESPONSE), Transient(PROTOCOL_ERROR), Transient(LINK_LOST), and what reading raises.
+    Disturbed (a Transient), Transient(NO_RESPONSE), Transient(PROTOCOL_ERROR), Transient(LINK_LOST), and what reading raises.
     """
     await client.meet()
     return await _Upload(client, content, pace, progress).run()
@@ -102,6 +113,10 @@ class _Upload:
         self._progress = progress
         self._offset = 0
         self._furthest = 0
+        self._ends: set[int] = set()
+        self._is_astray = False
+        self._asks = True
+        self._lost = 0
         self._strikes = 0
         self._match: bool | None = None
 
@@ -110,6 +125,8 @@ class _Upload:
             await self._begin()
             while 0 < self._offset < self._content.size_bytes:
                 await self._stretch()
+                if self._is_astray:
+                    await self._ask_whose()
             if self._offset:
                 return self._match
             # the server knows of no upload: it began anew, or the answer to the last piece was lost
@@ -118,8 +135,25 @@ class _Upload:
                 return None
         raise Transient(Reason.PROTOCOL_ERROR, f"the device forgot the upload {_RESTARTS} times")
 
-    async def _begin(self) -> None:
-        """The first request, alone: the server may erase before it answers, and may name any offset.
+    async def _ask_whose(self) -> None:
+        """Begin again: what the server has of this upload is gone on with. Raises Disturbed where it is another's again and
+        again."""
+        was, ends, furthest, strikes = self._offset, self._ends, self._furthest, self._strikes
+        first = await self._begin()
+        if self._offset == was:
+            # it takes less than it is sent, or has taken somebody's piece for ours, which the hash will tell
+            self._asks = False
+        elif self._offset >= furthest and self._offset in ends - {first}:
+            # an answer was damaged
+            self._strikes = strikes
+        elif (lost := self._lost + 1) < _RESTARTS:
+            self._lost = lost
+        else:
+            raise Disturbed
+
+    async def _begin(self) -> int:
+        """The first request, alone: the server may erase before it answers, and may name any offset. Returns the end of the
+        piece in it.
 
         It may be busy, or may have lost the request. So it is asked something else after each time-out, which it answers
         when it has dealt with all before: where that is the first answer, the first request has to be repeated.
@@ -129,13 +163,14 @@ class _Upload:
         if len(body["data"]) < least:
             # the header must be whole in it; without the hash an upload that is cut begins anew
             del self._first["sha"]
+            self._asks = False
             body = await self._piece(0)
         if len(body["data"]) < least:
             text = (
                 f"its buffer of {self._client.parameters.buffer_bytes} bytes has no room for an image header"
             )
             raise Permanent(Reason.UNSUPPORTED, f"the device cannot be flashed: {text}")
-        self._furthest = self._strikes = 0
+        self._furthest, self._strikes, self._ends = 0, 0, set()
         loop = asyncio.get_running_loop()
         end = loop.time() + self._pace.erase_s
         sequence, question = await self._client.send(smp.UPLOAD, body), None
@@ -146,7 +181,8 @@ class _Upload:
                 question = await self._client.send(smp.PARAMETERS, sequence=question)
                 expected[question] = smp.PARAMETERS
             elif answer.sequence == sequence and await self._is_taken(answer.body):
-                return
+                self._furthest, self._ends, self._is_astray = self._offset, {self._offset}, False
+                return len(body["data"])
             else:
                 await self._client.send(smp.UPLOAD, body, sequence=sequence)
         raise Transient(
@@ -162,6 +198,7 @@ class _Upload:
             while on_course and len(flight) < self._window.size and following < self._content.size_bytes:
                 body = await self._piece(following)
                 following += len(body["data"])
+                self._ends.add(following)
                 flight[await self._client.send(smp.UPLOAD, body)] = following
             if not flight:
                 return
@@ -191,6 +228,10 @@ class _Upload:
         try:
             self._take(body)
         except smp.ErrorAnswer as error:
+            if error.is_overrun and self._ends:
+                # what is sent never goes beyond the length that was told: that was another's
+                self._is_astray = True
+                return False
             if not error.passes:
                 raise
             await asyncio.sleep(BUSY_S)
@@ -206,7 +247,8 @@ class _Upload:
                 f"the device is at offset {offset!r} of an image of {self._content.size_bytes} bytes",
             )
         self._offset = offset
-        if offset > self._furthest:
+        self._is_astray |= self._asks and offset > 0 and (offset < self._furthest or offset not in self._ends)
+        if offset > self._furthest and not self._is_astray:
             self._furthest, self._strikes = offset, 0
         if isinstance(body.get("match"), bool):
             self._match = body["match"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import AsyncIterator
+import struct
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import cbor2
 from engine_kit import QUICK, Publisher
 from smp_server import SmpServer, body_of, make_image, untouched
 from uart_kit import LINKS, MAPPERS
@@ -41,6 +44,11 @@ SECOND = make_image((2, 0, 0), body_of(BODY_BYTES, 2))
 THIRD = make_image((3, 0, 0), body_of(BODY_BYTES, 3))
 BRISK = {"answer_s": 0.3, "erase_s": 5, "quiet_s": 0.1, "boot_s": 4}
 """Times for a device that answers at once."""
+
+
+STATE, MARK, UPLOAD, RESET = (0, 1, 0), (2, 1, 0), (2, 1, 1), (2, 0, 5)
+"""Operation, group and command."""
+PIECE_BYTES = 256
 
 
 def identifies_as(image: bytes) -> str:
@@ -137,6 +145,43 @@ class BadWire:
                 return bytes([byte ^ 1 << self._thrown.randrange(8)])
             case _:
                 return bytes([byte, self._thrown.randrange(256)])
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A request of ours."""
+
+    command: tuple[int, int, int]
+    sequence: int
+
+
+class OtherClient:
+    """Somebody else on the line of ``server``: ``between`` is called before each request of ours, with its command and sequence
+    number, and may :meth:`ask`. All that the device answers is heard by all. ``asked`` counts."""
+
+    def __init__(self, server: SmpServer, between: Callable[[OtherClient, Heard], None]) -> None:
+        self.server = server
+        self.asked = 0
+        self._between = between
+        self._answer = server._answer
+        server._answer = self._hear  # type: ignore[method-assign]
+
+    def _hear(self, message: bytes) -> None:
+        op, _, _, group, sequence, number = struct.unpack_from(">BBHHBB", message)
+        self._between(self, Heard((op & 7, group, number), sequence))
+        self._answer(message)
+
+    def ask(self, command: tuple[int, int, int], body: dict[str, object], sequence: int = 0) -> None:
+        op, group, number = command
+        payload = cbor2.dumps(body)
+        self.asked += 1
+        head = struct.pack(">BBHHBB", 1 << 3 | op, 0, len(payload), group, sequence, number)
+        self._answer(head + payload)
+
+    def piece(self, image: bytes, offset: int) -> None:
+        """A piece of ``image``."""
+        first = {} if offset else {"len": len(image), "sha": hashlib.sha256(image).digest()}
+        self.ask(UPLOAD, {"off": offset, "data": image[offset : offset + PIECE_BYTES], **first})
 
 
 @dataclass

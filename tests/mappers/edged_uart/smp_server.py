@@ -564,6 +564,7 @@ class SmpServer:
         if body.get("slot", 1) != 1 or not self.confirmed or (self.pending and not self._erases_pending):
             return 1, 9
         self.effects.effect("device.erase", self._erase)
+        self._ram.offset, self._ram.size, self._ram.sha = 0, 0, b""
         return {}
 
     def _do_1_6_r(self, body: dict[str, Any]) -> dict[str, Any]:
