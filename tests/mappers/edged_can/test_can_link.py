@@ -754,7 +754,8 @@ def test_a_reserved_pause_is_the_longest(raw: int, extended: bool) -> None:
     with on_bus(name, controller, wiring, wire):
         asyncio.run(body())
     assert controller.properties[0x0103] == bytes(range(12))
-    assert len(came) == 2 and 0.12 < came[1] - came[0] < 0.6
+    # the first may have been seen late
+    assert len(came) == 2 and 0.06 < came[1] - came[0] < 0.6
 
 
 def test_a_device_that_has_no_room_ends_the_message() -> None:

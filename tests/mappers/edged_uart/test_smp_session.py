@@ -866,9 +866,11 @@ def test_an_application_that_lands_in_recovery_is_brought_back(tmp_path: Path) -
             await session.slots()
         assert caught.value.reason is Reason.DEVICE_ERROR and "it was reset" in caught.value.detail
         server._do_1_0_r = normal  # type: ignore[method-assign]
-        await asyncio.sleep(0.2)
-        assert server.counts.boots == 2
+        async with asyncio.timeout(10):
+            while server.counts.boots < 2:
+                await asyncio.sleep(0.01)
         await staged(session, SECOND)
+        assert server.counts.boots == 2
 
     with SmpServer(tmp_path, FACTORY) as server:
         on(server, work)
