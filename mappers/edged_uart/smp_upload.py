@@ -140,7 +140,7 @@ class _Upload:
         again."""
         was, ends, furthest, strikes = self._offset, self._ends, self._furthest, self._strikes
         first = await self._begin()
-        if self._offset == was:
+        if self._offset == was and self._asks:
             # it takes less than it is sent, or has taken somebody's piece for ours, which the hash will tell
             self._asks = False
         elif self._offset >= furthest and self._offset in ends - {first}:

@@ -310,6 +310,23 @@ def test_a_device_that_takes_less_than_it_is_sent_is_asked_once_whose_upload_it_
         _check_what_runs(server, job)
 
 
+def test_a_device_that_takes_no_second_piece_is_not_asked_for_ever(tmp_path: Path) -> None:
+    """It says that each goes beyond the end, of which it was told with the first."""
+
+    def first_only(body: dict[str, Any]) -> Any:
+        return {"rc": 9, "err": {"group": 1, "rc": 31}} if body["off"] else normal(body)
+
+    with SmpServer(tmp_path, FACTORY) as server:
+        normal = server._do_1_1_w
+        server._do_1_1_w = first_only  # type: ignore[method-assign]
+        node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND}, VERSION_IS, engine=FEW)
+        job = asyncio.run(node.deploy("2.0.0"))
+        begun = [body for _, group, number, body in server.log if (group, number) == (1, 1) and "sha" in body]
+        assert (job.state, job.reason) == (State.FAILED, Reason.ATTEMPTS_EXHAUSTED), job.detail
+        assert len(begun) <= 5 * FEW.max_attempts
+        _check_what_runs(server, job)
+
+
 PEER = """
 import asyncio, sys
 from smp import packet
