@@ -34,7 +34,7 @@ from hypothesis import strategies as st
 from uds_server import BASE, DEFAULT, SECRET, Controller, make_app
 
 import edged_can
-from edged.api import Desired, Device, HealthCheck, Reported
+from edged.api import Desired, Device, HealthCheck, MapperSpec, Reported
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, ShortMemory, device_env
 from edged_can import security
@@ -518,13 +518,9 @@ def test_a_key_that_may_have_been_refused_is_not_sent_for_ever(
     name, controller = bus_name(), Controller()
     to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
 
-    async def attempt() -> None:
-        async with connected(to, pool, spec) as session:
-            await session.prepare(await verified(make_app("1.2.0")))
-
     async def body() -> None:
         for number in range(2):
-            attempting = asyncio.create_task(attempt())
+            attempting = asyncio.create_task(_prepared(to, pool, spec))
             if cancels:
                 while heard == number:
                     await asyncio.sleep(0.005)
@@ -534,11 +530,11 @@ def test_a_key_that_may_have_been_refused_is_not_sent_for_ever(
         with pytest.raises(
             Permanent, match="2 keys had no answer, and may have been refused; that key is"
         ) as e:
-            await attempt()
+            await _prepared(to, pool, spec)
         assert e.value.reason is Reason.DEVICE_ERROR
         assert controller.counts.wrong_keys == heard == 2
         secret(monkeypatch, tmp_path, f"hex:{SECRET.hex()}")
-        await attempt()
+        await _prepared(to, pool, spec)
 
     with on_bus(name, controller, wire=wire):
         asyncio.run(body())
@@ -560,15 +556,11 @@ def test_a_key_whose_answer_was_lost_once_is_sent_again(
     name, controller = bus_name(), Controller()
     to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
 
-    async def attempt() -> None:
-        async with connected(to, pool, spec) as session:
-            await session.prepare(await verified(make_app("1.2.0")))
-
     async def body() -> None:
         for _ in range(3):
             with pytest.raises(Transient):
-                await attempt()
-            await attempt()
+                await _prepared(to, pool, spec)
+            await _prepared(to, pool, spec)
 
     with on_bus(name, controller, wire=wire):
         asyncio.run(body())
@@ -582,13 +574,9 @@ def test_a_refusal_is_stored_though_nobody_waits_for_it(
     name, controller = bus_name(), Controller()
     to, pool = device(f"can:virtual@{name}"), LinkPool(LINKS)
 
-    async def attempt() -> None:
-        async with connected(to, pool, fresh()) as session:
-            await session.prepare(await verified(make_app("1.2.0")))
-
     async def body() -> None:
         digests, going = _held_digests(monkeypatch)
-        attempting = asyncio.create_task(attempt())
+        attempting = asyncio.create_task(_prepared(to, pool, fresh()))
         assert await asyncio.to_thread(digests.wait, 5)
         attempting.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -598,11 +586,16 @@ def test_a_refusal_is_stored_though_nobody_waits_for_it(
             while await device_env("ecu", pool).recall("refused-key/1") is None:
                 await asyncio.sleep(0.01)
         with pytest.raises(Permanent, match="invalidKey"):
-            await attempt()
+            await _prepared(to, pool, fresh())
 
     with on_bus(name, controller):
         asyncio.run(body())
     assert controller.counts.wrong_keys == 1
+
+
+async def _prepared(to: Device, pool: LinkPool, spec: MapperSpec) -> None:
+    async with connected(to, pool, spec) as session:
+        await session.prepare(await verified(make_app("1.2.0")))
 
 
 def _held_digests(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import can
+import can.interfaces.virtual
 import pytest
 from can_kit import (
     LINKS,

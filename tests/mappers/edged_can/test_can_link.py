@@ -8,12 +8,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import can
+import can.interfaces.virtual
 import pytest
 from can_kit import (
     LINKS,
@@ -662,23 +663,16 @@ def test_an_answer_of_many_frames_has_begun_when_its_first_came(
             assert await session._client.read(0x0103) == bytes(range(60))
 
     async def kernels() -> None:
-        link, near, far = KernelLink(parse_address("can0")), *socket.socketpair(type=socket.SOCK_SEQPACKET)
-        sockets = Sockets(full=0)
-        near.setblocking(False)
-        monkeypatch.setattr(sockets, "socket", lambda *_: Pair(near))
-        with monkeypatch.context() as patch, far:
-            patch.setattr("edged_can.kernel.socket", sockets)
-            async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
-                assert isinstance(transport, _KernelPeer)
-                client = UdsClient(transport, Timing(answer_s=0.2), "ecu")
-                asking = asyncio.create_task(client.read(0xF191))
-                await asyncio.to_thread(far.recv, 100)
-                assert not transport.is_receiving()
-                transport.heard(b"\x10\x0a\x62\xf1\x91ECU")
-                await asyncio.sleep(0.6)
-                far.send(b"\x62\xf1\x91ECU-789")
-                assert await asking == b"ECU-789"
-                assert not transport.is_receiving()
+        async with kernel_peer(monkeypatch) as (transport, far):
+            client = UdsClient(transport, Timing(answer_s=0.2), "ecu")
+            asking = asyncio.create_task(client.read(0xF191))
+            await asyncio.to_thread(far.recv, 100)
+            assert not transport.is_receiving()
+            transport.heard(b"\x10\x0a\x62\xf1\x91ECU")
+            await asyncio.sleep(0.6)
+            far.send(b"\x62\xf1\x91ECU-789")
+            assert await asking == b"ECU-789"
+            assert not transport.is_receiving()
 
     if kernel:
         asyncio.run(kernels())
@@ -696,29 +690,36 @@ def test_a_first_frame_that_the_kernel_drops_is_no_answer(
 
     async def body() -> None:
         nonlocal took
-        link, near, far = KernelLink(parse_address("can0")), *socket.socketpair(type=socket.SOCK_SEQPACKET)
-        sockets = Sockets(full=0)
-        near.setblocking(False)
-        monkeypatch.setattr(sockets, "socket", lambda *_: Pair(near))
-        with monkeypatch.context() as patch, far:
-            patch.setattr("edged_can.kernel.socket", sockets)
-            async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
-                assert isinstance(transport, _KernelPeer)
-                client = UdsClient(transport, Timing(answer_s=0.2, pending_s=1.5), "ecu")
-                asking = asyncio.create_task(client.read(0xF191))
-                await asyncio.to_thread(far.recv, 100)
-                began = time.monotonic()
+        async with kernel_peer(monkeypatch) as (transport, far):
+            client = UdsClient(transport, Timing(answer_s=0.2, pending_s=1.5), "ecu")
+            asking = asyncio.create_task(client.read(0xF191))
+            await asyncio.to_thread(far.recv, 100)
+            began = time.monotonic()
+            transport.heard(b"\x10\x14")
+            while again and not asking.done():
+                await asyncio.sleep(0.1)
                 transport.heard(b"\x10\x14")
-                while again and not asking.done():
-                    await asyncio.sleep(0.1)
-                    transport.heard(b"\x10\x14")
-                with pytest.raises(Transient, match="no answer within 0.2 s") as caught:
-                    await asking
-                took = time.monotonic() - began
-                assert caught.value.reason is Reason.NO_RESPONSE
+            with pytest.raises(Transient, match="no answer within 0.2 s") as caught:
+                await asking
+            took = time.monotonic() - began
+            assert caught.value.reason is Reason.NO_RESPONSE
 
     asyncio.run(body())
     assert 1.0 <= took < (5.0 if again else 3.0)
+
+
+@asynccontextmanager
+async def kernel_peer(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[_KernelPeer, socket.socket]]:
+    """A session's transport, and the other end of its ISO-TP socket, which has and gives whole messages."""
+    link, near, far = KernelLink(parse_address("can0")), *socket.socketpair(type=socket.SOCK_SEQPACKET)
+    sockets = Sockets(full=0)
+    near.setblocking(False)
+    monkeypatch.setattr(sockets, "socket", lambda *_: Pair(near))
+    with monkeypatch.context() as patch, far:
+        patch.setattr("edged_can.kernel.socket", sockets)
+        async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
+            assert isinstance(transport, _KernelPeer)
+            yield transport, far
 
 
 class Pair:
