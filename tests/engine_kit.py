@@ -151,6 +151,13 @@ class Place:
         )
 
 
+async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
+    """Return as soon as ``holds()`` is true. Raises TimeoutError."""
+    async with asyncio.timeout(timeout_s):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
 def until_cut(life: Coroutine[Any, Any, Job], faults: Faults) -> Job | None:
     """Run one life: the ended job, or None where ``faults`` cut the power. Whatever else comes out is an error."""
     job = None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import Place, Publisher
+from engine_kit import Place, Publisher, until
 
 from edged.api import Desired, JsonValue
 from edged.config import Config
@@ -38,12 +38,6 @@ def brisk(place: Place) -> Config:
 async def wish(node: TestNode, name: str, value: JsonValue) -> None:
     await node.store.write(lambda tx: twins.set_desired(tx, "dev-1", name, value, "operator"))
     node.sessions["dev-1"].refresh()
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.01)
 
 
 async def until_reported(node: TestNode, name: str, value: JsonValue) -> None:

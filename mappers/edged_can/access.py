@@ -71,14 +71,14 @@ class Access:
                 await self._refused.add(self._env, self._name, settings, secret, error.detail)
                 # a key that is wrong is wrong the next time, and the device is locked for longer
                 raise Permanent(error.reason, f"{error.detail}; {_CURE}") from error
-            self._refused.answered(self._name, settings)
+            self._refused.settled(self._name, settings)
             raise
         except Transient as error:
             if error.reason is not Reason.NO_RESPONSE:
                 # the bus is gone, and the key did not get there
-                self._refused.answered(self._name, settings)
+                self._refused.settled(self._name, settings)
             raise
-        self._refused.answered(self._name, settings)
+        self._refused.settled(self._name, settings)
 
     async def _secret_of(self, settings: Security) -> bytes:
         text = await self._env.credential(settings.credential) if settings.credential else ""

@@ -50,8 +50,8 @@ class RefusedKeys:
         count = before.unanswered if before is not None and before.digest == digest else 0
         self._last[device, settings.level] = _Last(digest, count + 1)
 
-    def answered(self, device: str, settings: Security) -> None:
-        """The device took it, or said something of it that is no refusal."""
+    def settled(self, device: str, settings: Security) -> None:
+        """The device took the key, or said something of it that is no refusal, or it did not get there."""
         self._last.pop((device, settings.level), None)
 
     async def add(self, env: Env, device: str, settings: Security, secret: bytes, why: str) -> None:

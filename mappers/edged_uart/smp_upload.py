@@ -25,16 +25,6 @@ _FIRST_RUN: Final = 8
 _LONGEST_RUN: Final = 1024
 
 
-class Disturbed(Transient):
-    """Somebody else uploads, too, again and again."""
-
-    def __init__(self) -> None:
-        super().__init__(
-            Reason.DEVICE_ERROR,
-            f"somebody else uploads to the device, too: this upload was ended {_RESTARTS} times",
-        )
-
-
 @dataclass(frozen=True, slots=True)
 class Content:
     """What is uploaded. ``sha256`` is of the whole file. ``is_listed``: does the device list it among what it has?"""
@@ -95,7 +85,7 @@ async def upload(
     """Bring ``content`` to the server, from the offset on that it names; ``progress`` is told that offset.
 
     Returns what the server says of the whole (``match``), None where it says nothing. Raises ErrorAnswer (a Permanent),
-    Disturbed (a Transient), Transient(NO_RESPONSE), Transient(PROTOCOL_ERROR), Transient(LINK_LOST), and what reading raises.
+    Transient: NO_RESPONSE, PROTOCOL_ERROR, LINK_LOST, DEVICE_ERROR where somebody else uploads, too; and what reading raises.
     """
     await client.meet()
     return await _Upload(client, content, pace, progress).run()
@@ -136,8 +126,8 @@ class _Upload:
         raise Transient(Reason.PROTOCOL_ERROR, f"the device forgot the upload {_RESTARTS} times")
 
     async def _ask_whose(self) -> None:
-        """Begin again: what the server has of this upload is gone on with. Raises Disturbed where it is another's again and
-        again."""
+        """Begin again: what the server has of this upload is gone on with. Raises Transient(DEVICE_ERROR) where it is
+        another's again and again."""
         was, ends, furthest, strikes = self._offset, self._ends, self._furthest, self._strikes
         first = await self._begin()
         if self._offset == was and self._asks:
@@ -146,10 +136,11 @@ class _Upload:
         elif self._offset >= furthest and self._offset in ends - {first}:
             # an answer was damaged
             self._strikes = strikes
-        elif (lost := self._lost + 1) < _RESTARTS:
-            self._lost = lost
         else:
-            raise Disturbed
+            self._lost += 1
+            if self._lost == _RESTARTS:
+                text = f"somebody else uploads to the device, too: this upload was ended {_RESTARTS} times"
+                raise Transient(Reason.DEVICE_ERROR, text)
 
     async def _begin(self) -> int:
         """The first request, alone: the server may erase before it answers, and may name any offset. Returns the end of the

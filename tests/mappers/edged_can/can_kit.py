@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import select
@@ -13,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import can
+from engine_kit import until
 from uds_server import BASE, SECRET, Controller, OnBus, Wire, Wiring, make_app
 
 import edged_can
@@ -242,6 +242,4 @@ def _close(fd: int) -> None:
 
 
 async def soon(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not holds():
-            await asyncio.sleep(0.005)
+    await until(holds, timeout_s)

@@ -522,8 +522,7 @@ def test_a_key_that_may_have_been_refused_is_not_sent_for_ever(
         for number in range(2):
             attempting = asyncio.create_task(_prepared(to, pool, spec))
             if cancels:
-                while heard == number:
-                    await asyncio.sleep(0.005)
+                await soon(lambda before=number: heard > before)  # type: ignore[misc]
                 attempting.cancel()
             with pytest.raises((Transient, asyncio.CancelledError)):
                 await attempting

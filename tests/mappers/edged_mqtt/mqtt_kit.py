@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_kit import until
 
 import edged_mqtt
 from edged.api import Device, Image, Session
@@ -452,9 +453,3 @@ async def talking(
                 yield client, session, counted
             finally:
                 await manager.__aexit__(None, None, None)
-
-
-async def until(found: Any) -> None:
-    async with asyncio.timeout(20):
-        while not found():
-            await asyncio.sleep(0.01)

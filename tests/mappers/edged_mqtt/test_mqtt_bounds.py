@@ -8,7 +8,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from mqtt_kit import Raw, image_of, secrets_of, talking, until
+from engine_kit import until
+from mqtt_kit import Raw, image_of, secrets_of, talking
 
 from edged.api import Image, Session
 from edged.errors import Permanent, Reason

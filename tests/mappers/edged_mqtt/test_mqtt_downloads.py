@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking, until
+from engine_kit import until
+from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking
 
 from edged.api import Image, Phase, Progress, Session
 from edged.errors import Reason, Transient

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_kit import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mqtt_kit import PullingDevice, free_port
@@ -901,6 +902,14 @@ def test_a_client_that_sends_more_than_its_session_takes_waits_and_loses_nothing
     asyncio.run(run())
 
 
+def message(payload: bytes, number: int = 0, version: int = packets.V3) -> bytes:
+    """To the topic "a"; with QoS 1 where it has a number."""
+    if not number:
+        return packets.publish_head(b"a", len(payload), version) + payload
+    begin, between = packets.acked_publish(b"a", len(payload), version)
+    return begin + number.to_bytes(2, "big") + between + payload
+
+
 @pytest.mark.parametrize("qos", [0, 1])
 @pytest.mark.parametrize("version", [packets.V3, packets.V5])
 def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_other(
@@ -909,10 +918,7 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
     numbers = count(1)
 
     def packet(payload: bytes) -> bytes:
-        if not qos:
-            return packets.publish_head(b"a", len(payload), version) + payload
-        begin, between = packets.acked_publish(b"a", len(payload), version)
-        return begin + next(numbers).to_bytes(2, "big") + between + payload
+        return message(payload, next(numbers) if qos else 0, version)
 
     async def run() -> None:
         async with listening(tmp_path) as (endpoint, _, port):
@@ -920,9 +926,7 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
 
             async def heard(data: bytes, count: int) -> None:
                 client.writer.write(data)
-                async with asyncio.timeout(10):
-                    while len(guest.messages) < count:
-                        await asyncio.sleep(0.01)
+                await until(lambda: len(guest.messages) >= count, 10)
 
             async with endpoint.seat("pump-1", TOKEN, guest) as seat:
                 client = await dial(port)
@@ -975,12 +979,6 @@ def test_a_message_that_was_foreseen_is_known_by_its_bytes_and_waits_as_any_othe
 def test_a_message_of_another_quality_does_not_hide_what_was_foreseen(tmp_path: Path) -> None:
     """Its bytes were foreseen with the quality of the one before, and not of what came in between."""
 
-    def packet(payload: bytes, number: int = 0) -> bytes:
-        if not number:
-            return packets.publish_head(b"a", len(payload), packets.V3) + payload
-        begin, between = packets.acked_publish(b"a", len(payload), packets.V3)
-        return begin + number.to_bytes(2, "big") + between + payload
-
     async def run() -> None:
         async with listening(tmp_path) as (endpoint, _, port):
             guest = Guest()
@@ -988,26 +986,24 @@ def test_a_message_of_another_quality_does_not_hide_what_was_foreseen(tmp_path: 
             async def said(data: bytes) -> None:
                 known = len(guest.messages)
                 client.writer.write(data)
-                async with asyncio.timeout(10):
-                    while len(guest.messages) == known:
-                        await asyncio.sleep(0.01)
+                await until(lambda: len(guest.messages) > known, 10)
 
             async with endpoint.seat("pump-1", TOKEN, guest) as seat:
                 client = await dial(port)
                 client.writer.write(connect_packet())
                 assert (await client.read(4))[0] == 0x20
-                await said(packet(b"1"))
+                await said(message(b"1"))
                 seat.foresee("a", b"2", "two")
-                await said(packet(b"t", 7))
+                await said(message(b"t", 7))
                 assert await client.read(4) == packets.puback(7)
                 # a PINGREQ is no packet identifier
-                await said(packet(b"2") + b"\xc0\0")
+                await said(message(b"2") + b"\xc0\0")
                 assert await client.read(2) == packets.PINGRESP
-                await said(packet(b"3", 8))
+                await said(message(b"3", 8))
                 assert await client.read(4) == packets.puback(8)
                 seat.foresee("a", b"4", "four")
-                await said(packet(b"t"))
-                cut = packet(b"4", 9)
+                await said(message(b"t"))
+                cut = message(b"4", 9)
                 client.writer.write(cut[:-3])
                 await asyncio.sleep(0.1)
                 await said(cut[-3:])

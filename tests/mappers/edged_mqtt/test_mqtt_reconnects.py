@@ -15,6 +15,7 @@ from typing import Any
 import attrs
 import pytest
 from broker_kit import Mosquitto
+from engine_kit import until
 from mqtt_kit import (
     LINKS,
     SPEC,
@@ -26,7 +27,6 @@ from mqtt_kit import (
     mqtt_device,
     raw,
     secrets_of,
-    until,
 )
 from mqtt_node import ENGINE, IMAGE_BYTES, Plant, deployed, image_bytes, running
 
@@ -107,17 +107,7 @@ def test_a_device_that_asks_once_after_a_cut_has_its_chunk_and_begins_nothing_an
 
 def test_a_device_goes_on_where_it_is_after_a_restart_of_the_node(plant: Plant) -> None:
     """By itself, under the number and in the chunks that it had, which it does not name again."""
-    device = PullingDevice(plant.port, "token-of-pump-1", asks_again=False, delay_s=0.01)
-    say = device.say
-
-    def resume(state: str | None = None, **more: Any) -> None:
-        say(state, **more)
-        if state is None and 0 < len(device.flash) < IMAGE_BYTES:
-            device.chunk_bytes = 0
-            device.ask()
-            device.chunk_bytes = 4096
-
-    device.say = resume  # type: ignore[method-assign]
+    device = PullingDevice(plant.port, "token-of-pump-1", resumes=True, delay_s=0.01)
 
     async def first() -> None:
         async with running(plant, device) as node:
@@ -133,6 +123,7 @@ def test_a_device_goes_on_where_it_is_after_a_restart_of_the_node(plant: Plant) 
                 await device.stop()
 
     asyncio.run(first())
+    device.chunk_bytes = 0
     job = asyncio.run(second())
     assert (job.state, device.version) == (State.SUCCEEDED, "2.0.0"), job.detail
     assert bytes(device.flash) == image_bytes("2.0.0")

@@ -13,7 +13,8 @@ import pytest
 from broker_kit import Mosquitto
 from cli_kit import Place, eventually
 from click.testing import CliRunner
-from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device, until
+from engine_kit import until
+from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
 from mqtt_node import Authority, Plant, deployed, image_bytes, vendor_device
 
 from edged.api import Desired, Device, SupportsDesired

@@ -12,7 +12,7 @@ from typing import Any
 
 import attrs
 import pytest
-from engine_kit import QUICK
+from engine_kit import QUICK, until
 from peer_kit import peer_python
 from smp_kit import (
     BODY_BYTES,
@@ -42,12 +42,6 @@ PATIENT = attrs.evolve(QUICK, first_backoff_s=0.2, longest_backoff_s=1)
 HALF_BYTES = len(SECOND) // 2
 WINDOW_BYTES = 4 * 384
 """What may be on its way when the line goes: a window of the device's buffers."""
-
-
-async def _until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not holds():
-            await asyncio.sleep(0.001)
 
 
 async def _waiting_for(life: TestNode, *reasons: Reason) -> Job:
@@ -102,7 +96,7 @@ def test_pulled_in_the_upload_a_job_waits_and_goes_on_at_the_device_s_offset(
                 server.on_request = pulls
                 await life.want("dev-1", "fw@2.0.0")
                 for left in (2, 1, 0):
-                    await _until(lambda left=left: len(due) == left)
+                    await until(lambda left=left: len(due) == left)
                     assert (await _waiting_for(life, absent)).state is State.STAGING
                     plug()
                 job = await life.ended("dev-1")
@@ -403,7 +397,7 @@ def test_a_client_that_others_wrote_uploads_meanwhile(tmp_path: Path) -> None:
             async def run() -> Job:
                 async with node.life() as life:
                     await life.want("dev-1", "fw@2.0.0")
-                    await _until(lambda: server.counts.stored > len(SECOND) // 4)
+                    await until(lambda: server.counts.stored > len(SECOND) // 4)
                     assert peer.stdin is not None
                     await asyncio.to_thread(print, "go", file=peer.stdin, flush=True)
                     return await life.ended("dev-1")

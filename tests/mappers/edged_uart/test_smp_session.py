@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_kit import Place
+from engine_kit import until
 from peer_kit import peer_python
 from smp_kit import FACTORY, SECOND, SPEC, BadWire, connected, device, identifies_as, opaque
 from smp_server import HANGS, Counts, SmpServer, body_of, make_image
@@ -866,9 +867,7 @@ def test_an_application_that_lands_in_recovery_is_brought_back(tmp_path: Path) -
             await session.slots()
         assert caught.value.reason is Reason.DEVICE_ERROR and "it was reset" in caught.value.detail
         server._do_1_0_r = normal  # type: ignore[method-assign]
-        async with asyncio.timeout(10):
-            while server.counts.boots < 2:
-                await asyncio.sleep(0.01)
+        await until(lambda: server.counts.boots >= 2, 10)
         await staged(session, SECOND)
         assert server.counts.boots == 2
 
