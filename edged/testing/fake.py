@@ -273,7 +273,8 @@ class FakeSession:
             if hardware.app is not None:
                 yield Reported("app_version", hardware.app.version)
             yield Reported("uptime", uptime, "s")
-            for name, value in hardware.properties.items():
+            # as they are now: while one is being taken, a wish or a test may give the device another
+            for name, value in tuple(hardware.properties.items()):
                 yield Reported(name, value)
             uptime += 1
             await asyncio.sleep(0.02)

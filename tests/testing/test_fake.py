@@ -15,7 +15,16 @@ from edged.errors import Transient
 from edged.plugins import discover
 from edged.testing import conformance
 from edged.testing.conformance import Check, Subject
-from edged.testing.fake import FakeDevice, FakePlugin, FakeReadBackSession, FakeTrialSession, fake_app
+from edged.testing.fake import (
+    Bus,
+    FakeDevice,
+    FakeLink,
+    FakePlugin,
+    FakeReadBackSession,
+    FakeSession,
+    FakeTrialSession,
+    fake_app,
+)
 
 SIZE = 4096
 
@@ -212,3 +221,21 @@ def test_a_trial_that_nobody_confirmed_is_left_at_the_next_boot() -> None:
     assert hardware.app is not None and hardware.app.version == "2.0.0"
     hardware.boot()
     assert hardware.app is not None and hardware.app.version == "1.0.0"
+
+
+def test_a_property_that_appears_while_others_are_reported_is_reported_in_its_turn() -> None:
+    hardware = FakeDevice("dev-1", properties={"level": 1})
+    device = Device("dev-1", "widget", "fake", "fake:bus/dev-1", flash_size_bytes=hardware.size_bytes)
+    session = FakeSession(FakeLink("fake:bus", Bus({"dev-1": hardware})), "dev-1", device)
+
+    async def names() -> list[str]:
+        seen: list[str] = []
+        async for reported in session.reports():
+            seen.append(reported.name)
+            if reported.name == "other":
+                return seen
+            if reported.name == "level":
+                hardware.properties["other"] = 2
+        return seen
+
+    assert asyncio.run(names()) == ["uptime", "level", "uptime", "level", "other"]
