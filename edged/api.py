@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -441,12 +442,12 @@ class MapperSpec:
     connect: Callable[[Device, Env], AbstractAsyncContextManager[Session]]
     parse_config: Callable[[Mapping[str, object]], object] = no_config
     """Raises ``ValueError`` with a useful text: which key, what was found, what is allowed; one line for each fault."""
-    flash_protocols: frozenset[str] = frozenset()
+    flash_protocols: AbstractSet[str] = frozenset()
     probe: Callable[[str, Env], Awaitable[Identity | None]] | None = None
     """Who answers at this address? Called only when an operator asks. What else is known of the device (versions, slots)
     goes into :attr:`Identity.detail`."""
-    flash_params: frozenset[str] = frozenset()
-    schemes: frozenset[str] = frozenset()
+    flash_params: AbstractSet[str] = frozenset()
+    schemes: AbstractSet[str] = frozenset()
     """The schemes of the links that it can use (``serial``); empty: any. An address with another one is then found before
     the first job, and no probe opens a wire that its mapper cannot use."""
     probe_disturbs: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from edged.api import Device, Identity, Segment, Slot
@@ -22,8 +23,8 @@ class Admission:
     device: Device
     floor: int
     component_counters: Mapping[str, int]
-    flash_protocols: frozenset[str]
-    flash_params: frozenset[str] = frozenset()
+    flash_protocols: AbstractSet[str]
+    flash_params: AbstractSet[str] = frozenset()
 
 
 def admit(facts: ReleaseFacts, known: Admission) -> None:

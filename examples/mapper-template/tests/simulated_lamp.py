@@ -1,6 +1,7 @@
 """A lamp on a TCP port of this machine, as behind a terminal server: each line is answered by one with its number."""
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -61,8 +62,8 @@ class SimulatedLamp:
                 return f"{device.hardware_id} {device.name}"
             case "version", []:
                 return device.app.version if device.app else "none"
-            case "read", [address, length]:
-                return device.read(0, int(address), int(length)).hex()
+            case "crc", [address, length]:
+                return f"{zlib.crc32(device.read(0, int(address), int(length))):08x}"
             case "write", [address, data]:
                 device.write_page(int(address), bytes.fromhex(data))
                 return "done"
