@@ -19,6 +19,7 @@ from statistics import median
 from typing import Any, Final
 
 from bench.figures import Figure, at_least, at_most
+from edged.testing.ports import free_port
 from edged_firmware.chunks import ChunkIndex, default_chunk_size
 
 _CHUNK: Final = 4096
@@ -199,7 +200,7 @@ async def _edged(devices: int, size: int, qos: int, folder: Path) -> dict[str, A
     path.write_bytes(data)
     index = ChunkIndex.build(data, default_chunk_size(size))
     del data
-    port = _free_port()
+    port = free_port()
     pool = LinkPool({link.scheme: link for link in edged_mqtt.edged_links()})
     (spec,) = edged_mqtt.edged_mappers()
 
@@ -222,15 +223,6 @@ async def _edged(devices: int, size: int, qos: int, folder: Path) -> dict[str, A
     await asyncio.sleep(0.5 + devices / 100)
     found, *_ = await asyncio.gather(_pull(port, devices, size, qos), *serving)
     return found
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def _main() -> None:

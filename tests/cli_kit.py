@@ -198,10 +198,3 @@ def eventually(check: Any, timeout_s: float = 10.0) -> Any:
             return found
         assert time.monotonic() < deadline, f"still {found!r} after {timeout_s} s"
         time.sleep(0.02)
-
-
-def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on now."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from cli_kit import Place, eventually, free_port
+from cli_kit import Place, eventually
 from engine_kit import published
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +22,7 @@ from edged.engine.observer import Observer
 from edged.errors import Reason
 from edged.metrics import DISK_BUCKETS_S, MOST_EVENTS, Histogram, Metrics, Snapshot
 from edged.supervisor import UnitState
+from edged.testing.ports import free_port
 
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 

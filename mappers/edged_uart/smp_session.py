@@ -57,6 +57,8 @@ _TRIAL: Final = "trial"
 """What is remembered of a trial until it ends: the hash of the image that is tried, a blank, and that of the one before."""
 _RESETS: Final = 3
 _LOOKS: Final = 4
+_NOWHERE: Final = 2**31 - 1
+"""An offset in no image."""
 
 SETTING: Final = "setting."
 STATISTIC: Final = "stat."
@@ -258,7 +260,7 @@ class SmpSession:
             await self._upload(image, inspected, progress)
             state = await self._known_state()
         if not state.holds(inspected.hash):
-            if state.spare is not None and state.spare.hash:
+            if (state.spare is not None and state.spare.hash) or await self._is_uploading(image.size_bytes):
                 raise self._another(state.spare, inspected.hash)
             raise Permanent(
                 Reason.VERIFY_FAILED,
@@ -577,6 +579,12 @@ class SmpSession:
                 raise Transient(Reason.PROTOCOL_ERROR, text)
             raise Permanent(Reason.VERIFY_FAILED, text)
 
+    async def _is_uploading(self, size_bytes: int) -> bool:
+        """Is it in the middle of an upload that is not the one of ``size_bytes``, which was ended? What is sent from an offset
+        where it is not is dropped, and answered by the one where it is."""
+        offset = await self._offered(smp.UPLOAD, {"off": _NOWHERE, "data": b""}, "off")
+        return isinstance(offset, int) and offset not in (0, size_bytes)
+
     async def _mark(self, spare: ImageState) -> State:
         """Mark the image in the spare slot for test; it is so afterwards, or an error says why not."""
         if not spare.pending:
@@ -585,10 +593,13 @@ class SmpSession:
                     smp.SET_IMAGE_STATE, {"hash": bytes.fromhex(spare.hash), "confirm": False}
                 )
             except ErrorAnswer:
-                # the answer to an earlier try may have been lost
-                if not (await self._known_state()).pending:
+                # the answer to an earlier try may have been lost, or the image is gone
+                state = await self._known_state()
+                if not state.pending and state.holds(spare.hash):
                     raise
         state = await self._known_state()
+        if not state.holds(spare.hash):
+            raise self._another(state.spare, spare.hash)
         if state.spare is None or state.spare.permanent or not state.pending:
             raise Permanent(
                 Reason.DEVICE_ERROR,

@@ -49,6 +49,7 @@
 #define SLICE_ASLEEP_US 4000u
 #define BUSY_FOR_CYCLES (5000u * CYCLES_PER_US)
 #define MAX_LAG_US 20000u
+#define EVENT_LAG_MS 10
 #define RX_QUEUE 256u
 #define TX_QUEUE 1024u
 #define GUARD_BYTES 4096u
@@ -436,6 +437,13 @@ static void on_event(const struct inotify_event *event)
 	}
 }
 
+/* A client's open() has the line before it has its event. */
+static int more_events(int timeout_ms)
+{
+	struct pollfd p = {.fd = events, .events = POLLIN};
+	return poll(&p, 1, timeout_ms) > 0;
+}
+
 static void read_events(void)
 {
 	char buffer[4096] __attribute__((aligned(__alignof__(struct inotify_event))));
@@ -454,7 +462,7 @@ static void read_events(void)
 		openers = 0;
 		drain_line();
 		undrained = 0;
-	} else if (openers == 0) {
+	} else if (openers == 0 && !more_events(EVENT_LAG_MS)) {
 		openers = 1;
 	}
 }

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from edged.testing.fake import FakeDevice
+from edged.testing.ports import free_port
 
 
 class SimulatedLamp:
@@ -15,7 +16,7 @@ class SimulatedLamp:
         self.device = device
         self._server: asyncio.Server | None = None
         self._open: set[asyncio.StreamWriter] = set()
-        self.port = 0
+        self.port = free_port()
         self._mute = False
 
     @property
@@ -23,9 +24,8 @@ class SimulatedLamp:
         return f"socket:127.0.0.1:{self.port}"
 
     async def plug(self) -> None:
-        """Listen, on the same port as before."""
+        """Listen, on the same port each time."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
-        self.port = self._server.sockets[0].getsockname()[1]
 
     async def unplug(self) -> None:
         """Hang up, and listen no more."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
 import ssl
 import struct
 from collections import Counter
@@ -26,6 +25,7 @@ import edged_mqtt
 from edged.api import Device, Image, Session
 from edged.links import LinkPool, device_env
 from edged.testing.faults import Faults, PowerCut
+from edged.testing.ports import free_port
 from edged_firmware.chunks import ChunkIndex
 from edged_firmware.image import Label, MemorySource
 from edged_mqtt.config import MqttConfig
@@ -33,13 +33,6 @@ from edged_mqtt.endpoint import Endpoint
 
 (SPEC,) = edged_mqtt.edged_mappers()
 LINKS = {link.scheme: link for link in edged_mqtt.edged_links()}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
 
 
 def mqtt_device(port: int, name: str = "pump-1", **config: Any) -> Device:

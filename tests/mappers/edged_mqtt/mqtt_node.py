@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from engine_kit import Publisher
-from mqtt_kit import PullingDevice, free_port
+from mqtt_kit import PullingDevice
 from peer_kit import peer_python
 
 import edged_mqtt
@@ -39,6 +39,7 @@ from edged.domain.job import Job, State
 from edged.plugins import Plugins, discover
 from edged.supervisor import UnitState
 from edged.testing.node import TestNode, life
+from edged.testing.ports import free_port
 
 ENGINE = EngineSettings(
     first_backoff_s=0.05, longest_backoff_s=0.2, stall_s=20, lease_s=5, checkpoint_bytes=4096, checkpoint_s=0

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mqtt_kit import LINKS, SPEC, PullingDevice, free_port, mqtt_device
+from mqtt_kit import LINKS, SPEC, PullingDevice, mqtt_device
 
 from edged.testing.conformance import Subject
+from edged.testing.ports import free_port
 
 FIRST = [(0, bytes(range(256)) * 64)]
 SECOND = [(0, bytes(range(255, -1, -1)) * 64)]

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from engine_kit import until
-from mqtt_kit import Raw, free_port, image_of, raw, secrets_of, talking
+from mqtt_kit import Raw, image_of, raw, secrets_of, talking
 
 from edged.api import Image, Phase, Progress, Session
 from edged.errors import Reason, Transient
+from edged.testing.ports import free_port
 from edged_mqtt.thingsboard import Offer, note_of
 from edged_mqtt.transfer import MOST_REQUESTS
 

@@ -17,11 +17,12 @@ import pytest
 from engine_kit import until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mqtt_kit import PullingDevice, free_port
+from mqtt_kit import PullingDevice
 from mqtt_node import Authority
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
+from edged.testing.ports import free_port
 from edged_mqtt import endpoint as subject
 from edged_mqtt import packets
 from edged_mqtt.config import BrokerConfig, ListenAddress, ListenConfig

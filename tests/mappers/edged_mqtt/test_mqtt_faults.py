@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 import pytest
 from broker_kit import Mosquitto
-from mqtt_kit import PullingDevice, free_port
+from mqtt_kit import PullingDevice
 from mqtt_node import ENGINE, IMAGE_BYTES, Plant, awaited, deployed, image_bytes, running
 
 from edged.domain.job import Job, State
@@ -26,6 +26,7 @@ from edged.engine.observer import Silent
 from edged.errors import Reason
 from edged.store import twins
 from edged.testing.node import TestNode, life
+from edged.testing.ports import free_port
 
 Fault = Callable[[int, bytes], list[bytes]]
 

@@ -21,7 +21,6 @@ from mqtt_kit import (
     SPEC,
     PullingDevice,
     Raw,
-    free_port,
     image_of,
     listening,
     mqtt_device,
@@ -35,6 +34,7 @@ from edged.domain.job import Job, State
 from edged.errors import Reason, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.node import TestNode, life
+from edged.testing.ports import free_port
 from edged_mqtt import endpoint, transfer
 from edged_mqtt.endpoint import Endpoint
 

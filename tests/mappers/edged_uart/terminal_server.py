@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from edged.testing.ports import free_port
+
 
 class TerminalServer:
     """``rest``: HOST:PORT of the line at ``port``. ``most``: so many have it at once, and each hears all that the device says.
@@ -21,7 +23,7 @@ class TerminalServer:
     def __init__(self, port: Path, most: int = 1) -> None:
         self._port = port
         self._most = most
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", free_port()))
         self._ending = threading.Event()
         self._address = self._listener.getsockname()
         self.rest = f"127.0.0.1:{self._address[1]}"

@@ -162,6 +162,10 @@ def is_staged(other: OtherClient, heard: Heard) -> bool:
     return heard.command == STATE and other.server.counts.stored >= len(SECOND) and not other.server._ram.size
 
 
+def is_to_be_marked(other: OtherClient, heard: Heard) -> bool:
+    return heard.command == MARK and not other.server.pending
+
+
 def is_marked(other: OtherClient, heard: Heard) -> bool:
     return heard.command == RESET and other.server.pending
 
@@ -173,6 +177,10 @@ def is_on_trial(other: OtherClient, heard: Heard) -> bool:
 def replaces(other: OtherClient) -> None:
     for offset in range(0, len(THIRD), PIECE_BYTES):
         other.piece(THIRD, offset)
+
+
+def begins(other: OtherClient) -> None:
+    other.piece(THIRD, 0)
 
 
 def marks(confirm: bool) -> Callable[[OtherClient], None]:
@@ -208,6 +216,9 @@ GOOD = (State.SUCCEEDED, None, None)
         ),
         pytest.param(puts_one_in, (State.FAILED, Reason.VERIFY_FAILED, "damaged"), "", id="puts a piece into ours"),
         pytest.param(once(is_staged, replaces), GOOD, "somebody else writes to it", id="replaces what was uploaded"),
+        pytest.param(once(is_staged, begins), GOOD, "somebody else writes to it", id="begins one where ours is whole"),
+        pytest.param(once(is_to_be_marked, begins), GOOD, "somebody else writes to it", id="begins one before the mark"),
+        pytest.param(once(is_to_be_marked, replaces), GOOD, "somebody else writes to it", id="replaces it before the mark"),
         pytest.param(once(is_staged, marks(False)), GOOD, "", id="marks it"),
         pytest.param(
             once(is_staged, marks(True)), (State.FAILED, Reason.REVERT_FAILED, "for good"), "", id="confirms it untried"
