@@ -167,7 +167,7 @@ def test_what_the_device_would_refuse_is_not_sent(
 
 
 def test_a_cut_on_our_side_at_every_tenth_costs_what_was_on_its_way(zephyr: Zephyr) -> None:
-    """The device keeps its offset: each new session goes on there."""
+    """The device keeps its offset: each new session goes on there. It tells, too, that somebody is uploading."""
     image = signed("1.0.0")
 
     async def interrupted(tenth: int) -> None:
@@ -187,8 +187,10 @@ def test_a_cut_on_our_side_at_every_tenth_costs_what_was_on_its_way(zephyr: Zeph
             await interrupted(tenth)
         async with connected(device(zephyr.port, **REAL)) as session:
             await session.identify()
+            assert await session._is_uploading(0)
             watched = Watched()
             await session.stage(await opaque(image), watched)
+            assert not await session._is_uploading(0)
             first = next(done for phase, done, _ in watched.seen if phase is Phase.WRITE)
             assert first * 10 >= 9 * len(image), "the last session did not go on where the device was"
 
