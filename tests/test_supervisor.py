@@ -21,11 +21,11 @@ def _watch(body: Body, see: Callable[[Unit], Awaitable[None]], policy: RestartPo
         unit = Unit("unit", body, policy, SystemClock())
         task = asyncio.create_task(unit.run())
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await see(unit)
         finally:
             task.cancel()
-            done, _ = await asyncio.wait([task], timeout=2)
+            done, _ = await asyncio.wait([task], timeout=20)
             assert done and task.cancelled(), "the cancellation was lost"
 
     asyncio.run(run())
