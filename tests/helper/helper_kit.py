@@ -36,7 +36,7 @@ Answers = list[dict[str, Any]]
 
 
 def run(
-    *command: str | Path, env: Mapping[str, str] | None = None, code: int = 0, timeout_s: float = 60
+    *command: str | Path, env: Mapping[str, str] | None = None, code: int = 0, timeout_s: float = 240
 ) -> str:
     """What a command writes; its exit code must be ``code``."""
     done = subprocess.run(
@@ -227,7 +227,7 @@ class Node:
             env=os.environ | self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=240,
         )
         assert finished.returncode == 0
         return finished.stderr
@@ -254,13 +254,13 @@ class Node:
     def systemd(self) -> Systemd:
         return Systemd(str(self.root / "bin/systemctl"))
 
-    def upgrades(self, health_s: float = 1) -> Upgrades:
+    def upgrades(self, health_s: float = 1, start_s: float = 3) -> Upgrades:
         return Upgrades(
             State(self.state),
             self.apt(),
             self.systemd(),
             recover=str(self.root / "bin/recover"),
-            start_s=3,
+            start_s=start_s,
             health_s=health_s,
         )
 
@@ -347,7 +347,13 @@ def me() -> str:
 
 @asynccontextmanager
 async def served(
-    node: Node, folder: Path, *, user: str = "", idle_s: float = 60.0, health_s: float = 1
+    node: Node,
+    folder: Path,
+    *,
+    user: str = "",
+    idle_s: float = 60.0,
+    health_s: float = 1,
+    start_s: float = 3,
 ) -> AsyncIterator[HelperClient]:
     """The helper on a real socket; whoever runs the tests may ask."""
     path = folder / "helper.sock"
@@ -355,7 +361,7 @@ async def served(
         listening.bind(str(path))
         path.chmod(0o666)
         listening.listen(16)
-        upgrades = node.upgrades(health_s)
+        upgrades = node.upgrades(health_s, start_s)
         await upgrades.resume()
         serving = asyncio.create_task(Server(listening, upgrades, user=user or me(), idle_s=idle_s).run())
         try:

@@ -25,6 +25,13 @@ from edged.helper.commands import ENVIRONMENT, MOST_LINES, run
 from edged.helper.protocol import MOST_REQUEST_BYTES
 
 
+async def answered(client: HelperClient) -> None:
+    """Return when there is room for one more who asks: the helper has seen that others are gone."""
+    async with asyncio.timeout(20):
+        while (await ask(client, "status"))[-1]["result"] != "ok":
+            await asyncio.sleep(0.01)
+
+
 async def say(folder: Path, text: bytes, *, end: bool = False) -> dict[str, Any]:
     """The last line of the answer to ``text``; ``end``: nothing more will come."""
     reader, writer = await asyncio.open_unix_connection(str(folder / "helper.sock"))
@@ -68,16 +75,16 @@ def test_what_is_no_request_is_refused_and_the_next_one_is_answered(node: Node, 
 def test_a_request_may_come_in_pieces_but_not_for_ever(
     node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "REQUEST_S", 0.5)
-
     async def asked() -> None:
         async with served(node, tmp_path):
+            monkeypatch.setattr(server, "REQUEST_S", 20)
             reader, writer = await asyncio.open_unix_connection(str(tmp_path / "helper.sock"))
             for piece in (b'{"verb"', b': "sta', b'tus"}\n'):
                 writer.write(piece)
                 await asyncio.sleep(0.05)
             assert b'"ok"' in await reader.read()
             writer.close()
+            monkeypatch.setattr(server, "REQUEST_S", 0.5)
             answer = await say(tmp_path, b'{"verb": ')
             assert answer["reason"] == "request_invalid" and "within" in answer["detail"]
 
@@ -91,13 +98,11 @@ def test_many_at_once_are_bounded(node: Node, tmp_path: Path) -> None:
                 await asyncio.open_unix_connection(str(tmp_path / "helper.sock"))
                 for _ in range(server.MOST_CONNECTIONS)
             ]
-            await asyncio.sleep(0.2)
             answer = (await ask(client, "status"))[-1]
             assert (answer["result"], answer["reason"]) == ("refused", "busy")
             for _, writer in idle:
                 writer.close()
-            await asyncio.sleep(0.2)
-            assert (await ask(client, "status"))[-1]["result"] == "ok"
+            await answered(client)
 
     asyncio.run(asked())
 
@@ -228,10 +233,11 @@ def started(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str]
 
 def test_it_ends_when_it_is_idle_and_leaves_the_socket(tmp_path: Path) -> None:
     with started(tmp_path, "--idle-s", "1.5") as (process, path):
-        assert asyncio.run(HelperClient(path).status())["event"] == "status"
+        # before the question: how long the answer to it takes is nothing of the rest
         began = time.monotonic()
+        assert asyncio.run(HelperClient(path).status())["event"] == "status"
         assert process.wait(20) == 0
-        assert time.monotonic() - began > 1
+        assert time.monotonic() - began > 1.4
         assert path.is_socket(), "the socket is systemd's"
         with socket.socket(socket.AF_UNIX) as waiting:
             waiting.connect(str(path))
@@ -257,7 +263,7 @@ def test_what_it_runs_gets_nothing_of_its_environment_or_its_socket() -> None:
 
 def test_a_program_that_does_not_end_is_ended_with_its_children() -> None:
     began = time.monotonic()
-    ended = asyncio.run(run(["/bin/sh", "-c", "echo here; sleep 60 & wait"], timeout_s=1))
+    ended = asyncio.run(run(["/bin/sh", "-c", "echo here; sleep 60 & wait"], timeout_s=3))
     assert (ended.code, ended.text) == (124, "here") and time.monotonic() - began < 15
 
 

@@ -29,9 +29,9 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def typed(node: Node, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def typed(node: Node, folder: Path, *words: str, start_s: float = 3) -> subprocess.CompletedProcess[str]:
     async def asked() -> subprocess.CompletedProcess[str]:
-        async with served(node, folder):
+        async with served(node, folder, start_s=start_s):
             return await asyncio.to_thread(command, folder, *words)
 
     return asyncio.run(asked())
@@ -159,9 +159,10 @@ def test_status_does_not_call_an_upgrade_by_apt_a_cut(
 
 
 def test_status_shows_what_is_at_work(on_1_0: Node, tmp_path: Path, debs: Debs) -> None:
-    """Asked while the helper goes on with what a cut left."""
+    """Asked while the helper goes on with what a cut left, and has not given the daemon up yet."""
     state = State(on_1_0.state)
     state.keep("1.0", debs["1.0"].read_bytes())
     on_1_0.dpkg("-i", debs["2.1~bad"])
     state.begin(Operation("upgrade", "1.0", "2.1~bad", Phase.WATCHING))
-    assert "at work   upgrade from 1.0 to 2.1~bad: watching" in typed(on_1_0, tmp_path, "status").stdout
+    said = typed(on_1_0, tmp_path, "status", start_s=120).stdout
+    assert "at work   upgrade from 1.0 to 2.1~bad: watching" in said
