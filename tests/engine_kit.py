@@ -26,7 +26,7 @@ from edged.domain.reconcile import FIRMWARE
 from edged.engine import reconciler
 from edged.plugins import Plugins, discover
 from edged.store import audit, floors
-from edged.testing.fake import FakeDevice, FakePlugin, fake_app
+from edged.testing.fake import Bus, FakeDevice, FakePlugin, fake_app
 from edged.testing.faults import Faults, PowerCut, When
 from edged.testing.node import TestNode
 from edged_firmware import release
@@ -156,6 +156,12 @@ async def until(holds: Callable[[], object], timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not holds():
             await asyncio.sleep(0.005)
+
+
+async def unplug(bus: Bus) -> None:
+    """Pull the wire, and wait until whoever had it open has noticed."""
+    bus.lost = True
+    await until(lambda: bus.opened == 0)
 
 
 def until_cut(life: Coroutine[Any, Any, Job], faults: Faults) -> Job | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import attrs
 import pytest
-from engine_kit import IMAGE_BYTES, Place, Publisher, retried
+from engine_kit import IMAGE_BYTES, Place, Publisher, retried, unplug
 
 from edged.api import Label
 from edged.config import Storage
@@ -119,8 +119,7 @@ def test_a_device_that_comes_back_with_its_former_release_is_brought_back(
 async def _brought_back(node: TestNode, place: Place) -> Job:
     """The wire goes and comes, and the job that follows ends."""
     before, bus = len(await node.jobs("dev-1")), place.plugin.bus("bus")
-    bus.lost = True
-    await asyncio.sleep(0.1)
+    await unplug(bus)
     bus.lost = False
     async with asyncio.timeout(20):
         while len(await node.jobs("dev-1")) == before:

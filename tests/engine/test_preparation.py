@@ -112,7 +112,7 @@ def test_a_job_can_be_cancelled_while_the_device_is_asked(place: Place, plugin: 
     async def run() -> None:
         async with life(place.config, place.plugins) as node:
             await node.want("dev-1", "app@2.0.0")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 while not plugin.prepared:
                     await asyncio.sleep(0.005)
             (job,) = await node.jobs("dev-1")
