@@ -25,11 +25,13 @@ from edged.cli.client import Client
 _WITH_FAKE_DEVICES = """
 import sys
 from pathlib import Path
-from edged import app, config
+from edged import app, config, server
 from edged.testing.fake import FakePlugin
 plugin = FakePlugin()
 plugin.bus("slow").bytes_per_s = 2000
 plugin.bus("line").exclusive = True
+# longer than the end may take, so that who waits them out is not taken for a slow machine
+app.HUNG_S = server._CLOSE_S = 60.0
 app.main(config.load(Path(sys.argv[1])), [("fake", plugin)])
 """
 
@@ -140,7 +142,7 @@ class Place:
                 yield process
                 if process.poll() is None:
                     process.terminate()
-                    assert process.wait(10) == 0, process.stderr and process.stderr.read()
+                    assert process.wait(30) == 0, process.stderr and process.stderr.read()
                     self.told += listener.hear("STOPPING=1", process)
             finally:
                 if process.poll() is None:
@@ -174,7 +176,7 @@ class Listener:
         while message := self._socket.recv(4096):
             self._heard.put(message.decode())
 
-    def hear(self, wanted: str, process: subprocess.Popen[str], timeout_s: float = 15) -> list[str]:
+    def hear(self, wanted: str, process: subprocess.Popen[str], timeout_s: float = 60) -> list[str]:
         """What was said since the last call, up to ``wanted``."""
         heard: list[str] = []
         deadline = time.monotonic() + timeout_s
@@ -189,7 +191,7 @@ class Listener:
         return heard
 
 
-def eventually(check: Any, timeout_s: float = 10.0) -> Any:
+def eventually(check: Any, timeout_s: float = 30.0) -> Any:
     """What ``check`` returns as soon as that is true."""
     deadline = time.monotonic() + timeout_s
     while True:

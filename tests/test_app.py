@@ -48,8 +48,8 @@ def test_starts_and_is_ready_without_a_network_and_says_what_is_missing(
         _wishes_wait_for_the_network(place)
         began = time.monotonic()
         process.terminate()
-        assert process.wait(10) == 0
-        assert time.monotonic() - began < 2
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 8, "it waited for somebody"
     assert not place.socket.exists()
     assert stat.S_IMODE(place.state.stat().st_mode) == 0o750
     assert stat.S_IMODE((place.state / "node-key.pem").stat().st_mode) == 0o600
@@ -86,8 +86,8 @@ def test_ends_at_once_even_while_somebody_watches_and_a_job_works(
         eventually(lambda: place.client.get("devices", "slow")["job"]["state"] == "staging")
         began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(10) == 0
-        assert time.monotonic() - began < 2
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 8, "it waited for somebody"
         assert all(event is None or event["kind"] for event in events)
     with place.daemon():
         job = eventually(lambda: place.client.get("jobs", device="slow", state="succeeded")["jobs"])
@@ -127,7 +127,7 @@ def test_a_job_goes_on_after_the_daemon_was_killed_and_whoever_watches_sees_its_
         process.wait()
     assert watcher.poll() is None
     with place.daemon():
-        out, _ = watcher.communicate(timeout=30)
+        out, _ = watcher.communicate(timeout=60)
         assert watcher.returncode == 0, out
         assert "slow: succeeded: runs app@2.0.0" in out
         assert place.client.get("audit", "verify")["intact"]
@@ -137,7 +137,7 @@ def test_a_second_daemon_on_the_same_state_is_refused_and_names_the_first(tmp_pa
     place = Place(tmp_path, extra="").write()
     with place.daemon() as process:
         second = place.spawn(fake=False)
-        _, err = second.communicate(timeout=15)
+        _, err = second.communicate(timeout=60)
         assert second.returncode == 1
         assert err.count("\n") == 1
         says = f"another edged (pid {process.pid}) uses {place.state}; cure: stop it, or set another node.state_dir\n"
@@ -170,7 +170,7 @@ def test_replaces_a_stale_socket_but_nothing_else(tmp_path: Path) -> None:
         assert place.client.get("status")["node"] == "node-1"
     place.socket.write_text("somebody's file")
     second = place.spawn(fake=False)
-    _, err = second.communicate(timeout=15)
+    _, err = second.communicate(timeout=60)
     assert second.returncode == 1
     assert "is no socket" in err
     assert place.socket.read_text() == "somebody's file"
@@ -182,7 +182,7 @@ def test_does_not_take_the_socket_of_a_living_process(tmp_path: Path) -> None:
         other.bind(str(place.socket))
         other.listen()
         second = place.spawn(fake=False)
-        _, err = second.communicate(timeout=15)
+        _, err = second.communicate(timeout=60)
         assert second.returncode == 1
         assert "another process answers" in err
 
@@ -212,7 +212,7 @@ def test_serves_on_the_socket_that_systemd_opened_and_leaves_it_there(tmp_path: 
         after = place.socket.stat()
         assert (after.st_ino, after.st_mode, after.st_gid) == (before.st_ino, before.st_mode, before.st_gid)
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(30) == 0
         assert place.socket.stat().st_ino == before.st_ino
 
 
@@ -435,7 +435,7 @@ class Hanging(FakePlugin):
                     with suppress(asyncio.CancelledError):
                         await asyncio.sleep(3600)
 
-app.END_S, app.HUNG_S = 1.5, 0.1
+app.END_S, app.HUNG_S = 3.0, 0.1
 app.main(load(Path(sys.argv[1])), [("fake", Hanging())])
 """
 
@@ -449,7 +449,7 @@ def test_ends_within_seconds_though_a_mapper_does_not(tmp_path: Path, publisher:
         eventually(place.socket.exists)
         eventually(lambda: place.client.get("status")["devices"]["running"])
         process.terminate()
-        _, said = process.communicate(timeout=8)
+        _, said = process.communicate(timeout=30)
     finally:
         process.kill()
         process.wait()

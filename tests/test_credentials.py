@@ -64,7 +64,7 @@ def test_metadata_and_image_are_fetched_with_it(tmp_path: Path) -> None:
             assert place.run("deploy", "app@2.0.0", "--to", "one", "--wait").code == 0
             assert place.client.get("status")["problems"] == []
             process.terminate()
-            process.wait(10)
+            process.wait(30)
             assert process.stderr is not None
             assert "let-me-in" not in process.stderr.read()
 

@@ -30,7 +30,7 @@ def ask(place: Place, method: str, target: str, body: bytes | None = None) -> tu
     """Status and JSON of one raw request."""
     connection = http.client.HTTPConnection("edged")
     connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.settimeout(10)
+    connection.sock.settimeout(60)
     connection.sock.connect(str(place.socket))
     try:
         connection.request(method, target, body)
@@ -277,7 +277,7 @@ def test_taking_a_wish_back_makes_no_job(place: Place) -> None:
 
 def test_a_file_of_the_socket_is_no_way_in_for_http_of_others(place: Place) -> None:
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(5)
+        sock.settimeout(60)
         sock.connect(str(place.socket))
         sock.sendall(b"\x00\x01garbage\r\n\r\n")
         assert b"400" in sock.recv(4096)

@@ -130,7 +130,7 @@ def test_nobody_is_asked_about_a_plan_that_is_refused(place: Place) -> None:
         "one",
     ]
     try:
-        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False, timeout=30)
+        done = subprocess.run(command, stdin=stdin, capture_output=True, text=True, check=False, timeout=60)
     finally:
         os.close(terminal)
         os.close(stdin)
@@ -164,19 +164,20 @@ def test_twins_are_read_and_set(place: Place) -> None:
     assert place.run("twin", "set", "one", "firmware=app").code == 2
 
 
-def test_a_value_cannot_command_the_terminal(place: Place) -> None:
-    answer = place.run("twin", "set", "one", r'evil="\u001b[31m\u202eexe\u009b2J\nPROBLEM"', "tame=grün")
+def test_a_value_cannot_command_the_terminal(odd: Place) -> None:
+    # the hardware is not what was configured, so that nobody tells it of wishes, nor takes its reports
+    answer = odd.run("twin", "set", "other", r'evil="\u001b[31m\u202eexe\u009b2J\nPROBLEM"', "tame=grün")
     assert answer.code == 0, answer.err
-    for words in (["twin", "get", "one"], ["device", "show", "one"]):
-        lines = place.run(*words).out.splitlines()
+    for words in (["twin", "get", "other"], ["device", "show", "other"]):
+        lines = odd.run(*words).out.splitlines()
         (line,) = [line for line in lines if line.startswith("evil")]
         assert line.split() == ["evil", r"\x1b[31m\u202eexe\x9b2J\nPROBLEM", "-"]
         (tame,) = [line for line in lines if line.startswith("tame")]
         assert tame.split() == ["tame", "grün", "-"]
         assert tame.rindex("-") == line.rindex("-"), "columns are as wide as what is shown"
-    held = place.run("twin", "get", "one", "--json").json["desired"]["evil"]["value"]
+    held = odd.run("twin", "get", "other", "--json").json["desired"]["evil"]["value"]
     assert held == "\x1b[31m\u202eexe\x9b2J\nPROBLEM"
-    assert place.run("twin", "set", "one", "evil=null", "tame=null").code == 0
+    assert odd.run("twin", "set", "other", "evil=null", "tame=null").code == 0
 
 
 def test_a_value_without_an_encoding_is_refused_and_one_that_is_there_is_shown(

@@ -169,4 +169,4 @@ def _at_terminal(command: list[str]) -> tuple[int, str]:
         pass  # the terminal is closed with its last process
     finally:
         os.close(master)
-    return process.wait(10), seen.getvalue().decode()
+    return process.wait(30), seen.getvalue().decode()
