@@ -16,7 +16,7 @@ def test_says_the_states_of_the_protocol(tmp_path: Path, abstract: bool) -> None
     address = f"@edged-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
         listener.bind("\0" + address[1:] if abstract else address)
-        listener.settimeout(2)
+        listener.settimeout(20)
         notifier = Notifier.from_environment({"NOTIFY_SOCKET": address})
         notifier.ready()
         notifier.status("two\nlines")

@@ -88,7 +88,7 @@ def test_what_a_full_disk_did_not_take_is_stored_later_unless_it_is_old(tmp_path
         await taken.flush()
         await taken.put("one", Reported("level", 2))
         task = asyncio.create_task(taken.run())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while await reported(store, "one") != {"level": 2, "mode": "auto"}:
                 await asyncio.sleep(0.01)
         task.cancel()
@@ -207,7 +207,7 @@ def test_a_chatty_device_is_written_once_an_interval_and_a_quiet_one_at_once(tmp
             for number, pause_s in enumerate((0.0, 0.0, 4.0, 60.0)):
                 clock.seconds += pause_s
                 await taken.put("one", Reported("uptime", number))
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(20):
                     while counting.writes <= number or await reported(counting, "one") != {"uptime": number}:
                         await asyncio.sleep(0.001)
             running.cancel()

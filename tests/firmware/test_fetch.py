@@ -493,7 +493,7 @@ def test_nobody_there(node: Node) -> None:
 
 
 def test_a_server_that_drips_is_a_stall(node: Node) -> None:
-    node.stall_s = 0.3
+    node.stall_s = 1.0
 
     async def drip(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -679,13 +679,13 @@ def test_a_thread_that_writes_is_waited_for(
 
     def slow(fd: int, data: memoryview, offset: int) -> int:
         writing.set()
-        go_on.wait(5)
+        go_on.wait(20)
         late.append(real(fd, data, offset))
         return late[-1]
 
     async def scenario() -> None:
         task = asyncio.create_task(node.fetch(str(published)))
-        assert await asyncio.to_thread(writing.wait, 5)
+        assert await asyncio.to_thread(writing.wait, 20)
         task.cancel()
         await asyncio.sleep(0.02)
         task.cancel()

@@ -417,7 +417,7 @@ def test_a_cancelled_opening_leaves_nothing_open(tmp_path: Path, monkeypatch: py
     def slow(path: Any, *arguments: Any, **keywords: Any) -> int:
         if Path(path) == tmp_path / "f":
             opening.set()
-            go_on.wait(5)
+            go_on.wait(20)
         return real(path, *arguments, **keywords)
 
     monkeypatch.setattr(os, "open", slow)
@@ -426,12 +426,12 @@ def test_a_cancelled_opening_leaves_nothing_open(tmp_path: Path, monkeypatch: py
         before = descriptors()
         source = FileSource(tmp_path / "f")
         task = asyncio.create_task(source.__aenter__())
-        assert await asyncio.to_thread(opening.wait, 5)
+        assert await asyncio.to_thread(opening.wait, 20)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         go_on.set()
-        for _ in range(500):
+        for _ in range(2000):
             if descriptors() == before:
                 return
             await asyncio.sleep(0.01)

@@ -104,8 +104,8 @@ class Client:
             time_floor=self.time_floor,
             seen=self.seen,
             offline_grace_s=self.grace.total_seconds(),
-            socket_timeout_s=2.0,
-            timeout_s=20.0,
+            socket_timeout_s=20.0,
+            timeout_s=60.0,
         )
         return replace(request, **changes)
 

@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +14,7 @@ from store_kit import HandClock, make_job, raw, read, write
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.store import Store, Tx, audit, database, jobs, meta, migrations, twins
+from edged.store.files import locked_folder
 
 CHILD = Path(__file__).with_name("store_child.py")
 
@@ -37,7 +37,7 @@ class Gate:
 
     def __call__(self, tx: Tx) -> None:
         self.entered.set()
-        assert self._go.wait(10)
+        assert self._go.wait(60)
 
     def open(self) -> None:
         self._go.set()
@@ -46,7 +46,7 @@ class Gate:
 async def hold(store: Store) -> tuple[Gate, asyncio.Task[None]]:
     gate = Gate()
     task = asyncio.create_task(store.write(gate))
-    assert await asyncio.to_thread(gate.entered.wait, 10)
+    assert await asyncio.to_thread(gate.entered.wait, 60)
     return gate, task
 
 
@@ -112,7 +112,7 @@ def test_nobody_is_answered_before_the_shared_commit(path: Path) -> None:
             late = asyncio.create_task(store.write(second_gate))
             await asyncio.sleep(0)
             first_gate.open()
-            assert await asyncio.to_thread(second_gate.entered.wait, 10)
+            assert await asyncio.to_thread(second_gate.entered.wait, 60)
             await first
             await asyncio.sleep(0.05)
             assert not early.done(), "its closure has run, its commit has not"
@@ -215,7 +215,7 @@ def test_reads_go_on_while_the_writer_is_busy_and_see_only_what_is_committed(pat
             await store.write(put("a"))
             gate, first = await hold(store)
             waiting = asyncio.create_task(store.write(put("b")))
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 assert await store.read(lambda tx: (meta.get(tx, "a"), meta.get(tx, "b"))) == ("x", None)
             gate.open()
             await asyncio.gather(first, waiting)
@@ -254,7 +254,7 @@ def test_a_ping_goes_through_the_writer_and_writes_nothing(path: Path) -> None:
 def test_a_closure_that_raises_stop_iteration_does_not_hang_its_caller(path: Path) -> None:
     async def main() -> None:
         async with Store.open(path, HandClock()) as store:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 with pytest.raises(RuntimeError, match="StopIteration"):
                     await store.write(lambda tx: next(iter([])))
 
@@ -298,7 +298,7 @@ def test_a_bug_in_the_writer_reaches_everybody_who_waits(path: Path) -> None:
             await asyncio.sleep(0)
             clock.broken = True
             gate.open()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 await first
                 found = await asyncio.gather(*tasks, return_exceptions=True)
                 assert [type(error) for error in found] == [Permanent] * 3
@@ -612,22 +612,22 @@ def test_an_io_error_is_permanent_unless_the_disk_is_full(
 
 
 def test_opening_does_not_block_the_event_loop(path: Path) -> None:
+    """Who waited on the loop for the folder, which another process opens, or for the writer would wait for ever here."""
     fill(path)
 
-    async def main() -> float:
-        longest, last = 0.0, time.monotonic()
-
-        async def beat() -> None:
-            nonlocal longest, last
-            while True:
-                await asyncio.sleep(0.001)
-                now = time.monotonic()
-                longest, last = max(longest, now - last), now
-
-        task = asyncio.create_task(beat())
+    async def opened() -> None:
         async with Store.open(path, HandClock()) as store:
-            await asyncio.gather(*(store.write(put(str(i))) for i in range(50)))
-        task.cancel()
-        return longest
+            gate, first = await hold(store)
+            rest = [asyncio.create_task(store.write(put(str(i)))) for i in range(50)]
+            await asyncio.sleep(0.02)
+            gate.open()
+            await asyncio.gather(first, *rest)
 
-    assert asyncio.run(main()) < 1.0
+    async def main() -> None:
+        with locked_folder(path.parent):
+            opening = asyncio.create_task(opened())
+            await asyncio.sleep(0.1)
+            assert not opening.done()
+        await opening
+
+    asyncio.run(main())
