@@ -409,7 +409,7 @@ def test_the_wrong_hardware_is_seen_before_anything_is_sent(tmp_path: Path) -> N
 
 
 def test_what_devices_report_is_kept_and_what_they_should_have_is_told_them(tmp_path: Path) -> None:
-    place = Place(tmp_path).write()
+    place = Place(tmp_path, extra=DEVICES + "[storage]\nreport_interval_s = 0.5\n").write()
     with place.daemon():
         eventually(lambda: "app_version" in place.client.get("devices", "one", "twin")["reported"])
         assert place.run("twin", "set", "one", "interval=5", "name=pump").code == 0

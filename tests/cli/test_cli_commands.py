@@ -535,12 +535,19 @@ def test_the_node_is_not_restarted_while_a_device_is_between_two_images(
     tmp_path: Path, publisher: Publisher
 ) -> None:
     """Exit code 4 is the helper's absence: so far it came."""
-    place = Place(tmp_path, publisher, extra=DEVICES.replace("fake:bus", "fake:slow")).write()
+    mine = publisher.copy(tmp_path / "publisher")
+    # six seconds on that wire, and nothing is read out before: what it runs is published
+    mine.add("4.0.0", fake_app("4.0.0", 12 * 1024))
+    mine.publish()
+    devices = DEVICES.replace("fake:bus", "fake:slow").replace(
+        '{app = "1.0.0"}', '{app = "1.0.0", reads_back = false}'
+    )
+    place = Place(tmp_path / "node", mine, extra=devices).write()
     restart = ("node", "reboot", "--helper", str(tmp_path / "helper.sock"))
     assert place.run(*restart).code == 4, "no daemon answers"
     with place.daemon():
         assert place.run(*restart).code == 4
-        assert place.run("deploy", "app@2.0.0", "--to", "one", "--yes").code == 0
+        assert place.run("deploy", "app@4.0.0", "--to", "one", "--yes").code == 0
         eventually(lambda: place.client.get("devices", "one")["job"]["state"] == "staging")
         refused = place.run(*restart)
         assert refused.code == 3

@@ -17,6 +17,7 @@ from engine_kit import published
 
 from edged.cli import watch
 from edged.cli.client import ApiError, Client, Unreachable
+from edged.testing.fake import fake_app
 
 
 def job(state: str, **fields: Any) -> dict[str, Any]:
@@ -129,9 +130,13 @@ def test_a_job_that_is_not_made_yet_is_the_next_one_of_its_device() -> None:
 def test_bars_at_a_terminal(tmp_path: Path) -> None:
     speed = DEVICES.partition("[[device]]")[0] + (
         '[[device]]\nid = "slow"\nmodel = "widget"\nmapper = "fake"\naddress = "fake:slow/slow"\n'
-        'config = {app = "1.0.0", slot_count = 2}\n'
+        'config = {app = "1.0.0", slot_count = 2, reads_back = false}\n'
     )
-    place = Place(tmp_path / "node", published(tmp_path), extra=speed).write()
+    publisher = published(tmp_path)
+    # four seconds on that wire: the command loads its bars meanwhile
+    publisher.add("4.0.0", fake_app("4.0.0", 8192))
+    publisher.publish()
+    place = Place(tmp_path / "node", publisher, extra=speed).write()
     command = [
         sys.executable,
         "-m",
@@ -139,7 +144,7 @@ def test_bars_at_a_terminal(tmp_path: Path) -> None:
         "--config",
         str(place.config),
         "deploy",
-        "app@2.0.0",
+        "app@4.0.0",
         "--to",
         "slow",
         "--wait",
@@ -151,7 +156,7 @@ def test_bars_at_a_terminal(tmp_path: Path) -> None:
     assert "slow write" in text
     assert "KiB/s" in text
     assert "s left" in text
-    assert "slow: succeeded: runs app@2.0.0 (version=2.0.0)" in text
+    assert "slow: succeeded: runs app@4.0.0 (version=4.0.0)" in text
 
 
 def _at_terminal(command: list[str]) -> tuple[int, str]:

@@ -374,7 +374,8 @@ def test_a_lost_wire_is_gone_on_from(place: Place) -> None:
 
 def test_cancelling_goes_back(place: Place) -> None:
     device = place.device()
-    place.plugin.bus("bus").bytes_per_s = 20_000
+    bus = place.plugin.bus("bus")
+    bus.bytes_per_s = 20_000
 
     async def run() -> None:
         from edged.engine.reconciler import cancel
@@ -384,12 +385,15 @@ def test_cancelling_goes_back(place: Place) -> None:
             async with asyncio.timeout(20):
                 while device.counts.received < 700:
                     await asyncio.sleep(0.005)
+            # so that it is not through before the store has answered twice
+            bus.bytes_per_s = 500
             (job,) = await node.jobs("dev-1")
 
             def change(tx):  # type: ignore[no-untyped-def]
                 return cancel(tx, jobs.get(tx, job.id), Reason.CANCELLED, "tester")
 
             node.engine.job_changed(await node.store.write(change))
+            bus.bytes_per_s = 20_000
             job = await node.ended("dev-1")
             assert (job.state, job.reason) == (State.REVERTED, Reason.CANCELLED)
             assert device.app is not None and device.app.version == "1.0.0"
