@@ -37,7 +37,7 @@ SECOND = [(0, bytes(range(255, -1, -1)) * 64)]
 
 
 def _on_broker(port: int, name: str) -> Any:
-    return replace(mqtt_device(port, name, silence_s=1.5), address=f"mqtt:127.0.0.1:{port}/devices/{name}")
+    return replace(mqtt_device(port, name), address=f"mqtt:127.0.0.1:{port}/devices/{name}")
 
 
 def test_conformance(edged_conformance: Any, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_a_broker_that_restarts_in_the_middle_costs_one_download_more_at_most(tm
     plant = Plant(tmp_path / "plant")
     plant.publish("1.0.0", "2.0.0")
     broker = Mosquitto(tmp_path)
-    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1", silence_s=2)
+    plant.device(address=f"mqtt:127.0.0.1:{broker.port}/devices/pump-1", silence_s=4)
     device = PullingDevice(broker.port, prefix="devices/pump-1/", delay_s=0.01)
 
     async def run() -> None:
@@ -322,7 +322,7 @@ class Guest:
         return True
 
     async def until(self, count: int) -> list[tuple[str, bytes]]:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(20):
             while len(self.heard_all) < count:
                 self.news.clear()
                 await self.news.wait()
@@ -431,7 +431,7 @@ def test_what_the_broker_kept_waits_for_the_session(tmp_path: Path, monkeypatch:
             monkeypatch.setattr(subject, "HELD_S", 60.0)
             monkeypatch.setattr(subject, "MOST_HELD_BYTES", 1000)
             await say(broker.port, *((f"a/{TELEMETRY}", bytes(200)) for _ in range(4)))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 while env.counted["dropped"] < 2:
                     await asyncio.sleep(0.01)
             await held(link, "a", 2)
@@ -462,7 +462,7 @@ def test_what_one_device_says_before_its_session_leaves_room_for_what_others_do(
 
 
 async def held(link: Broker, prefix: str, count: int) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while len(link._held._messages.get(prefix, ())) != count:
             await asyncio.sleep(0.01)
 
@@ -513,7 +513,7 @@ def test_what_is_told_comes_before_what_is_sent_later(tmp_path: Path) -> None:
             await guest.until(1)
             seat.tell("told", b"")
             await seat.send("sent", b"")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(20):
                 found = [str((await anext(device.messages)).topic) for _ in range(2)]
             assert found == ["a/told", "a/sent"]
 
@@ -555,7 +555,7 @@ def test_a_session_that_begins_while_the_connection_is_made_anew_hears_its_devic
 def test_a_session_whose_subscription_the_broker_does_not_answer_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(subject, "CONNECT_S", 1.0)
+    monkeypatch.setattr(subject, "CONNECT_S", 2.5)
 
     async def run() -> None:
         async with connected(broker.port) as (link, _):
@@ -573,7 +573,8 @@ def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs, and so much is on its way to it that nothing more fits in."""
-    monkeypatch.setattr(subject, "CONNECT_S", 1.0)
+
+    monkeypatch.setattr(subject, "CONNECT_S", 1.5)
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
@@ -586,7 +587,7 @@ def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
                     for _ in range(64):
                         await seat.send("x", bytes(subject.LARGE_BYTES))
                 begun = loop.time()
-            assert loop.time() - begun >= 1.0, "it took the farewell"
+            assert loop.time() - begun >= 1.5, "it took the farewell"
 
     with Mosquitto(tmp_path).running() as broker:
         asyncio.run(run())

@@ -9,13 +9,13 @@ import json
 import re
 import ssl
 import subprocess
-import time
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from broker_kit import Mosquitto
+from cli_kit import eventually
 from click.testing import CliRunner
 from mqtt_kit import PullingDevice
 from mqtt_node import Authority, Plant, awaited, deployed, image_bytes, vendor_device
@@ -246,16 +246,32 @@ def broker(tmp_path: Path) -> Any:
 
 
 class Ear:
-    """``user`` subscribes ``topic`` for ``seconds``; ``heard`` is what came."""
+    """``user`` subscribes ``topic``, from now on; ``heard`` is what came before :data:`LAST` of ``of``."""
 
-    def __init__(self, port: int, user: str, topic: str, seconds: int = 3) -> None:
-        command = ["mosquitto_sub", "-p", str(port), "-u", user, "-P", f"{user}-secret", "-t", topic, "-v"]
+    def __init__(self, broker: Mosquitto, user: str, topic: str) -> None:
+        command = ["mosquitto_sub", "-p", str(broker.port), "-u", user, "-P", f"{user}-secret", "-t", topic]
         self._process = subprocess.Popen(
-            [*command, "-W", str(seconds)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            [*command, "-v", "-i", f"ear-{user}", "-W", "60"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
+        eventually(lambda: f"Sending SUBACK to ear-{user}" in broker.log)
 
-    def heard(self) -> list[str]:
-        return self._process.communicate()[0].splitlines()
+    def heard(self, of: str) -> list[str]:
+        with self._process as process:
+            assert process.stdout is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line.rstrip("\n"))
+                if lines[-1] == f"devices/{of}/{LAST} x":
+                    break
+            process.kill()
+        assert lines and lines.pop() == f"devices/{of}/{LAST} x", "it did not hear all"
+        return [line for line in lines if LAST not in line]
+
+
+LAST = "v1/devices/me/attributes/response/last"
 
 
 def say(port: int, user: str, topic: str) -> None:
@@ -282,9 +298,8 @@ def say(port: int, user: str, topic: str) -> None:
 
 def test_one_device_cannot_cross_into_another_s_topics(broker: Mosquitto) -> None:
     port = broker.port
-    node = Ear(port, "edged", "devices/#")
-    ears = {name: Ear(port, name, "#") for name in ("pump-1", "pump-2")}
-    time.sleep(1)
+    node = Ear(broker, "edged", "devices/#")
+    ears = {name: Ear(broker, name, "#") for name in ("pump-1", "pump-2")}
     own = ["v1/devices/me/telemetry", "v1/devices/me/attributes", "v2/fw/request/1/chunk/0"]
     for topic in own:
         say(port, "pump-1", f"devices/pump-1/{topic}")
@@ -294,11 +309,13 @@ def test_one_device_cannot_cross_into_another_s_topics(broker: Mosquitto) -> Non
     say(port, "pump-1", "devices/pump-1/v2/fw/response/1/chunk/0")
     say(port, "pump-1", "elsewhere")
     say(port, "edged", "devices/pump-2/v2/fw/response/1/chunk/0")
-    assert sorted(node.heard()) == sorted(
+    for name in ears:
+        say(port, "edged", f"devices/{name}/{LAST}")
+    assert sorted(node.heard("pump-2")) == sorted(
         [*(f"devices/pump-1/{topic} x" for topic in own), "devices/pump-2/v2/fw/response/1/chunk/0 x"]
     )
-    assert ears["pump-2"].heard() == ["devices/pump-2/v2/fw/response/1/chunk/0 x"]
-    assert ears["pump-1"].heard() == ["devices/pump-1/v1/devices/me/attributes x"]
+    assert ears["pump-2"].heard("pump-2") == ["devices/pump-2/v2/fw/response/1/chunk/0 x"]
+    assert ears["pump-1"].heard("pump-1") == ["devices/pump-1/v1/devices/me/attributes x"]
 
 
 def test_the_vendors_client_needs_no_more_than_the_list_allows(

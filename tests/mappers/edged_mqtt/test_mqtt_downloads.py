@@ -130,11 +130,11 @@ def test_a_device_that_fetches_its_chunks_backwards_has_time_to_install() -> Non
 
     async def run() -> None:
         image = await image_of(data)
-        async with talking(silence_s=0.3) as (client, session, counted):
+        async with talking(silence_s=1.5) as (client, session, counted):
             staging = await offered(client, session, image)
             parts = [await fetched(client, chunk, b"4096") for chunk in reversed(range(10))]
             assert b"".join(reversed(parts)) == data
-            await asyncio.sleep(0.8)
+            await asyncio.sleep(2)
             assert not staging.done() and not counted["silent"]
             says(client, **_NEW)
             await staging
@@ -334,15 +334,15 @@ def test_a_device_that_is_about_to_boot_has_its_time_before_it_is_believed_to_ru
     """It may take longer to check and to install than to say what it runs."""
 
     async def run() -> None:
-        async with talking(report_s=0.2, install_s=1.2) as (client, session, _):
+        async with talking(report_s=0.2, install_s=4) as (client, session, _):
             says(client, **_OLD, fw_state="UPDATING")
             assert (await session.slots()).slots[0].runs == "1.0.0"  # type: ignore[attr-defined]
             for _ in range(2):
                 says(client, **_OLD, fw_state="UPDATING")
-                with pytest.raises(Transient, match="says UPDATING; .* awaited for 1.2 s") as caught:
+                with pytest.raises(Transient, match="says UPDATING; .* awaited for 4 s") as caught:
                     await session.slots()  # type: ignore[attr-defined]
                 assert caught.value.reason is Reason.DEVICE_ABSENT
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(4)
             assert (await session.slots()).slots[0].runs == "1.0.0"  # type: ignore[attr-defined]
             says(client, **_NEW)
             await until(lambda: session._told.version == "2.0.0")  # type: ignore[attr-defined]

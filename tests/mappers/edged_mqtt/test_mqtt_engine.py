@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 import pytest
+from engine_kit import until
 from mqtt_kit import PullingDevice
 from mqtt_node import IMAGE_BYTES, Plant, deployed, image_bytes
 
@@ -248,15 +249,13 @@ def test_a_cancelled_job_withdraws_the_offer_and_leaves_the_device_as_it_was(pla
         async with running(plant, device) as node:
             await _first(node)
             await node.want("pump-1", "pump@2.0.0")
-            async with asyncio.timeout(10):
-                while device.written < 8 * 4096:
-                    await asyncio.sleep(0.01)
+            await until(lambda: device.written >= 8 * 4096)
+            # a while for those that come until the wish to cancel is stored
+            device.delay_s = 0.5
             node.engine.job_changed(await node.store.write(_cancel))
             job = await node.ended("pump-1")
             assert (job.state, job.reason) == (State.REVERTED, Reason.CANCELLED), job.detail
-            async with asyncio.timeout(10):
-                while "fw_version" not in device.deleted:  # the offer is withdrawn
-                    await asyncio.sleep(0.01)
+            await until(lambda: "fw_version" in device.deleted)  # the offer is withdrawn
             assert device.version == "1.0.0" and device.written < IMAGE_BYTES
 
     asyncio.run(run())
@@ -408,7 +407,6 @@ def test_health_that_was_reported_before_the_update_is_none(
 
 def test_what_was_said_on_another_connection_is_not_believed(plant: Plant) -> None:
     """It goes back while it is away, and takes its time to say so."""
-    plant.devices[0].config["report_s"] = 3.0
     device = pump(plant, asks_again=False)
 
     async def run() -> None:
@@ -419,7 +417,7 @@ def test_what_was_said_on_another_connection_is_not_believed(plant: Plant) -> No
             await _reboots(device, "1.0.0")
             await node.want("pump-1", "pump@2.0.0")
             asyncio.get_running_loop().call_later(1, says)
-            async with node.sessions["pump-1"].lease(5) as lease:
+            async with node.sessions["pump-1"].lease(20) as lease:
                 slots = await lease.session.slots()  # type: ignore[attr-defined]
                 assert slots.active.runs == "1.0.0"
 
@@ -428,7 +426,6 @@ def test_what_was_said_on_another_connection_is_not_believed(plant: Plant) -> No
 
 @pytest.mark.parametrize("version", ["2.0.0", "1.0.0"])
 def test_a_state_may_come_in_a_message_before_the_version(plant: Plant, version: str) -> None:
-    plant.devices[0].config["report_s"] = 2.0
     device = pump(plant)
 
     async def boot() -> None:
@@ -484,7 +481,8 @@ def test_a_device_that_does_not_ask_for_what_it_is_offered_uses_up_no_attempt(pl
     """It sleeps, on a connection that nobody closed."""
     plant.devices[0].config["silence_s"] = 0.3
     plant.engine = attrs.evolve(plant.engine, max_attempts=2)
-    device = pump(plant)
+    # few requests: it is the offer that it is silent to
+    device = pump(plant, chunk_bytes=65_536)
 
     async def run() -> None:
         async with running(plant, device) as node:

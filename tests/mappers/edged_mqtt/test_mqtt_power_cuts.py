@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 from engine_kit import at_once, cut_at_each, moments, through_cuts, until_cut
 from mqtt_kit import PullingDevice
@@ -27,7 +28,9 @@ from edged.testing.faults import Faults, When
 from edged.testing.node import TestNode, life
 
 SIZE = 20_000
-HEALTH = HealthSettings(kind="property", query="build", pattern="build={identifies_as}", timeout_s=0.2)
+HEALTH = HealthSettings(kind="property", query="build", pattern="build={identifies_as}", timeout_s=20)
+SOON_ILL = attrs.evolve(HEALTH, timeout_s=0.2)
+"""Where the check has to fail. One that passes has its time, or the first moment without it would be a way back."""
 TORN = ("device.erase", "device.chunk")
 TRIES = 5
 SCENARIOS = {"good": ("2.0.0", State.SUCCEEDED, "2.0.0"), "bad": ("3.0.0", State.REVERTED, "1.0.0")}
@@ -69,8 +72,8 @@ class World:
     def __init__(self, folder: Path, begin: Path, name: str, device_faults: Faults | None = None) -> None:
         self.version, self.state, self.runs = SCENARIOS[name]
         shutil.copytree(begin, folder)
-        self.plant = Plant(folder, health=HEALTH)
-        self.plant.device(silence_s=2.0)
+        self.plant = Plant(folder, health=SOON_ILL if self.state is State.REVERTED else HEALTH)
+        self.plant.device(silence_s=20.0)
         self.runs_now, self.flash, self.written = "1.0.0", bytearray(), 0
         self.cuts = self.fallen = 0
         self.device_faults = device_faults

@@ -44,7 +44,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plant:
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", "")
     plant = Plant(tmp_path / "plant")
     plant.publish("1.0.0", "2.0.0")
-    plant.device(silence_s=0.6, install_s=2.0)
+    plant.device()
     return plant
 
 
@@ -56,6 +56,7 @@ def _quiet(phase: Phase, done_bytes: int, total_bytes: int) -> None:
 
 
 def test_a_device_that_falls_silent_is_offered_the_image_again_where_it_is(plant: Plant) -> None:
+    plant.devices[0].config["silence_s"] = 2.5
     device = PullingDevice(plant.port, "token-of-pump-1")
     asked, silent = device.ask, list[int]()
 
@@ -360,7 +361,7 @@ def test_hundreds_of_devices_that_come_back_at_once_are_all_served_and_never_too
 def _boards(plant: Plant) -> tuple[PullingDevice, PullingDevice]:
     """What the plant expects behind the credential, and what it does not."""
     plant.hardware_ids = ("rev-c",)
-    plant.devices[0].config.update(hardware_key="board", report_s=2.0)
+    plant.devices[0].config["hardware_key"] = "board"
     token = "token-of-pump-1"
     return (
         PullingDevice(plant.port, token, values={"board": "rev-c"}),

@@ -64,8 +64,8 @@ def test_a_device_with_a_password_is_known_by_both(plant: Plant) -> None:
     async def run() -> None:
         async with life(plant.config, plant.plugins) as node:
             wrong.start()
-            await asyncio.sleep(1.5)
-            assert "refused: 4" in wrong.log and not wrong.connected.is_set()
+            await until(lambda: "refused: 4" in wrong.log)
+            assert not wrong.connected.is_set()
             right.start()
             try:
                 assert (await deployed(node, "pump@1.0.0")).state is State.SUCCEEDED
@@ -117,7 +117,8 @@ def test_a_probe_tells_what_a_device_said_and_sends_nothing(plant: Plant) -> Non
             device.start()
             async with SPEC.connect(described, device_env("pump-1", pool)) as session:
                 await session.slots()  # type: ignore[attr-defined]
-                await asyncio.sleep(0.3)  # what the device asked for is answered by then
+                await until(lambda: b"attributes/response/1" in device.received)
+                await asyncio.sleep(0.3)
                 before = len(device.received)
                 found = await SPEC.probe(address, device_env("probe", pool))
                 assert found is not None and found.serial_number == "pump-1"
@@ -155,8 +156,9 @@ address = "{address}"
 
     async def run() -> None:
         device.start()
-        await asyncio.to_thread(eventually, is_told)
-        await asyncio.sleep(0.3)  # what the device asked for is answered by then
+        await asyncio.to_thread(eventually, is_told, 20)
+        await until(lambda: b"attributes/response/1" in device.received)
+        await asyncio.sleep(0.3)
         before = bytes(device.received)
         answer = await asyncio.to_thread(place.run, "mapper", "probe", address)
         await asyncio.sleep(0.1)
