@@ -105,7 +105,7 @@ class Site:
         table = {
             "request_id": wiring.receives,
             "response_id": wiring.sends,
-            "answer_s": 0.3,
+            "answer_s": 5,
             "boot_s": 2.0,
             "settle_s": 0,
             "security": {"algorithm": "xor", "credential": "ecu"},

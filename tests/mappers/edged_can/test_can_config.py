@@ -404,7 +404,7 @@ def test_a_session_is_left_again_whose_beginning_nobody_heard_of() -> None:
         return [] if begins else [frame]
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{name}", properties=POLLED)) as session:
+        async with connected(device(f"can:virtual@{name}", properties=POLLED, answer_s=1)) as session:
             with pytest.raises(Transient, match="no answer") as caught:
                 await session.apply(Desired("enabled", False, 1))
             assert caught.value.reason is Reason.NO_RESPONSE
@@ -516,7 +516,7 @@ def test_a_key_that_may_have_been_refused_is_not_sent_for_ever(
 
     secret(monkeypatch, tmp_path, "hex:00000001")
     name, controller = bus_name(), Controller()
-    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+    to, pool, spec = device(f"can:virtual@{name}", answer_s=1), LinkPool(LINKS), fresh()
 
     async def body() -> None:
         for number in range(2):
@@ -553,7 +553,7 @@ def test_a_key_whose_answer_was_lost_once_is_sent_again(
 
     secret(monkeypatch, tmp_path)
     name, controller = bus_name(), Controller()
-    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+    to, pool, spec = device(f"can:virtual@{name}", answer_s=1), LinkPool(LINKS), fresh()
 
     async def body() -> None:
         for _ in range(3):
@@ -576,12 +576,12 @@ def test_a_refusal_is_stored_though_nobody_waits_for_it(
     async def body() -> None:
         digests, going = _held_digests(monkeypatch)
         attempting = asyncio.create_task(_prepared(to, pool, fresh()))
-        assert await asyncio.to_thread(digests.wait, 5)
+        assert await asyncio.to_thread(digests.wait, 20)
         attempting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await attempting
         going.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             while await device_env("ecu", pool).recall("refused-key/1") is None:
                 await asyncio.sleep(0.01)
         with pytest.raises(Permanent, match="invalidKey"):
@@ -604,7 +604,7 @@ def _held_digests(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, thr
 
     def held(*args: Any, **kwargs: Any) -> bytes:
         begun.set()
-        assert going.wait(10)
+        assert going.wait(40)
         return scrypt(*args, **kwargs)
 
     monkeypatch.setattr("edged_can.refused.hashlib.scrypt", held)
@@ -675,7 +675,7 @@ def test_a_device_is_left_alone_also_where_the_first_to_wait_is_cancelled(
 ) -> None:
     secret(monkeypatch, tmp_path)
     name, controller, deaf = bus_name(), Controller(), list[bool]()
-    to, pool, spec = device(f"can:virtual@{name}"), LinkPool(LINKS), fresh()
+    to, pool, spec = device(f"can:virtual@{name}", answer_s=1), LinkPool(LINKS), fresh()
 
     def wire(way: str, frame: bytes) -> list[bytes]:
         return [] if deaf and way == "in" and frame[1:3] == b"\x10\x01" else [frame]
@@ -688,7 +688,7 @@ def test_a_device_is_left_alone_also_where_the_first_to_wait_is_cancelled(
         async with connected(to, pool, spec) as session:
             await session.prepare(await verified(make_app("1.2.0")))
             deaf.append(True)
-        left = time.monotonic()
+            left = time.monotonic()
         task = asyncio.create_task(connect())
         await asyncio.sleep(0.3)
         task.cancel()

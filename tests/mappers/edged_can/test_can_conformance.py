@@ -22,6 +22,6 @@ def test_conformance(edged_conformance: Check, tmp_path: Path, monkeypatch: pyte
         on_bus(bus, Controller(serial=b"SN0002"), OTHER),
     ):
         polled = [{"name": "pressure", "did": 0x0101, "type": "u16", "poll_s": 0.05}]
-        to = device(f"can:virtual@{bus}", properties=polled)
-        other = device(f"can:virtual@{bus}", "other", OTHER)
+        to = device(f"can:virtual@{bus}", properties=polled, answer_s=1)
+        other = device(f"can:virtual@{bus}", "other", OTHER, answer_s=1)
         asyncio.run(edged_conformance(subject(server, to, other, wire)))

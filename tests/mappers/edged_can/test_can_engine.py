@@ -71,6 +71,7 @@ def test_what_says_that_it_is_another_one_goes_back(site: Site) -> None:
 
 
 def test_one_that_stays_in_its_boot_loader_is_not_called_well(site: Site) -> None:
+    site.table = {"answer_s": 1}
     controller = site.controller()
 
     async def body() -> Job:
@@ -85,6 +86,7 @@ def test_one_that_stays_in_its_boot_loader_is_not_called_well(site: Site) -> Non
 
 
 def test_a_boot_loader_that_lingers_is_waited_for(site: Site) -> None:
+    site.table = {"boot_s": 10}
     controller = site.controller(lingers_s=1.2)
     job = run(site, controller, "2.0.0")
     assert job.state is State.SUCCEEDED, job.detail
@@ -92,6 +94,7 @@ def test_a_boot_loader_that_lingers_is_waited_for(site: Site) -> None:
 
 
 def test_a_controller_that_starts_anew_for_its_programming_session(site: Site) -> None:
+    site.table = {"answer_s": 1}
     controller = site.controller(starts_anew_s=0.6)
     job = run(site, controller, "2.0.0")
     assert job.state is State.SUCCEEDED, job.detail
@@ -152,7 +155,7 @@ def test_a_refused_preparation_leaves_the_record_of_what_runs(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool
 ) -> None:
     secret(monkeypatch, tmp_path, "hex:00000001")
-    site.watch = True
+    site.table, site.watch = {"answer_s": 0.5}, True
     controller = site.controller()
     loader = Loader(controller, deaf=deaf)
 
@@ -340,10 +343,10 @@ def test_a_device_that_puts_off_and_is_polled_is_not_stalled(
     """``pending_s`` bounds each wait, and an erase has two of them."""
     secret(monkeypatch, tmp_path)
     polled = {"poll_s": 0.05, "running": "01"}
-    table = {"pending_s": 2, "erase": polled, "check": polled | {"parameters": ["crc32"]}}
-    engine = attrs.evolve(PATIENT, stall_s=0.5)
+    table = {"pending_s": 4, "erase": polled, "check": polled | {"parameters": ["crc32"]}}
+    engine = attrs.evolve(PATIENT, stall_s=1.5)
     site = Site(tmp_path / "state", releases, engine=engine, table=table)
-    controller = site.controller(slow_erase_s=1.2, background_s=1.2)
+    controller = site.controller(slow_erase_s=2.2, background_s=2.2)
     job = run(site, controller, "2.0.0")
     assert job.state is State.SUCCEEDED, job.detail
     assert controller.counts.erased == controller.counts.written == 1600
@@ -357,12 +360,12 @@ def test_a_session_that_is_put_off_is_not_stalled(
     class Slow(Controller):
         def _answer(self, service: int, data: bytes) -> Iterator[bytes | float]:
             if service in (0x85, 0x28):
-                yield from self._takes(1.2, service)
+                yield from self._takes(2.2, service)
             yield from super()._answer(service, data)
 
     secret(monkeypatch, tmp_path)
-    engine = attrs.evolve(PATIENT, stall_s=0.5)
-    site = Site(tmp_path / "state", releases, engine=engine, table={"pending_s": 2})
+    engine = attrs.evolve(PATIENT, stall_s=1.5)
+    site = Site(tmp_path / "state", releases, engine=engine, table={"pending_s": 4})
     controller = Slow()
     controller.install(IMAGES["1.0.0"])
     job = run(site, controller, "2.0.0")

@@ -207,7 +207,7 @@ def test_a_lost_answer_costs_a_repeated_block_or_that_segment(
     seen: list[int] = []
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus}")) as session:
+        async with connected(device(f"can:virtual@{bus}", answer_s=1)) as session:
             await session.stage(await verified(APP), lambda phase, done, total: seen.append(done))
 
     with on_bus(bus, Controller(refuses_repeats=refuses), wire=wire) as server:
@@ -242,9 +242,10 @@ def test_a_segment_that_is_begun_anew_takes_with_it_what_shares_its_sector(
         return [frame]
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus}", sector_bytes=told_bytes)) as session:
+        async with connected(to) as session:
             await session.stage(await verified(parts), lambda phase, done, total: seen.append((phase, done)))
 
+    to = device(f"can:virtual@{bus}", sector_bytes=told_bytes, answer_s=1)
     controller = Controller(sector_bytes=0x1000, refuses_repeats=True)
     with on_bus(bus, controller, wire=wire):
         asyncio.run(body())
@@ -260,7 +261,7 @@ def test_a_boot_loader_has_not_all_services_of_its_application(
     tmp_path: Path, releases: Publisher, service: int
 ) -> None:
     """After a power dip in the middle only the boot loader is there to be flashed."""
-    site = Site(tmp_path / "state", releases)
+    site = Site(tmp_path / "state", releases, table={"answer_s": 1})
     controller = site.controller(application_only=frozenset({service}))
     dips = 0
 
@@ -304,7 +305,7 @@ def test_a_flash_that_takes_nothing_ends_the_job(tmp_path: Path, releases: Publi
 
 
 def test_a_reset_in_the_middle_is_begun_anew(tmp_path: Path, releases: Publisher) -> None:
-    site = Site(tmp_path / "state", releases)
+    site = Site(tmp_path / "state", releases, table={"answer_s": 1})
     controller = site.controller(boot_s=0.3)
     booted = threading.Event()
 
@@ -322,7 +323,7 @@ def test_a_reset_in_the_middle_is_begun_anew(tmp_path: Path, releases: Publisher
 
 @pytest.mark.parametrize("message", range(0, 26, 3))
 def test_a_reset_at_any_request_ends_well(tmp_path: Path, releases: Publisher, message: int) -> None:
-    site = Site(tmp_path / "state", releases, table={"answer_s": 0.2})
+    site = Site(tmp_path / "state", releases, table={"answer_s": 0.5})
     controller = site.controller(boot_s=0.1)
     at: list[int] = []
 
@@ -375,7 +376,7 @@ def test_a_bus_that_was_off_is_opened_anew_although_an_idle_device_held_it(
 ) -> None:
     """The link is lost for all its users: also one that only waits has to let go of it."""
     wirings = {"ecu": Wiring(), "idle": Wiring(receives=0x7E1, sends=0x7E9)}
-    site = Site(tmp_path / "state", releases, devices=wirings, watch=True)
+    site = Site(tmp_path / "state", releases, devices=wirings, watch=True, table={"answer_s": 1})
     controller, idle = site.controller(), site.controller()
     other, offs = virtual(site.bus), []
 
@@ -402,7 +403,7 @@ def test_an_error_frame_explains_a_silence() -> None:
     other = virtual(bus)
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus}")) as session:
+        async with connected(device(f"can:virtual@{bus}", answer_s=1)) as session:
             other.send(
                 can.Message(arbitration_id=0x20, data=bytes(8), is_error_frame=True, is_extended_id=False)
             )
@@ -426,7 +427,7 @@ def test_endless_response_pending_ends() -> None:
     controller = Controller(endless=True, pending_every_s=0.1)
 
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus}", pending_s=1)) as session:
+        async with connected(device(f"can:virtual@{bus}", pending_s=1, answer_s=1)) as session:
             await session.stage(await verified(APP), quiet)
 
     with (
@@ -446,7 +447,7 @@ def test_endless_response_pending_ends() -> None:
 def test_a_device_that_falls_silent_after_it_asked_for_time_is_not_waited_for_longer(
     pending_s: int, p2_star_s: float, says: str
 ) -> None:
-    """Its own P2* bounds the wait, and ``pending_s`` all of it."""
+    """Its own P2* bounds the wait, and ``pending_s`` all of it: the other one would be 20 s and more."""
     bus = bus_name()
     controller = Controller(p2_star_s=p2_star_s, slow_erase_s=0.2)
 
@@ -463,7 +464,7 @@ def test_a_device_that_falls_silent_after_it_asked_for_time_is_not_waited_for_lo
             return time.monotonic() - began
 
     with on_bus(bus, controller, wire=wire):
-        assert asyncio.run(body()) < min(pending_s, p2_star_s) + 0.8
+        assert asyncio.run(body()) < min(pending_s, p2_star_s) + 4
 
 
 def test_a_slow_erase_is_waited_for_beyond_the_first_time_limit() -> None:
@@ -482,7 +483,7 @@ def test_a_slow_erase_is_waited_for_beyond_the_first_time_limit() -> None:
 
 def test_a_sleeping_server_is_not_there() -> None:
     async def body() -> None:
-        async with connected(device(f"can:virtual@{bus_name()}")) as session:
+        async with connected(device(f"can:virtual@{bus_name()}", answer_s=0.4)) as session:
             await session.identify()
 
     with pytest.raises(Transient, match=r"ecu: ReadDataByIdentifier: no answer within 0\.4 s") as caught:
@@ -493,7 +494,7 @@ def test_a_sleeping_server_is_not_there() -> None:
 def test_the_session_is_kept_while_the_image_is_slow_to_come() -> None:
     """S3 is short here: without TesterPresent the server would leave the programming session."""
     bus = bus_name()
-    controller = Controller(s3_s=2.6)
+    controller = Controller(s3_s=4.5)
 
     async def body() -> None:
         image = await verified(APP)
@@ -502,7 +503,7 @@ def test_the_session_is_kept_while_the_image_is_slow_to_come() -> None:
         async def late(*arguments: object) -> bytes:
             if slow:
                 slow.clear()
-                await asyncio.sleep(3.2)
+                await asyncio.sleep(5.2)
             return await read(*arguments)  # type: ignore[arg-type]
 
         image.read = late  # type: ignore[method-assign]
@@ -556,8 +557,8 @@ def test_two_testers_at_once_never_end_in_a_wrong_image() -> None:
 
     async def body() -> None:
         async with (
-            connected(device(f"can:virtual@{bus}", answer_s=0.2)) as first,
-            connected(device(f"can:virtual@{bus}", answer_s=0.2)) as second,
+            connected(device(f"can:virtual@{bus}", answer_s=1)) as first,
+            connected(device(f"can:virtual@{bus}", answer_s=1)) as second,
         ):
             await first.programming.enter()
             await second.programming.enter()

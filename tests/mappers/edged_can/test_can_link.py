@@ -200,7 +200,7 @@ def test_a_driver_that_does_not_return_is_a_lost_link_and_is_left_behind(
 
 
 def _hangs(given_up: threading.Event) -> None:
-    given_up.wait(20)
+    given_up.wait(60)
 
 
 def _fails(given_up: threading.Event) -> None:
@@ -224,12 +224,12 @@ def test_a_frame_that_its_driver_does_not_send_is_a_lost_link(
             async with link.listen([(TALKER, False)]) as listener:
                 try:
                     for _ in range(2):
-                        async with asyncio.timeout(5):
+                        async with asyncio.timeout(20):
                             with pytest.raises(Transient, match=says) as caught:
                                 await link.send(Frame(0x7DF, b"\2\x10\x81"))
                         assert caught.value.reason is Reason.LINK_LOST
                     with pytest.raises(Transient, match=says):
-                        await listener.next(5)
+                        await listener.next(20)
                 finally:
                     given_up.set()
 
@@ -258,7 +258,7 @@ def test_damaged_lines_of_an_adapter_cost_a_frame_each() -> None:
         return line
 
     async def body(port: str) -> None:
-        async with connected(device(f"can:slcan@{port}@500000")) as session:
+        async with connected(device(f"can:slcan@{port}@500000", answer_s=1)) as session:
             await session.stage(await verified(APP), quiet)
 
     with SlcanAdapter(name) as adapter, on_bus(name, controller):
@@ -351,14 +351,14 @@ def test_raw_frames_reach_who_listens_for_them_and_nobody_else() -> None:
                 other.send(can.Message(arbitration_id=0x124, data=b"no", is_extended_id=False))
                 other.send(can.Message(arbitration_id=0x123, data=b"no", is_extended_id=True))
                 other.send(can.Message(arbitration_id=0x123, data=b"yes", is_extended_id=False))
-                assert await listener.next(2) == Frame(0x123, b"yes")
+                assert await listener.next(20) == Frame(0x123, b"yes")
                 assert await listener.next(0.05) is None
                 await bus.send(Frame(0x321, b"out"))
-                sent = await asyncio.to_thread(other.recv, 2)
+                sent = await asyncio.to_thread(other.recv, 20)
                 assert sent is not None and (sent.arbitration_id, bytes(sent.data)) == (0x321, b"out")
                 other.send(can.Message(arbitration_id=0x40, data=bytes(8), is_error_frame=True))
                 with pytest.raises(Transient, match="bus off"):
-                    await listener.next(2)
+                    await listener.next(20)
                 with pytest.raises(Transient, match="bus off"):
                     await bus.send(Frame(0x321, b"out"))
 
@@ -469,8 +469,9 @@ def test_a_share_is_kept_to_while_others_talk() -> None:
         others, own = asyncio.run(body())
     watcher.shutdown()
     assert all(controller.held(at, len(data)) == data for at, data in make_app("1.2.0", (6000,)))
-    assert others > 0.08, "nobody talked"
-    assert own > 0.08, "the transfer hardly moved"
+    # of a machine with other work none of the two has the time that it wants; what must not be is one frame in 50 ms
+    assert others > 0.05, "nobody talked"
+    assert own > 5 * wire_s(8, BUS, extended=False, fd=False) / LONGEST_WAIT_S, "the transfer hardly moved"
     assert others + own <= share * 1.1
 
 
@@ -623,7 +624,7 @@ class Bound:
 
     def close(self) -> None:
         self._sockets.closing.set()
-        assert self._sockets.go_on.wait(5)
+        assert self._sockets.go_on.wait(40)
         self._sockets.open -= 1
 
 
@@ -638,7 +639,7 @@ def test_a_sender_that_is_cancelled_while_its_socket_is_bound_anew_may_still_say
             patch.setattr("edged_can.kernel.socket", sockets)
             async with link.transport(Peer(0x7E0, 0x7E8), Shape(share=0.6)) as transport:
                 sending = asyncio.create_task(transport.send(b"\x10\x02"))
-                assert await asyncio.to_thread(sockets.closing.wait, 5)
+                assert await asyncio.to_thread(sockets.closing.wait, 20)
                 sending.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await sending
@@ -656,20 +657,20 @@ def test_an_answer_of_many_frames_has_begun_when_its_first_came(
 ) -> None:
     """Its frames come as far apart as they were asked to; the time of an answer ends with the first."""
     name, controller = bus_name(), Controller()
-    controller.properties[0x0103] = bytes(range(60))
+    controller.properties[0x0103] = bytes(range(160))
 
     async def threaded() -> None:
-        async with connected(device(f"can:virtual@{name}", answer_s=0.3, st_min=80)) as session:
-            assert await session._client.read(0x0103) == bytes(range(60))
+        async with connected(device(f"can:virtual@{name}", answer_s=1, st_min=80)) as session:
+            assert await session._client.read(0x0103) == bytes(range(160))
 
     async def kernels() -> None:
         async with kernel_peer(monkeypatch) as (transport, far):
-            client = UdsClient(transport, Timing(answer_s=0.2), "ecu")
+            client = UdsClient(transport, Timing(answer_s=0.8), "ecu")
             asking = asyncio.create_task(client.read(0xF191))
             await asyncio.to_thread(far.recv, 100)
             assert not transport.is_receiving()
             transport.heard(b"\x10\x0a\x62\xf1\x91ECU")
-            await asyncio.sleep(0.6)
+            await asyncio.sleep(1.1)
             far.send(b"\x62\xf1\x91ECU-789")
             assert await asking == b"ECU-789"
             assert not transport.is_receiving()
@@ -691,7 +692,7 @@ def test_a_first_frame_that_the_kernel_drops_is_no_answer(
     async def body() -> None:
         nonlocal took
         async with kernel_peer(monkeypatch) as (transport, far):
-            client = UdsClient(transport, Timing(answer_s=0.2, pending_s=1.5), "ecu")
+            client = UdsClient(transport, Timing(answer_s=0.8, pending_s=1.5), "ecu")
             asking = asyncio.create_task(client.read(0xF191))
             await asyncio.to_thread(far.recv, 100)
             began = time.monotonic()
@@ -699,7 +700,7 @@ def test_a_first_frame_that_the_kernel_drops_is_no_answer(
             while again and not asking.done():
                 await asyncio.sleep(0.1)
                 transport.heard(b"\x10\x14")
-            with pytest.raises(Transient, match="no answer within 0.2 s") as caught:
+            with pytest.raises(Transient, match="no answer within 0.8 s") as caught:
                 await asking
             took = time.monotonic() - began
             assert caught.value.reason is Reason.NO_RESPONSE
@@ -751,12 +752,15 @@ def test_a_reserved_pause_is_the_longest(raw: int, extended: bool) -> None:
 
     async def body() -> None:
         async with connected(device(f"can:virtual@{name}", wiring=wiring)) as session:
-            await session._client.write(0x0103, bytes(range(12)))
+            for _ in range(3):
+                await session._client.write(0x0103, bytes(range(12)))
 
     with on_bus(name, controller, wiring, wire):
         asyncio.run(body())
-    assert controller.properties[0x0103] == bytes(range(12))
-    assert len(came) == 3 and 0.12 < came[2] - came[0] < 0.6
+    assert controller.properties[0x0103] == bytes(range(12)) and len(came) == 9
+    # a machine that stands still for a moment makes one of them longer, and none shorter
+    took = [end - begin for begin, end in zip(came[::3], came[2::3], strict=True)]
+    assert 0.12 < min(took) < 0.6
 
 
 def test_a_device_that_has_no_room_ends_the_message() -> None:
@@ -861,7 +865,7 @@ class Waiting(SlowlyClosed):
 class Held(Bound):
     def send(self, message: bytes) -> None:
         super().send(message)
-        assert self._sockets.go_on.wait(10)
+        assert self._sockets.go_on.wait(40)
 
 
 @pytest.mark.parametrize("source", [None, 0xF1])
@@ -909,7 +913,7 @@ def test_a_session_ends_also_while_a_message_is_on_its_way_that_nobody_wants(
 ) -> None:
     """Cancelled in its middle: the receiver says wait on and on, or wants its frames far apart."""
     sockets = Waiting()
-    monkeypatch.setattr("edged_can.kernel._CLOSE_S", 60.0 if says_wait else 0.2)
+    monkeypatch.setattr("edged_can.kernel._CLOSE_S", 60.0 if says_wait else 1.0)
 
     async def one(link: KernelLink) -> None:
         async with link.transport(Peer(0x7E0, 0x7E8), Shape()) as transport:
@@ -951,7 +955,7 @@ def test_slow_messages_hold_up_no_other_thread(monkeypatch: pytest.MonkeyPatch) 
                 for number in range(40):
                     group.create_task(one(link, number))
                 await soon(lambda: len(sockets.sent) == 40)
-                await asyncio.wait_for(asyncio.to_thread(lambda: None), 5)
+                await asyncio.wait_for(asyncio.to_thread(lambda: None), 20)
                 sockets.go_on.set()
 
     asyncio.run(body())

@@ -115,7 +115,7 @@ class Controller:
     slow_erase_s: float = 0.0
     endless: bool = False
     never_boots: bool = False
-    boot_s: float = 0.02
+    boot_s: float = 0.0
     lingers_s: float = 0.0
     starts_anew_s: float = 0.0
     resets_after_s: float = 0.0
@@ -525,7 +525,8 @@ class Wiring:
 class IsoTp:
     """ISO 15765-2 for one server: frames in, frames out; time is asked for, nothing waits but :meth:`send`."""
 
-    N_CR_S = 1.0
+    N_CR_S = 20.0
+    """No second, as it is to be: the machine of a test may stand still for so long in the middle of a message."""
     N_BS_S = 1.0
 
     def __init__(self, wiring: Wiring, put: Callable[[bytes], None]) -> None:
