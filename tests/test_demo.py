@@ -12,7 +12,7 @@ import pytest
 @pytest.mark.parametrize("options", [[], ["--fake"]], ids=["board", "fake"])
 def test_demo(tmp_path: Path, options: list[str]) -> None:
     command = [sys.executable, "-m", "edged", "demo", "--dir", str(tmp_path / "demo"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("demo: ok\n")
     for text in ("chunk_mismatch", "counter_lower", "Intact", "succeeded: runs blink@2.0.0"):
