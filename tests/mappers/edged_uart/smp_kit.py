@@ -42,8 +42,8 @@ BODY_BYTES = 6000
 FACTORY = make_image((1, 0, 0), body_of(BODY_BYTES, 1))
 SECOND = make_image((2, 0, 0), body_of(BODY_BYTES, 2))
 THIRD = make_image((3, 0, 0), body_of(BODY_BYTES, 3))
-BRISK = {"answer_s": 0.3, "erase_s": 5, "quiet_s": 0.1, "boot_s": 4}
-"""Times for a device that answers at once."""
+BRISK = {"answer_s": 2, "erase_s": 10, "quiet_s": 0.1, "boot_s": 10}
+"""Times for a device that answers at once, on a machine that may be late with it."""
 
 
 STATE, MARK, UPLOAD, RESET = (0, 1, 0), (2, 1, 0), (2, 1, 1), (2, 0, 5)
@@ -103,7 +103,7 @@ def subject(server: SmpServer, **config: object) -> Subject:
     return Subject(
         spec=SPEC,
         links=LINKS,
-        device=device(server.port, poll_s=0.2, **config),
+        device=device(server.port, poll_s=0.2, answer_s=1, **config),
         first=[(0, SECOND)],
         second=[(0, THIRD)],
         sent=lambda: bytes(server.received),
@@ -237,4 +237,6 @@ class Node:
             return await node.ended("dev-1", timeout_s)
 
 
-VERSION_IS = HealthSettings(kind="property", query="image.version", pattern="^2", timeout_s=2)
+VERSION_IS = HealthSettings(kind="property", query="image.version", pattern="^2", timeout_s=20)
+IN_VAIN_S = 0.5
+"""For so long a check of what is not well goes on."""

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import pytest
 from engine_kit import Publisher, at_once, check_store, through_cuts, until_cut
-from smp_kit import BODY_BYTES, BRISK, FACTORY, SECOND, THIRD, VERSION_IS, Node, identifies_as
+from smp_kit import BODY_BYTES, BRISK, FACTORY, IN_VAIN_S, SECOND, THIRD, VERSION_IS, Node, identifies_as
 from smp_server import HANGS, DirectXip, SmpServer, body_of, make_image, read_image
 
 from edged.config import HealthSettings, examine
@@ -28,6 +28,7 @@ from edged.testing.node import life
 
 ROOT = Path(__file__).parents[3]
 KEY = b"the key of the factory"
+NOT_WELL = attrs.evolve(VERSION_IS, timeout_s=IN_VAIN_S)
 SMALL_BYTES = 1500
 NEXT = make_image((2, 1, 0), body_of(BODY_BYTES, 4))
 TRIED_AGAIN = 4 * 384
@@ -64,7 +65,7 @@ def test_how_a_job_ends_that_does_not_succeed(
 ) -> None:
     factory = make_image((1, 0, 0), body_of(BODY_BYTES, 1), key=KEY)
     with SmpServer(tmp_path, factory, keys=keys) as server:
-        node = Node(tmp_path / "node", server.port, {"3.0.0": image}, VERSION_IS)
+        node = Node(tmp_path / "node", server.port, {"3.0.0": image}, NOT_WELL)
         job = asyncio.run(node.deploy("3.0.0"))
         assert (job.state, job.reason) == (end, reason), job.detail
         assert server.runs == "1.0.0" and server.confirmed and not server.pending
@@ -137,6 +138,7 @@ def test_a_server_that_tells_only_what_is_true(tmp_path: Path, server: SmpServer
     node = Node(tmp_path / "node", server.port, images, VERSION_IS)
     job = asyncio.run(node.deploy("2.0.0"))
     assert job.state is State.SUCCEEDED and server.confirmed, job.detail
+    node.health = NOT_WELL
     job = asyncio.run(node.deploy("3.0.0"))
     assert (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail
     assert server.runs == "2.0.0" and server.confirmed
@@ -156,7 +158,7 @@ def test_a_device_with_one_image_in_both_slots(
     assert server.confirmed and not server.pending
 
 
-IS_THE_OLD = HealthSettings(kind="property", query="image.version", pattern="^1", timeout_s=2)
+IS_THE_OLD = attrs.evolve(VERSION_IS, pattern="^1")
 
 
 def test_a_wish_for_what_runs_is_not_fulfilled_while_the_next_reset_boots_another_image(
@@ -272,7 +274,7 @@ def test_direct_xip_with_revert(
     tmp_path: Path, crashes: bool, pattern: str, end: tuple[State, Reason | None]
 ) -> None:
     """The second update goes to the first slot. What does not get through its trial is in no slot afterwards."""
-    health = attrs.evolve(VERSION_IS, pattern=pattern, timeout_s=0.5)
+    health = attrs.evolve(VERSION_IS if end[0] is State.SUCCEEDED else NOT_WELL, pattern=pattern)
     with DirectXip(tmp_path, FACTORY, crashes=crashes) as server:
         node = Node(tmp_path / "node", server.port, {"2.0.0": SECOND, "2.1.0": NEXT}, health)
         job = asyncio.run(node.deploy("2.0.0"))
@@ -447,8 +449,7 @@ def two_releases(tmp_path_factory: pytest.TempPathFactory) -> Node:
         for version in ("2.0.0", "3.0.0")
     }
     config: dict[str, object] = {"answer_s": 0.05, "quiet_s": 0.02, "boot_s": 2}
-    health = attrs.evolve(VERSION_IS, timeout_s=0.2)
-    return Node(tmp_path_factory.mktemp("releases"), "/dev/null", images, health, config=config)
+    return Node(tmp_path_factory.mktemp("releases"), "/dev/null", images, config=config)
 
 
 def scene(folder: Path, releases: Node, healthy: bool) -> World:
@@ -456,6 +457,7 @@ def scene(folder: Path, releases: Node, healthy: bool) -> World:
     server = SmpServer(folder, FACTORY, boot_s=0.01, reset_s=0.0)
     node = copy(releases)
     node.folder, node.port = folder, server.port
+    node.health = VERSION_IS if healthy else attrs.evolve(NOT_WELL, timeout_s=0.2)
     return World(node, server, healthy)
 
 

@@ -17,6 +17,7 @@ from peer_kit import peer_python
 from smp_kit import (
     BODY_BYTES,
     FACTORY,
+    IN_VAIN_S,
     MARK,
     PIECE_BYTES,
     RESET,
@@ -276,7 +277,9 @@ def _check_what_runs(server: SmpServer, job: Job) -> None:
 
 def test_what_another_client_confirms_in_its_trial_is_left_where_it_is_not_well(tmp_path: Path) -> None:
     with SmpServer(tmp_path, FACTORY) as server:
-        node = Node(tmp_path / "node", server.port, {"9.0.0": ILL}, attrs.evolve(VERSION_IS, timeout_s=0.5))
+        node = Node(
+            tmp_path / "node", server.port, {"9.0.0": ILL}, attrs.evolve(VERSION_IS, timeout_s=IN_VAIN_S)
+        )
         other = OtherClient(server, once(is_on_trial, lambda other: other.ask(MARK, {"confirm": True})))
         job = asyncio.run(node.deploy("9.0.0"))
         assert other.asked and (job.state, job.reason) == (State.REVERTED, Reason.HEALTH_FAILED), job.detail

@@ -21,23 +21,27 @@ from nrf52_kit import (
     signed_with_another_key,
     with_pending,
 )
-from smp_kit import Node, identifies_as
+from smp_kit import IN_VAIN_S, Node, identifies_as
 
 from edged.config import HealthSettings
 from edged.domain.job import Job, State
 from edged.errors import Reason
 from edged_firmware.formats import mcuboot
 
-PATIENT: Final[dict[str, object]] = {"boot_s": 50}
+PATIENT: Final[dict[str, object]] = {"boot_s": 50, "answer_s": 1}
 """A boot with a swap takes seconds of the simulated processor."""
 SWAP_CHANGES: Final = 144_675
 REFUSED: Final = "Image in the secondary slot is not valid!"
 
 
-def hash_is(image: bytes) -> HealthSettings:
+def hash_is(image: bytes, timeout_s: float = 20) -> HealthSettings:
     return HealthSettings(
-        kind="property", query="image.hash", pattern=f"^{identifies_as(image)}$", timeout_s=2
+        kind="property", query="image.hash", pattern=f"^{identifies_as(image)}$", timeout_s=timeout_s
     )
+
+
+def not_well() -> HealthSettings:
+    return hash_is(first_image(), IN_VAIN_S)
 
 
 def deployed(folder: Path, server: McubootServer, image: bytes, health: HealthSettings) -> Job:
@@ -59,7 +63,7 @@ def test_an_image_with_the_known_key_is_tried_and_stays_once_it_is_confirmed(tmp
 
 def test_an_image_that_is_not_well_is_taken_back_by_the_boot_loader(tmp_path: Path) -> None:
     with McubootServer(tmp_path) as server:
-        job = deployed(tmp_path, server, second_image(), hash_is(first_image()))
+        job = deployed(tmp_path, server, second_image(), not_well())
         assert (job.state, job.reason, job.trial_boots) == (State.REVERTED, Reason.HEALTH_FAILED, 1), (
             job.detail
         )
@@ -154,9 +158,7 @@ def test_nothing_starts_where_the_only_image_is_damaged(damaged_at: int) -> None
 def test_cuts_while_it_swaps_do_not_change_how_a_job_ends(tmp_path: Path, healthy: bool) -> None:
     cuts = {2: (1, SWAP_CHANGES // 3, SWAP_CHANGES // 2), 3: (SWAP_CHANGES // 5,)}
     with McubootServer(tmp_path, cuts=cuts) as server:
-        job = deployed(
-            tmp_path, server, second_image(), hash_is(second_image() if healthy else first_image())
-        )
+        job = deployed(tmp_path, server, second_image(), hash_is(second_image()) if healthy else not_well())
         ends = [ended.end for ended in server.boots]
         if healthy:
             assert (job.state, job.trial_boots) == (State.SUCCEEDED, 1), job.detail
