@@ -20,7 +20,7 @@ from node_kit import RELEASES, ROOT, board, configure, deploy, ended, install, m
 
 from edged.testing.demo import DEVICE
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 PORT: Final = "/dev/ttyACM0"
 REPORT: Final = ROOT / ".cache" / "node-figures.md"
@@ -87,7 +87,7 @@ def test_what_the_package_costs(bookworm: Image, deb: Path, tmp_path: Path) -> N
             rows["package, MiB"] = f"{package / MIB:.2f}"
             rows["installed, with compiled modules, MiB"] = f"{whole / MIB:.1f}"
             configure(guest, {DEVICE: f"serial:{PORT}"}, flash_bytes=30_000)
-            assert ended(guest, deploy(guest, "1.0.0"), 60)["state"] == "succeeded"
+            assert ended(guest, deploy(guest, "1.0.0"), 300)["state"] == "succeeded"
             starts = sorted(start_s(guest) for _ in range(STARTS))
             rows["start to READY, s (container, median)"] = f"{starts[STARTS // 2]:.2f}"
             before = written_bytes(state)
@@ -99,7 +99,7 @@ def test_what_the_package_costs(bookworm: Image, deb: Path, tmp_path: Path) -> N
             guest.run("edged", "trust", "refresh")
             refresh = written_bytes(state) - before
             before = written_bytes(state)
-            assert ended(guest, deploy(guest, "2.0.0"), 60)["state"] == "succeeded"
+            assert ended(guest, deploy(guest, "2.0.0"), 300)["state"] == "succeeded"
             flash = written_bytes(state) - before
     day = idle + refresh * REFRESHES_PER_DAY
     rows["written per day idle, a device reporting each second, MiB"] = f"{day / MIB:.1f}"

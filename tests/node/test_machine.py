@@ -31,6 +31,7 @@ from node_kit import (
     make_releases,
     send,
     send_releases,
+    standing_still,
     start_job,
     written,
 )
@@ -181,6 +182,7 @@ def probe(guest: Machine, setting: dict[str, Any]) -> dict[str, str]:
     guest.put(Path(__file__).with_name("probe.py"), "/srv/probe.py")
     guest.run("systemctl", "daemon-reload")
     done = guest.run("systemctl", "start", "probe.service", check=False, timeout_s=180)
+    guest.run("journalctl", "--sync")
     assert done.code == 0, guest.journal("probe.service")
     found: dict[str, str] = json.loads(
         next(line for line in guest.journal("probe.service").splitlines() if line[:1] == "{")
@@ -220,7 +222,7 @@ def start_broker(guest: Machine, folder: Path) -> str:
     )
     guest.run("systemd-run", "--unit=broker", "mosquitto", "-c", "/srv/tls/mosquitto.conf")
     listens = f"ss -Hltn sport = :{BROKER_PORT}"
-    eventually(lambda: guest.sh(listens), 60, f"the broker: {folder}")
+    eventually(lambda: guest.sh(listens), 120, f"the broker: {folder}")
     return "/srv/tls/ca.pem"
 
 
@@ -243,9 +245,10 @@ def test_an_adapter_may_come_late_and_go_in_the_middle_of_a_flash(site: Site, re
     wished = start_job(guest, "1.0.0", PLUGGED)
     guest.plug(ADAPTER)
     written(avr, 6, 120)
-    guest.unplug(ADAPTER)
-    eventually(lambda: guest.run("test", "-e", PLUGGED_PORT, check=False).code, 60, "the port is gone")
-    pages = avr.stats().pages_written
+    with standing_still(avr):
+        guest.unplug(ADAPTER)
+        eventually(lambda: guest.run("test", "-e", PLUGGED_PORT, check=False).code, 120, "the port is gone")
+        pages = avr.stats().pages_written
     assert 0 < pages < FILLER_BYTES / 128, "the adapter was not pulled out in the middle"
     guest.plug(ADAPTER)
     assert await_job(guest, wished, 300) == "succeeded"
@@ -280,7 +283,7 @@ def test_a_machine_that_hangs_is_reset(site: Site) -> None:
         f"mkdir -p /etc/systemd/system.conf.d; sed s/30s/10s/ {example} >/etc/systemd/system.conf.d/watchdog.conf;"
         "systemctl daemon-reexec; sysctl -q kernel.panic=0"
     )
-    eventually(lambda: "10" in guest.sh("cat /sys/class/watchdog/watchdog0/timeout"), 30, "the watchdog")
+    eventually(lambda: "10" in guest.sh("cat /sys/class/watchdog/watchdog0/timeout"), 120, "the watchdog")
     with pytest.raises(GuestError):
         guest.run("sh", "-c", "echo c >/proc/sysrq-trigger", timeout_s=20)
     eventually(guest.ended, 120, "the reset by the watchdog")

@@ -24,7 +24,8 @@ def checkout(folder: Path) -> Path:
         shutil.copyfile(ROOT / name, folder / name)
         (folder / name).chmod((ROOT / name).stat().st_mode)
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    shutil.copytree(ROOT / ".cache/deb", folder / ".cache/deb")
+    # others may build at this moment, in a stage of their own
+    shutil.copytree(ROOT / ".cache/deb", folder / ".cache/deb", ignore=shutil.ignore_patterns("stage.*"))
     return folder
 
 

@@ -191,7 +191,8 @@ def own_key(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield {"GNUPGHOME": str(home), "EDGED_APT_KEY": "publisher@example.org"}
     finally:
         run("gpgconf", "--homedir", str(home), "--kill", "all")
-        run("rm", "-r", str(home))
+        # its agent removes its sockets meanwhile
+        run("rm", "-rf", str(home))
 
 
 def test_a_publishers_own_key(repository: Path, node: Node, tmp_path: Path, own_key: dict[str, str]) -> None:

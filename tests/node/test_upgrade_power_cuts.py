@@ -168,8 +168,12 @@ def recorded(
         ended(guest, "asker")
         assert outcome(guest)["reason"] == "health_failed" and version(guest) == NEW
         # seen by the sampler: the last step ends here
-        entries = blklog.entries(log)
-        eventually(lambda: samples[-1].entries >= entries, 60, "the last sample")
+        entries, told_bytes = blklog.entries(log), witness.stat().st_size
+        eventually(
+            lambda: samples[-1].entries >= entries and samples[-1].told_bytes >= told_bytes,
+            60,
+            "the last sample",
+        )
     return Recorded(image, base, log, blklog.parse(log), steps_of(witness, samples, entries), version_of(deb))
 
 

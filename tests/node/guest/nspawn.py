@@ -18,7 +18,7 @@ from guest.command import ENVIRONMENT, Done, Guest, GuestError, eventually
 from guest.images import Image, run
 
 _BOOT_S: Final = 240.0
-_END_S: Final = 30.0
+_END_S: Final = 120.0
 _MNT_DETACH: Final = "--lazy"
 
 
