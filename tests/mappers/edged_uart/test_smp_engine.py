@@ -297,7 +297,8 @@ def test_a_device_that_hangs_in_its_trial_is_left_by_its_watchdog(
         tmp_path / "node",
         server.port,
         {"6.6.6": hanging},
-        config={"boot_s": 1, "answer_s": 0.1},
+        # it is waited for until the watchdog has left it: given up before, it would be tried once more
+        config={"boot_s": 20, "answer_s": 0.3},
         watch=watched,
     )
 
@@ -319,7 +320,7 @@ def test_a_device_that_hangs_in_its_trial_is_reset_where_its_reset_is_wired(tmp_
     """Nobody switches it off and on: edged pulses DTR, and its boot loader goes back."""
     hanging = make_image((6, 6, 6), HANGS + body_of(4000, 6))
     with SmpServer(tmp_path, FACTORY, resets_on_open=True) as server:
-        config = {"boot_s": 1, "answer_s": 0.1, "reset": "dtr"}
+        config = {"boot_s": 2.5, "answer_s": 0.3, "reset": "dtr"}
         node = Node(tmp_path / "node", server.port, {"6.6.6": hanging}, config=config)
         job = asyncio.run(node.deploy("6.6.6"))
         assert (job.state, job.reason) == (State.REVERTED, Reason.DEVICE_REVERTED), job.detail

@@ -277,7 +277,7 @@ def test_a_device_that_hangs_in_its_trial_comes_back_with_the_old_image(
     zephyr: Zephyr, tmp_path: Path
 ) -> None:
     """Nobody answers after the trial boot; somebody switches it off and on, and the job ends with its reason."""
-    node = Node(tmp_path / "node", zephyr.port, {"2.0.0": signed("2.0.0")}, None, {**REAL, "boot_s": 4})
+    node = Node(tmp_path / "node", zephyr.port, {"2.0.0": signed("2.0.0")}, None, REAL)
 
     async def run() -> None:
         async with node.life() as life:
