@@ -37,6 +37,7 @@ from uds_server import BASE, DEFAULT, Controller, Counts, Wiring, make_app
 
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
+from edged_can import threaded
 from edged_can.address import CanAddress, parse_address
 from edged_can.bus_errors import BusErrors, lost, not_opened
 from edged_can.client import Timing, UdsClient
@@ -658,19 +659,25 @@ def test_an_answer_of_many_frames_has_begun_when_its_first_came(
     """Its frames come as far apart as they were asked to; the time of an answer ends with the first."""
     name, controller = bus_name(), Controller()
     controller.properties[0x0103] = bytes(range(160))
+    # nor is it about how far apart they may be
+    for where in ("client", "kernel"):
+        monkeypatch.setattr(f"edged_can.{where}.N_CR_S", 20)
+    whole = threaded._parameters
+    patient = {"rx_consecutive_frame_timeout": 20_000}
+    monkeypatch.setattr(threaded, "_parameters", lambda shape: whole(shape) | patient)
 
-    async def threaded() -> None:
-        async with connected(device(f"can:virtual@{name}", answer_s=1, st_min=80)) as session:
+    async def slowly() -> None:
+        async with connected(device(f"can:virtual@{name}", answer_s=1.5, st_min=80)) as session:
             assert await session._client.read(0x0103) == bytes(range(160))
 
     async def kernels() -> None:
         async with kernel_peer(monkeypatch) as (transport, far):
-            client = UdsClient(transport, Timing(answer_s=0.8), "ecu")
+            client = UdsClient(transport, Timing(answer_s=2), "ecu")
             asking = asyncio.create_task(client.read(0xF191))
             await asyncio.to_thread(far.recv, 100)
             assert not transport.is_receiving()
             transport.heard(b"\x10\x0a\x62\xf1\x91ECU")
-            await asyncio.sleep(1.1)
+            await asyncio.sleep(2.5)
             far.send(b"\x62\xf1\x91ECU-789")
             assert await asking == b"ECU-789"
             assert not transport.is_receiving()
@@ -679,7 +686,7 @@ def test_an_answer_of_many_frames_has_begun_when_its_first_came(
         asyncio.run(kernels())
     else:
         with on_bus(name, controller):
-            asyncio.run(threaded())
+            asyncio.run(slowly())
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "for ever"])
