@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_kit import until
 from uart_kit import LINKS
 
 import edged_uart.link
@@ -78,7 +79,7 @@ def length_prefixed(got: bytearray) -> int:
 
 async def lost(call: Coroutine[Any, Any, object]) -> str:
     with pytest.raises(Transient) as caught:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await call
     assert caught.value.reason is Reason.LINK_LOST
     return caught.value.detail
@@ -137,12 +138,12 @@ def test_what_nobody_waits_for_is_kept_within_bounds(peer: Peer) -> None:
     async def use(link: SerialLink) -> None:
         for _ in range(100):
             # a busy machine may not have emptied the pseudo terminal yet
-            while not peer.takes():
-                await asyncio.sleep(0.001)
+            await until(peer.takes)
             peer.say(b"x" * 1024)
             await asyncio.sleep(0.001)
+        await until(peer.takes)
         peer.say(b"end")
-        await asyncio.sleep(0.05)
+        await until(lambda: link._input.endswith(b"end"))
         kept = await link.receive(len, 1)
         assert kept is not None and kept.endswith(b"end") and 60_000 < len(kept) <= 65536
 
@@ -303,9 +304,10 @@ def test_a_port_may_keep_its_lines_when_it_is_closed(peer: Peer) -> None:
 def test_a_reset_on_a_pty_opens_it_anew(peer: Peer) -> None:
     async def use(link: SerialLink) -> None:
         peer.say(b"old")
+        await until(lambda: link._input == b"old")
         await link.pulse_reset()
         peer.say(b"new")
-        assert await link.receive(lambda _: 3, 1) == b"new"
+        assert await link.receive(lambda _: 3, 20) == b"new"
         peer.hang_up()
         with pytest.raises(Transient):
             await link.pulse_reset()
@@ -331,7 +333,9 @@ def test_what_an_application_says_instead_is_kept_from_its_beginning_and_bounded
     async def use(link: SerialLink) -> None:
         board = Device("board", "board", "uart-stk500", link.address)
         session = UartSession(board, UartConfig(), link, Stk500v1(link, 1.0, page_at_once=True))
-        peer.say("".join(f"{line}\r\n" for line in lines[:count]).encode())
+        said = "".join(f"{line}\r\n" for line in lines[:count]).encode()
+        peer.say(said)
+        await until(lambda: link._input == said)
         health = await session.check_health(HealthCheck("line", "^ready", timeout_s=1))
         assert health == Health(False, evidence)
 
