@@ -152,10 +152,10 @@ def test_a_whole_image_that_is_read_slowly_is_progress_all_the_time() -> None:
 
     async def run() -> None:
         image = await image_of(bytes(size))
-        async with talking(silence_s=1.0) as (client, session, _):
+        async with talking(silence_s=2.5) as (client, session, _):
             staging = await offered(client, session, image, progress)
             client.publish("v2/fw/request/1/chunk/0", b"")
-            await client.packet(takes_s=2.0)
+            await client.packet(takes_s=4.0)
             assert session._memory.download.sent_bytes == size  # type: ignore[attr-defined]
             assert len(set(told)) > 20 and told == sorted(told) and told[-1] < size
             says(client, **_NEW)
@@ -165,16 +165,16 @@ def test_a_whole_image_that_is_read_slowly_is_progress_all_the_time() -> None:
 
 
 def test_a_device_that_reads_a_large_chunk_slowly_is_not_silent() -> None:
-    chunk = 250_000
+    chunk = 150_000
 
     async def run() -> None:
         image = await image_of(bytes(3 * chunk))
-        async with talking(silence_s=2.0) as (client, session, counted):
+        async with talking(silence_s=4.0) as (client, session, counted):
             _narrow(client, session)
             staging = await offered(client, session, image)
             await fetched(client, 0, b"%d" % chunk)
             client.publish("v2/fw/request/1/chunk/1", b"%d" % chunk)
-            await client.packet(takes_s=3.0)
+            await client.packet(takes_s=6.0)
             assert not staging.done() and not counted["silent"]
             await fetched(client, 2, b"%d" % chunk)
             says(client, **_NEW)
