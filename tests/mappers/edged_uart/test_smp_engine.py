@@ -525,7 +525,8 @@ def test_one_cut_at_every_effect(tmp_path: Path, two_releases: Node, healthy: bo
     def fires(number: int) -> str:
         world = scene(tmp_path / f"cut-{number}", two_releases, healthy)
         with world.server:
-            cut = Faults(number, list(When)[number % len(When)])
+            effect = names[number - 1]
+            cut = Faults(names[:number].count(effect), list(When)[number % len(When)], effect)
             job = world.live(cut) or world.live(Faults())
             assert job is not None
             world.check(job)
