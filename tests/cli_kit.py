@@ -25,13 +25,13 @@ from edged.cli.client import Client
 _WITH_FAKE_DEVICES = """
 import sys
 from pathlib import Path
-from edged import app, config, server
+from edged import app, config, server, sessions
 from edged.testing.fake import FakePlugin
 plugin = FakePlugin()
 plugin.bus("slow").bytes_per_s = 2000
 plugin.bus("line").exclusive = True
 # longer than the end may take, so that who waits them out is not taken for a slow machine
-app.HUNG_S = server._CLOSE_S = 60.0
+app.HUNG_S = server._CLOSE_S = sessions.LET_GO_S = 60.0
 app.main(config.load(Path(sys.argv[1])), [("fake", plugin)])
 """
 

@@ -181,6 +181,7 @@ def test_the_example_reaches_its_device_through_the_whole_daemon(
                 await node.want("dev-1", "lamp@4.0.0")
                 job = await node.ended("dev-1")
                 assert job.state is State.SUCCEEDED, job.detail
+                assert job.fallback is not None and job.fallback.release == "lamp@0.1.0"
                 assert hardware.app is not None and hardware.app.version == "4.0.0"
                 await node.want("dev-1", "app@3.0.0")
                 job = await node.ended("dev-1")

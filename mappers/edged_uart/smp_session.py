@@ -260,7 +260,9 @@ class SmpSession:
             await self._upload(image, inspected, progress)
             state = await self._known_state()
         if not state.holds(inspected.hash):
-            if (state.spare is not None and state.spare.hash) or await self._is_uploading(image.size_bytes):
+            # one that is going on is seen by the first, one that has ended by the second
+            is_uploading, state = await self._is_uploading(image.size_bytes), await self._known_state()
+            if is_uploading or (state.spare is not None and state.spare.hash):
                 raise self._another(state.spare, inspected.hash)
             raise Permanent(
                 Reason.VERIFY_FAILED,
@@ -295,7 +297,7 @@ class SmpSession:
             raise self._thrown_away()
 
     def _another(self, spare: ImageState | None, staged: str | None) -> Transient:
-        held = f"image {spare.hash[:16]}" if spare is not None else "nothing"
+        held = f"image {spare.hash[:16]}" if spare is not None and spare.hash else "nothing"
         wanted = f"image {staged[:16]}" if staged else "one that this session staged"
         return Transient(
             Reason.DEVICE_ERROR,

@@ -175,6 +175,7 @@ def test_killed_in_each_phase_it_goes_on(
             # not asked of a command, which takes as long as a phase may on a slow machine
             eventually(lambda: f'"{phase}"'.encode() in operation(guest), 300, phase, every_s=0.02)  # noqa: B023
             time.sleep(1)
+            assert f'"{phase}"'.encode() in operation(guest), f"{phase} was over too soon"
             # a child that dies meanwhile by itself is an error to systemctl
             guest.run("systemctl", "kill", "--signal=KILL", "edged-helper.service", check=False)
             eventually(

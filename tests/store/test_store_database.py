@@ -613,7 +613,6 @@ def test_an_io_error_is_permanent_unless_the_disk_is_full(
 
 def test_opening_does_not_block_the_event_loop(path: Path) -> None:
     """Who waited on the loop for the folder, which another process opens, or for the writer would wait for ever here."""
-    fill(path)
 
     async def opened() -> None:
         async with Store.open(path, HandClock()) as store:

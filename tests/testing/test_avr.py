@@ -65,11 +65,11 @@ def opened(avr: SimulatedAvr) -> Iterator[int]:
         os.close(line)
 
 
-def resets(avr: SimulatedAvr, expected: int) -> int:
-    """Those that the simulator has seen, as soon as they are ``expected``, and after twenty seconds. The answer that brings a
-    client in step may be one to the client before it, and come sooner than its own reset."""
+def resets(avr: SimulatedAvr, expected: int, kind: str = "external_resets") -> int:
+    """Those of the ``kind`` that the simulator has seen, as soon as they are ``expected``, and after twenty seconds. The answer
+    that brings a client in step may be one to the client before it, and come sooner than its own reset."""
     end = time.monotonic() + 20.0
-    while (seen := avr.stats().external_resets) < expected and time.monotonic() < end:
+    while (seen := int(getattr(avr.stats(), kind))) < expected and time.monotonic() < end:
         time.sleep(0.002)
     return seen
 
@@ -134,8 +134,8 @@ def test_opening_resets_into_the_boot_loader_and_a_power_blip_into_the_applicati
         before = avr.stats().watchdog_resets
         avr.power_blip()
         os.kill(avr.pid, signal.SIGCONT)
+        assert resets(avr, 2, "power_resets") == 2
         read_until(line, b"ready\r\n")
-        assert avr.stats().power_resets == 2
         assert avr.stats().watchdog_resets == before, "it came out of the boot loader"
 
 

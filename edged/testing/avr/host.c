@@ -49,7 +49,7 @@
 #define SLICE_ASLEEP_US 4000u
 #define BUSY_FOR_CYCLES (5000u * CYCLES_PER_US)
 #define MAX_LAG_US 20000u
-#define EVENT_LAG_MS 10
+#define EVENT_LAG_MS 200
 #define RX_QUEUE 256u
 #define TX_QUEUE 1024u
 #define GUARD_BYTES 4096u

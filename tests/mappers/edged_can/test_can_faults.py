@@ -579,8 +579,8 @@ def test_two_testers_at_once_never_end_in_a_wrong_image() -> None:
     ]
     assert owners[:2] == ["first", "second"]
     assert "a mixture" not in passed
+    assert passed or not good, "told that it is there, and the controller never said so"
     # by the same identifiers each hears the other's answers, too, and may take one for his: so it is asked what runs
-    assert {name for name in good if versions[name] == runs} <= set(held())
     assert runs in [NO_APPLICATION, *(versions[name] for name in held())]
 
 

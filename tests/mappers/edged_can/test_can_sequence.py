@@ -95,6 +95,20 @@ def holds(controller: Controller) -> bool:
     return all(controller.held(at, len(data)) == data for at, data in APP)
 
 
+def test_a_controller_that_hears_nothing_while_it_boots_is_waited_for() -> None:
+    """For longer than an answer may take."""
+    bus, ecu = bus_name(), Controller(boot_s=2.5)
+
+    async def body() -> str | None:
+        async with connected(device(f"can:virtual@{bus}", answer_s=1, boot_s=20)) as session:
+            await session.stage(await verified(APP), quiet)
+            await session.activate()
+            return (await session.slots()).slots[0].runs
+
+    with on_bus(bus, ecu, ECU):
+        assert asyncio.run(body()) == "1.2.0"
+
+
 # -- functional addressing
 
 

@@ -573,7 +573,6 @@ def test_a_broker_that_takes_no_farewell_does_not_keep_the_link_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs, and so much is on its way to it that nothing more fits in."""
-
     monkeypatch.setattr(subject, "CONNECT_S", 1.5)
 
     async def run() -> None:

@@ -21,6 +21,7 @@ from edged.api import Device, Health, HealthCheck, Phase, Reported
 from edged.errors import EdgedError, Permanent, Reason, Transient
 from edged.links import LinkPool, device_env
 from edged.testing.avr import ATMEGABOOT_328P, OPTIBOOT_328P, STK500BOOT_2560, Board, SimulatedAvr
+from edged_uart import stk500v1
 from edged_uart.session import BootLoader
 
 pytestmark = needs_avr
@@ -397,14 +398,20 @@ def test_reports_end_when_the_board_is_gone(tmp_path: Path) -> None:
         run(work(avr))
 
 
-def test_a_session_that_ends_leaves_the_application_running(tmp_path: Path) -> None:
+def test_a_session_that_ends_leaves_the_application_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once: by itself the boot loader would start it a second later."""
+    monkeypatch.setattr(stk500v1.Stk500v1, "window_s", 20.0)
+
     async def work(avr: SimulatedAvr) -> None:
         async with connected(device(avr)) as session:
             await session.identify()
         await until(lambda: avr.stats().watchdog_resets)
         assert avr.stats().watchdog_resets == 1
+        assert avr.tapped().endswith(stk500v1.LEAVE_PROGMODE + stk500v1.EOP)
 
-    with SimulatedAvr(tmp_path, application=app(OPTIBOOT_328P, "1.0.0")) as avr:
+    with SimulatedAvr(tmp_path, application=app(OPTIBOOT_328P, "1.0.0"), tap=True) as avr:
         run(work(avr))
 
 
