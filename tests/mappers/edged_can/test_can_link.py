@@ -249,12 +249,11 @@ def test_an_adapter_has_one_owner() -> None:
 
 def test_damaged_lines_of_an_adapter_cost_a_frame_each() -> None:
     name, controller = bus_name(), Controller()
-    damaged = 0
+    due = {2, 5}
 
     def damage(line: bytes) -> bytes:
-        nonlocal damaged
-        if controller.counts.blocks in (2, 5) and damaged < 2:
-            damaged += 1
+        if (blocks := controller.counts.blocks) in due:
+            due.remove(blocks)
             return b"tXYZ!" + line[5:]
         return line
 
@@ -265,7 +264,7 @@ def test_damaged_lines_of_an_adapter_cost_a_frame_each() -> None:
     with SlcanAdapter(name) as adapter, on_bus(name, controller):
         adapter.damage = damage
         asyncio.run(body(adapter.port))
-    assert damaged == 2
+    assert not due
     assert all(controller.held(at, len(data)) == data for at, data in APP)
 
 
