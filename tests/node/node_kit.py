@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
 import subprocess
 import tarfile
 import time
@@ -161,11 +159,11 @@ def written(avr: SimulatedAvr, pages: int, timeout_s: float) -> None:
 @contextmanager
 def standing_still(avr: SimulatedAvr) -> Iterator[None]:
     """The board answers nothing, and is as far at the end of the block as it was at its beginning."""
-    os.kill(avr.pid, signal.SIGSTOP)
+    avr.stand_still()
     try:
         yield
     finally:
-        os.kill(avr.pid, signal.SIGCONT)
+        avr.go_on()
 
 
 API: Final = """

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import intelhex
 import pytest
+from cli_kit import eventually
 
 from edged.testing.avr import (
     ATMEGABOOT_328P,
@@ -66,12 +67,9 @@ def opened(avr: SimulatedAvr) -> Iterator[int]:
 
 
 def resets(avr: SimulatedAvr, expected: int, kind: str = "external_resets") -> int:
-    """Those of the ``kind`` that the simulator has seen, as soon as they are ``expected``, and after twenty seconds. The answer
-    that brings a client in step may be one to the client before it, and come sooner than its own reset."""
-    end = time.monotonic() + 20.0
-    while (seen := int(getattr(avr.stats(), kind))) < expected and time.monotonic() < end:
-        time.sleep(0.002)
-    return seen
+    """Those of the ``kind`` that the simulator has seen, as soon as there are as many as ``expected``. The answer that brings a
+    client in step may be one to the client before it, and come sooner than its own reset."""
+    return int(eventually(lambda: seen if (seen := getattr(avr.stats(), kind)) >= expected else 0))
 
 
 def read_until(line: int, wanted: bytes, timeout_s: float = 20.0) -> bytes:
@@ -130,10 +128,10 @@ def test_opening_resets_into_the_boot_loader_and_a_power_blip_into_the_applicati
         assert read_until(line, IN_SYNC_OK) == IN_SYNC_OK
         assert avr.stats().external_resets == 1
         # it stands still meanwhile: in its boot loader it stays for a second only
-        os.kill(avr.pid, signal.SIGSTOP)
+        avr.stand_still()
         before = avr.stats().watchdog_resets
         avr.power_blip()
-        os.kill(avr.pid, signal.SIGCONT)
+        avr.go_on()
         assert resets(avr, 2, "power_resets") == 2
         read_until(line, b"ready\r\n")
         assert avr.stats().watchdog_resets == before, "it came out of the boot loader"
@@ -173,10 +171,10 @@ def _overtaken(folder: Path) -> bool:
     with SimulatedAvr(folder, application=build_app(version="1.2.0"), tap=True) as avr:
         with opened(avr) as line:
             sync(line)
-            os.kill(avr.pid, signal.SIGSTOP)
+            avr.stand_still()
             os.write(line, half)
         with opened(avr) as line:
-            os.kill(avr.pid, signal.SIGCONT)
+            avr.go_on()
             sync(line)
             assert resets(avr, 2) == 2
         return half in avr.tapped()

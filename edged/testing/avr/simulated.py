@@ -135,6 +135,14 @@ class SimulatedAvr:
         """The reset pin goes low for a moment, as by the DTR line of an adapter that is not a terminal here."""
         self._running().send_signal(signal.SIGURG)
 
+    def stand_still(self) -> None:
+        """The board answers nothing and gets no further, until :meth:`go_on`; what is sent meanwhile waits."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """From where it stood still."""
+        self._running().send_signal(signal.SIGCONT)
+
     def unplug(self) -> None:
         """Pull the line out: ``port`` is gone, an open client has EIO. The part goes on. Blocks briefly."""
         self._running().send_signal(signal.SIGUSR1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -78,10 +76,10 @@ def subject(avr: SimulatedAvr) -> Subject:
         await asyncio.to_thread(avr.plug)
 
     async def mute() -> None:
-        os.kill(avr.pid, signal.SIGSTOP)
+        avr.stand_still()
 
     async def unmute() -> None:
-        os.kill(avr.pid, signal.SIGCONT)
+        avr.go_on()
 
     def holds(address: int, length: int) -> bytes:
         return avr.flash()[address : address + length]
